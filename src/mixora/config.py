@@ -1,0 +1,180 @@
+"""Strict configuration: frozen models, errors with the dotted path and a suggestion, `key=value` overrides.
+
+Knows nothing of mixtures: the parts (experts, routers, losses, data, ...) each keep their own `Strict` model
+beside the class it configures.
+"""
+
+import difflib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from mixora.errors import ConfigError
+
+Tree = dict[str, Any]
+
+
+class Strict(BaseModel):
+    """Base of every configuration model: frozen, no unknown keys, no silent conversion of types."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=True)
+
+
+S = TypeVar("S", bound=Strict)
+
+
+def parse(model: type[S], data: Mapping[str, Any], root: str = "") -> S:
+    """Read `data` as `model`; every problem is reported in one `ConfigError`, each with its dotted path.
+
+    Validation runs on the JSON form, so lists serve as tuples while numbers, strings and booleans are never converted
+    into each other. `root` is put before each path in messages.
+    """
+    try:
+        return model.model_validate_json(json.dumps(data, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        if isinstance(error, ValidationError):
+            raise ConfigError("\n".join(_describe(error, model, dict(data), root))) from None
+        raise ConfigError(f"{root or 'config'}: {error}; valid: numbers, strings, booleans, lists, mappings") from None
+
+
+def _describe(error: ValidationError, model: type[Strict], data: Tree, root: str) -> list[str]:
+    merged: dict[str, tuple[Any, list[str]]] = {}
+    for item in error.errors(include_url=False):
+        path = _data_path(item["loc"], data)
+        dotted = ".".join(p for p in (root, *map(str, path)) if p)
+        if item["type"] == "extra_forbidden":
+            siblings = _fields_at(model, item["loc"][:-1])
+            merged[dotted] = ("", [f"unknown key{did_you_mean(str(path[-1]), siblings)}"])
+        elif item["type"] == "missing":
+            merged[dotted] = ("", ["is required"])
+        elif item["type"] == "value_error":
+            merged.setdefault(dotted, ("", []))[1].append(str(item["ctx"]["error"]))
+        else:
+            valid = item["msg"].removeprefix("Input should be ")
+            if item["type"] == "union_tag_invalid":
+                tags = [t.strip().strip("'") for t in item["ctx"]["expected_tags"].split(",")]
+                valid = ", ".join(tags) + did_you_mean(str(item["ctx"]["tag"]), tags)
+                dotted += ".kind"
+                merged[dotted] = (f"got {item['ctx']['tag']!r}", [valid])
+                continue
+            merged.setdefault(dotted, (f"got {item['input']!r}", []))[1].append(valid)
+    return [_sentence(dotted, got, valid) for dotted, (got, valid) in merged.items()]
+
+
+def _sentence(dotted: str, got: str, valid: list[str]) -> str:
+    says = " or ".join(dict.fromkeys(valid))
+    return f"{dotted}: {got}; valid: {says}" if got else (f"{dotted}: {says}" if dotted else says)
+
+
+def _data_path(loc: Iterable[int | str], data: Any) -> list[int | str]:
+    """The part of pydantic's location that exists in the data: union tags are left out."""
+    path: list[int | str] = []
+    steps = list(loc)
+    for place, step in enumerate(steps):
+        held = step in data if isinstance(data, Mapping) else isinstance(data, list) and step in range(len(data))
+        if held:
+            data = data[step]
+        elif not (isinstance(data, Mapping) and place == len(steps) - 1):
+            continue
+        path.append(step)
+    return path
+
+
+def _fields_at(model: type[BaseModel], loc: Iterable[int | str]) -> list[str]:
+    """Field names of the model found by following `loc` from `model`."""
+    here: Any = model
+    for step in loc:
+        candidates = [m for m in _models_in(here) if str(step) in m.model_fields]
+        if candidates:
+            here = candidates[0].model_fields[str(step)].annotation
+            continue
+        tagged = [m for m in _models_in(here) if _tag(m) == step]
+        here = tagged[0] if tagged else here
+    return sorted({name for m in _models_in(here) for name in m.model_fields})
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [m for arg in getattr(annotation, "__args__", ()) for m in _models_in(arg)]
+
+
+def _tag(model: type[BaseModel]) -> Any:
+    field = model.model_fields.get("kind")
+    return field.default if field else None
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`; did you mean 'x'?` for the nearest known word, followed by all of them; for the end of an error message."""
+    known = sorted(set(known))
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return f"{hint} (known: {', '.join(known)})" if known else hint
+
+
+def read_yaml(path: str | Path) -> Tree:
+    """The mapping in a YAML file; `ConfigError` names the file and line of what cannot be read."""
+    try:
+        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: not readable as YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: got {type(tree).__name__}; valid: a mapping of settings")
+    return tree
+
+
+def read_assignment(text: str) -> tuple[str, Any]:
+    """`"a.b=[1, 2]"` as `("a.b", [1, 2])`; the value is read as YAML."""
+    name, equals, value = text.partition("=")
+    if not equals or not name.strip():
+        raise ConfigError(f"got {text!r}; valid: key=value, for example train.steps=100")
+    try:
+        return name.strip(), yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{name.strip()}: got {value!r}, which is not a YAML value: {error}") from None
+
+
+def put(tree: Tree, dotted: str, value: Any) -> None:
+    """Set `tree["a"]["b"]` for `"a.b"`, making mappings on the way."""
+    *way, last = dotted.split(".")
+    here = tree
+    for step in way:
+        here = here.setdefault(step, {})
+        if not isinstance(here, dict):
+            raise ConfigError(f"{dotted}: {step!r} is a value, not a group of settings")
+    here[last] = value
+
+
+def override(config: S, settings: Mapping[str, Any], root: str = "") -> S:
+    """A copy of `config` with `settings` in force.
+
+    A plain name (`rank`) reaches every part that has such a field; a dotted one (`rules.attention.expert.rank`)
+    reaches one. A name that reaches nothing is a `ConfigError`.
+    """
+    tree = config.model_dump(mode="json")
+    paths = list(_field_paths(config))
+    for name, value in settings.items():
+        reached = [p for p in paths if p == name or ("." not in name and p.endswith("." + name))]
+        if not reached:
+            known = paths if "." in name else [p.rsplit(".", 1)[-1] for p in paths]
+            raise ConfigError(f"{name}: reaches no part of this recipe{did_you_mean(name, known)}")
+        for path in reached:
+            put(tree, path, value)
+    return parse(type(config), tree, root)
+
+
+def _field_paths(value: Any, at: str = "") -> Iterator[str]:
+    """Dotted paths of every field below `value`, through models and dictionaries of models."""
+    items = [(name, getattr(value, name)) for name in type(value).model_fields] if isinstance(value, Strict) else []
+    if isinstance(value, Mapping):
+        items = [(name, child) for name, child in value.items() if isinstance(child, Strict)]
+    for name, child in items:
+        path = f"{at}.{name}" if at else name
+        yield path
+        yield from _field_paths(child, path)
