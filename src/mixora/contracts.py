@@ -1,0 +1,122 @@
+"""What an expert, a router, a kernel and a loss must offer. A new part = one file with one of these + one table line.
+
+Parts keep no tensors: the site they serve does, so that PEFT can move, save and switch them like any other adapter's.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from mixora.config import Strict
+from mixora.routing import Routing, Tokens
+
+Parameters = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The size of one site: widths of the adapted module and the ranks of its experts (R is their sum)."""
+
+    in_features: int
+    out_features: int
+    ranks: tuple[int, ...]
+
+
+class Kernel(ABC):
+    """Computes the experts of one site; `ranks` are the experts' ranks, R their sum.
+
+    Slots, what passes from `expand` to `contract`, belong to the kernel. Between the two verbs stand only pointwise
+    maps, which `map` applies. Every kernel gives the values and gradients of `kernels.Loop`.
+    """
+
+    def __init__(self, ranks: tuple[int, ...]) -> None:
+        self.ranks = ranks
+
+    @abstractmethod
+    def expand(self, x_TI: Tensor, w_RI: Tensor, routing: Routing) -> Any:
+        """Slots that hold W_e x_t for at least the chosen experts e of each token t; in the dtype of `x_TI`."""
+
+    @abstractmethod
+    def map(self, function: Callable[[Tensor], Tensor], slots: Any) -> Any:
+        """The slots with `function` applied to each number."""
+
+    @abstractmethod
+    def contract(self, slots: Any, w_RO: Tensor, routing: Routing) -> Tensor:
+        """sum_e weight_te W_e^T slot_te: [T, O], in the dtype of the slots."""
+
+
+class Expert(ABC):
+    """A family of experts that all read the same tensor."""
+
+    Config: ClassVar[type[Strict]]
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+    @abstractmethod
+    def parameter_shapes(self, shape: Shape) -> dict[str, tuple[int, ...]]:
+        """Name and shape of each trainable tensor of a site."""
+
+    @abstractmethod
+    def initialise(self, parameters: Parameters, shape: Shape) -> None:
+        """Fill new parameters in place, so that the adapted module starts as the method prescribes."""
+
+    @abstractmethod
+    def delta(self, x_TI: Tensor, parameters: Parameters, routing: Routing, kernel: Kernel, training: bool) -> Tensor:
+        """What the chosen experts add to the output of the frozen module, before the scale: [T, O], dtype of `x_TI`."""
+
+    @abstractmethod
+    def scale(self, shape: Shape) -> float:
+        """The factor s in front of the sum over experts."""
+
+
+class Router(ABC):
+    """Chooses experts for each token. Random draws come from the ambient generator: recomputation repeats them."""
+
+    Config: ClassVar[type[Strict]]
+    is_static: ClassVar[bool] = False  # the same weights for every input: the experts can be merged
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+    @property
+    @abstractmethod
+    def num_experts(self) -> int:
+        """E."""
+
+    @property
+    @abstractmethod
+    def top_k(self) -> int:
+        """K, the experts a token is computed by."""
+
+    @abstractmethod
+    def parameter_shapes(self, in_features: int) -> dict[str, tuple[int, ...]]:
+        """Name and shape of each trainable tensor; names begin with `router`."""
+
+    @abstractmethod
+    def initialise(self, parameters: Parameters) -> None:
+        """Fill new parameters in place."""
+
+    @abstractmethod
+    def route(self, x_TI: Tensor, parameters: Parameters, tokens: Tokens, training: bool) -> Routing:
+        """The routing of T tokens."""
+
+    def objection(self, is_causal: bool) -> str | None:
+        """Why this router cannot serve such a model; None where it can."""
+        return None
+
+
+class Loss(ABC):
+    """An auxiliary loss on what the routers decided."""
+
+    Config: ClassVar[type[Strict]]
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+    @abstractmethod
+    def of_site(self, routing: Routing) -> Tensor | None:
+        """The loss of one site's routing, an fp32 scalar without its coefficient; None for routers without logits."""

@@ -1,0 +1,1 @@
+"""What the routers do, as numbers, plots and a page."""

@@ -1,0 +1,37 @@
+"""The reference: one expert after the other, each on its own tokens. Slow and plain; the oracle of all kernels."""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from mixora.contracts import Kernel
+from mixora.routing import Routing
+
+# per expert: the tokens it serves [n], and their slots [n, R_e]
+Slots = list[tuple[Tensor, Tensor]]
+
+
+class Loop(Kernel):
+    """Gathers each expert's tokens, computes them, scatters the results back."""
+
+    def expand(self, x_TI: Tensor, w_RI: Tensor, routing: Routing) -> Slots:
+        """Slots of tokens whose weight is not 0."""
+        slots: Slots = []
+        for expert, w_rI in enumerate(w_RI.split(self.ranks)):
+            serves_T = ((routing.experts_TK == expert) & (routing.weights_TK != 0)).any(dim=1)
+            token_n = serves_T.nonzero()[:, 0]
+            slots.append((token_n, x_TI[token_n] @ w_rI.to(x_TI.dtype).T))
+        return slots
+
+    def map(self, function: Callable[[Tensor], Tensor], slots: Slots) -> Slots:
+        """The slots with `function` applied to each number."""
+        return [(token_n, function(h_nr)) for token_n, h_nr in slots]
+
+    def contract(self, slots: Slots, w_RO: Tensor, routing: Routing) -> Tensor:
+        """Weighted sum over the experts of each token: [T, O]."""
+        gates_TE = routing.gates_TE()
+        y_TO = slots[0][1].new_zeros(len(gates_TE), w_RO.shape[1])
+        for expert, ((token_n, h_nr), w_rO) in enumerate(zip(slots, w_RO.split(self.ranks), strict=True)):
+            weight_n = gates_TE[token_n, expert].to(h_nr.dtype)
+            y_TO = y_TO.index_add(0, token_n, (h_nr * weight_n[:, None]) @ w_rO.to(h_nr.dtype))
+        return y_TO

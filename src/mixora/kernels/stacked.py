@@ -1,0 +1,39 @@
+"""All experts of a site as one wide adapter: a pair of GEMMs, the hidden of unchosen experts masked by zero gates.
+
+Costs R instead of K * rank columns and wins while R / K is small, since one wide GEMM beats E gathers.
+"""
+
+from collections.abc import Callable
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mixora.contracts import Kernel
+from mixora.routing import Routing
+
+
+class Stacked(Kernel):
+    """Slots are the hidden of all experts, [T, R]."""
+
+    def expand(self, x_TI: Tensor, w_RI: Tensor, routing: Routing) -> Tensor:
+        """W x for all experts: [T, R]."""
+        return F.linear(x_TI, w_RI.to(x_TI.dtype))
+
+    def map(self, function: Callable[[Tensor], Tensor], slots: Tensor) -> Tensor:
+        """The slots with `function` applied to each number."""
+        return function(slots)
+
+    def contract(self, slots: Tensor, w_RO: Tensor, routing: Routing) -> Tensor:
+        """Weighted sum over the experts of each token: [T, O]."""
+        gates_TE = routing.gates_TE().to(slots.dtype)
+        gates_TR = gates_TE @ _segments_ER(self.ranks, slots.dtype, slots.device)
+        return (slots * gates_TR) @ w_RO.to(slots.dtype)
+
+
+@lru_cache(maxsize=256)
+def _segments_ER(ranks: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """1 where a rank belongs to an expert. Spreading gates with this GEMM is exact (one non-zero per column)."""
+    expert_R = torch.repeat_interleave(torch.tensor(ranks))
+    return F.one_hot(expert_R, len(ranks)).T.to(device, dtype)

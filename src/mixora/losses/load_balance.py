@@ -1,0 +1,34 @@
+"""Keeps experts evenly used (Fedus et al. 2021, arXiv 2101.03961, eq. 4, in the form that is 1 when balanced)."""
+
+from typing import Annotated
+
+from pydantic import Field
+from torch import Tensor
+
+from mixora.config import Strict
+from mixora.contracts import Loss
+from mixora.routing import Routing
+
+
+class LoadBalanceConfig(Strict):
+    """`coefficient` weighs the loss against the task's; 0 switches it off."""
+
+    coefficient: Annotated[float, Field(ge=0)] = 0.0
+
+
+class LoadBalance(Loss):
+    """E * sum_e f_e P_e over real tokens.
+
+    f_e: share of the assignments (before capacity) that chose e, a constant for the gradient. P_e: mean probability of
+    e. 1 with a uniform router, E/K when all tokens choose the same K experts with certainty.
+    """
+
+    Config = LoadBalanceConfig
+
+    def of_site(self, routing: Routing) -> Tensor | None:
+        """Scalar; None for routers without probabilities."""
+        if routing.probs_TE is None:
+            return None
+        valid_T = routing.valid_T.to(routing.probs_TE.dtype)
+        mean_E = (valid_T @ routing.probs_TE) / valid_T.sum().clamp(min=1)
+        return routing.num_experts * (routing.load_E().to(mean_E.dtype) @ mean_E)

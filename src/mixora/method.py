@@ -1,0 +1,51 @@
+"""A method as data: rules that say which modules get which experts, routers and kernel, and the auxiliary losses."""
+
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, Union
+
+from pydantic import Field, create_model
+
+from mixora.config import Strict
+from mixora.experts import EXPERTS
+from mixora.kernels import KERNELS
+from mixora.losses import LOSSES
+from mixora.routers import ROUTERS
+
+
+def _one_of(table: dict[str, Any]) -> Any:
+    """Field type: the configuration of any part in the table, told apart by its `kind`."""
+    configs = tuple(part.Config for part in table.values())
+    return configs[0] if len(configs) == 1 else Annotated[Union[configs], Field(discriminator="kind")]  # noqa: UP007
+
+
+if TYPE_CHECKING:
+    # built from the tables below, which a type checker cannot run
+    AnyExpert: TypeAlias = Any
+    AnyRouter: TypeAlias = Any
+    AnyKernel: TypeAlias = Any
+    Losses: TypeAlias = Any
+else:
+    AnyExpert = _one_of(EXPERTS)
+    AnyRouter = _one_of(ROUTERS)
+    AnyKernel = Literal[("auto", *KERNELS)]
+    _of_losses = {name: (loss.Config, loss.Config()) for name, loss in LOSSES.items()}
+    Losses = create_model("Losses", __base__=Strict, **_of_losses)
+
+
+class Rule(Strict):
+    """What the modules that match `targets` get.
+
+    `targets`: a list of path endings (`q_proj`, `mlp.down_proj`) and of the groups `attention`, `feed-forward` and
+    `all-linear` (the linears of the repeated blocks), or one string, a regular expression for the whole path.
+    """
+
+    targets: Annotated[str, Field(min_length=1)] | Annotated[tuple[str, ...], Field(min_length=1)]
+    expert: AnyExpert
+    router: AnyRouter
+    kernel: AnyKernel = "auto"
+
+
+class Method(Strict):
+    """Named rules, of which no two may match the same module, and the losses."""
+
+    rules: Annotated[dict[str, Rule], Field(min_length=1)]
+    losses: Losses = Losses()

@@ -1,0 +1,238 @@
+"""Rules x model -> plan: the table of sites, printed before training and stored with the adapter."""
+
+import io
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from mixora.contracts import Shape
+from mixora.errors import CheckpointError, ConfigError
+from mixora.experts import EXPERTS
+from mixora.kernels import KERNELS
+from mixora.losses import LOSSES
+from mixora.method import Method, Rule
+from mixora.mixture import Mixture, Parts
+from mixora.passes import Stream
+from mixora.routers import ROUTERS
+from mixora.sites import Linear, linears_of, match
+
+
+@dataclass(frozen=True)
+class Site:
+    """One adapted module. `ranks`: rank of each expert. `leader`: path of the site whose router this one uses.
+
+    `parameters`: trainable numbers, the router's included; `active_parameters`: those a token is computed with.
+    """
+
+    path: str
+    rule: str
+    in_features: int
+    out_features: int
+    expert: str
+    ranks: tuple[int, ...]
+    router: str
+    num_experts: int
+    top_k: int
+    kernel: str
+    scale: float
+    stream: Stream
+    leader: str | None
+    parameters: int
+    active_parameters: int
+
+    @property
+    def shape(self) -> Shape:
+        """Widths and ranks."""
+        return Shape(self.in_features, self.out_features, self.ranks)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All sites of a model under a method, in the model's order, and remarks a user should read before training."""
+
+    sites: tuple[Site, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def parameters(self) -> int:
+        """Trainable numbers of all sites."""
+        return sum(site.parameters for site in self.sites)
+
+    @property
+    def active_parameters(self) -> int:
+        """Numbers of all sites that one token is computed with."""
+        return sum(site.active_parameters for site in self.sites)
+
+    def rows(self, full: bool = False) -> list[dict[str, Any]]:
+        """The table as plain data; sites that differ only in their layer share a row unless `full`."""
+        groups: dict[tuple[Any, ...], list[Site]] = {}
+        for site in self.sites:
+            key = (site.path,) if full else (re.sub(r"\.\d+\.", ".*.", site.path, count=1), _alike(site))
+            groups.setdefault(key, []).append(site)
+        return [_row(sites) for sites in groups.values()]
+
+    def table(self, full: bool = False) -> Table:
+        """The table for a terminal."""
+        rows = self.rows(full)
+        table = Table(title=f"{len(self.sites)} sites")
+        for column in rows[0]:
+            table.add_column(column.replace("_", " "), justify="left" if column in ("path", "router") else "right")
+        for row in rows:
+            table.add_row(*(f"{value:,}" if isinstance(value, int) else str(value) for value in row.values()))
+        table.caption = f"trainable {self.parameters:,}, active {self.active_parameters:,} parameters"
+        return table
+
+    def __str__(self) -> str:
+        text = io.StringIO()
+        console = Console(file=text, width=140)
+        console.print(self.table(), *(f"note: {note}" for note in self.notes), sep="\n")
+        return text.getvalue().rstrip()
+
+    def to_list(self) -> list[dict[str, Any]]:
+        """Plain data for `adapter_config.json`."""
+        return [{**asdict(site), "ranks": list(site.ranks)} for site in self.sites]
+
+    def check_against(self, stored: Iterable[dict[str, Any]]) -> None:
+        """Compare with the plan an adapter was trained under; every difference in one `CheckpointError`."""
+        try:
+            old = {record["path"]: Site(**{**record, "ranks": tuple(record["ranks"])}) for record in stored}
+        except (TypeError, KeyError) as error:
+            raise CheckpointError(f"the adapter's stored plan is damaged: {error}") from None
+        new = {site.path: site for site in self.sites}
+        problems = [f"{path}: missing in this model" for path in old if path not in new]
+        problems += [f"{path}: not in the adapter's plan" for path in new if path not in old]
+        for path in old.keys() & new.keys():
+            # the kernel is how a site is computed, not what
+            pairs = [(f.name, getattr(old[path], f.name), getattr(new[path], f.name)) for f in fields(Site)]
+            problems += [
+                f"{path}.{name}: adapter {was!r}, model {now!r}"
+                for name, was, now in pairs
+                if was != now and name != "kernel"
+            ]
+        if problems:
+            shown = "\n  ".join(sorted(problems)[:20])
+            raise CheckpointError(
+                f"the adapter was trained under another plan, {len(problems)} differences:\n  {shown}"
+            )
+
+
+def _alike(site: Site) -> Site:
+    """The site without what differs from layer to layer."""
+    return replace(site, path="", leader=None if site.leader is None else "shared")
+
+
+def _row(sites: list[Site]) -> dict[str, Any]:
+    first, layers = sites[0], [int(n[1:-1]) for s in sites for n in re.findall(r"\.\d+\.", s.path)[:1]]
+    path = first.path
+    if len(sites) > 1:
+        is_run = layers == list(range(layers[0], layers[-1] + 1))
+        label = f"{layers[0]}-{layers[-1]}" if is_run else ",".join(map(str, layers))
+        path = re.sub(r"\.\d+\.", f".{{{label}}}.", path, count=1)
+    low, high = min(first.ranks), max(first.ranks)
+    return {
+        "path": path,
+        "shape": f"{first.in_features} x {first.out_features}",
+        "experts": first.num_experts,
+        "rank": str(high) if low == high else f"{low}-{high}",
+        "top_k": first.top_k,
+        "router": first.router if first.leader is None else f"{first.router} (shared)",
+        "kernel": first.kernel,
+        "parameters": sum(site.parameters for site in sites),
+        "active_parameters": sum(site.active_parameters for site in sites),
+    }
+
+
+def make_plan(model: nn.Module, method: Method) -> Plan:
+    """The plan of `method` on `model`, which may stand on the meta device; `ConfigError` where the two do not fit."""
+    linears = linears_of(model)
+    if not linears:
+        raise ConfigError(f"{type(model).__name__} has no linear modules to adapt")
+    rule_of: dict[str, str] = {}
+    for name, rule in method.rules.items():
+        for linear in match(rule.targets, linears, model, f"rules.{name}.targets"):
+            if linear.path in rule_of:
+                raise ConfigError(
+                    f"rules.{name}.targets: {linear.path} is already taken by rule {rule_of[linear.path]!r}"
+                )
+            rule_of[linear.path] = name
+    leaders: dict[tuple[str, ...], str] = {}
+    sites = [
+        _make_site(linear, rule_of[linear.path], method.rules[rule_of[linear.path]], leaders)
+        for linear in linears
+        if linear.path in rule_of
+    ]
+    return Plan(tuple(sites), tuple(_notes(method)))
+
+
+def _make_site(linear: Linear, name: str, rule: Rule, leaders: dict[tuple[str, ...], str]) -> Site:
+    router, expert = ROUTERS[rule.router.kind](rule.router), EXPERTS[rule.expert.kind](rule.expert)
+    objection = router.objection(linear.is_causal)
+    if objection:
+        raise ConfigError(f"rules.{name}.router.{objection}")
+    shape = Shape(linear.in_features, linear.out_features, (rule.expert.rank,) * router.num_experts)
+    leader = None
+    if getattr(rule.router, "share_router", False) and linear.siblings_key is not None:
+        first = leaders.setdefault((name, *linear.siblings_key), linear.path)
+        leader = None if first == linear.path else first
+    in_experts = _count(expert.parameter_shapes(shape))
+    in_router = 0 if leader else _count(router.parameter_shapes(linear.in_features))
+    return Site(
+        path=linear.path,
+        rule=name,
+        in_features=linear.in_features,
+        out_features=linear.out_features,
+        expert=rule.expert.kind,
+        ranks=shape.ranks,
+        router=rule.router.kind,
+        num_experts=router.num_experts,
+        top_k=router.top_k,
+        kernel=choose_kernel(rule),
+        scale=expert.scale(shape),
+        stream=linear.stream,
+        leader=leader,
+        parameters=in_experts + in_router,
+        active_parameters=in_experts * router.top_k // router.num_experts + in_router,
+    )
+
+
+def choose_kernel(rule: Rule) -> str:
+    """The kernel a rule names; `auto` is `stacked`, which was never slower than `loop`."""
+    return "stacked" if rule.kernel == "auto" else rule.kernel
+
+
+def _count(shapes: dict[str, tuple[int, ...]]) -> int:
+    return sum(math.prod(shape) for shape in shapes.values())
+
+
+def _notes(method: Method) -> Iterable[str]:
+    for name, rule in method.rules.items():
+        router = rule.router
+        if getattr(router, "renormalise", False) and router.top_k == 1:
+            yield f"rules.{name}: with top_k 1 and renormalised weights the task gives the router no gradient"
+
+
+def parts_of(site: Site, method: Method, plan: Plan, leader: Mixture | None) -> Parts:
+    """The running parts of one site."""
+    rule = method.rules[site.rule]
+    routed = sum(s.leader is None and not ROUTERS[s.router].is_static for s in plan.sites)
+    terms = []
+    if site.leader is None and not ROUTERS[site.router].is_static:
+        for name, loss in LOSSES.items():
+            config = getattr(method.losses, name)
+            if config.coefficient > 0:
+                terms.append((name, loss(config), config.coefficient / routed))
+    return Parts(
+        expert=EXPERTS[site.expert](rule.expert),
+        router=ROUTERS[site.router](rule.router),
+        kernel=KERNELS[site.kernel](site.ranks),
+        shape=site.shape,
+        stream=site.stream,
+        losses=terms,
+        leader=[leader] if leader else [],
+    )

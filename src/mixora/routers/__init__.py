@@ -1,0 +1,9 @@
+"""How tokens choose experts."""
+
+from mixora.contracts import Router
+from mixora.routers.single import Single
+from mixora.routers.topk import TopK
+
+ROUTERS: dict[str, type[Router]] = {"topk": TopK, "single": Single}
+
+__all__ = ["ROUTERS", "Single", "TopK"]

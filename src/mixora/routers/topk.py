@@ -1,0 +1,102 @@
+"""Sparse routing: each token to its K most probable experts (SiRA, arXiv 2311.09179; HiLo, arXiv 2502.03884).
+
+p = softmax(W x);  p~ = ExpertDropout(p);  route = TopK(p~, K);  weights = p~ on the chosen, renormalised or not
+"""
+
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mixora.config import Strict
+from mixora.contracts import Parameters, Router
+from mixora.routers.capacity import CapacityConfig, admit
+from mixora.routing import Routing, Tokens
+
+
+class TopKConfig(Strict):
+    """`top_k` of `num_experts` per token.
+
+    `renormalise`: weights of the chosen sum to 1. `expert_dropout`: probability with which an expert is withheld from
+    a token, in training (inverted scaling). `share_router`: one router for the linears of a block that read the same
+    input. `init_std`: standard deviation of the router's weights at the start.
+    """
+
+    kind: Literal["topk"] = "topk"
+    num_experts: Annotated[int, Field(ge=1)] = 8
+    top_k: Annotated[int, Field(ge=1)] = 2
+    renormalise: bool = False
+    expert_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    share_router: bool = False
+    init_std: Annotated[float, Field(gt=0)] = 0.02
+    capacity: CapacityConfig = CapacityConfig()
+
+    @model_validator(mode="after")
+    def _fits(self) -> "TopKConfig":
+        if self.top_k > self.num_experts:
+            raise ValueError(f"top_k {self.top_k} is more than num_experts {self.num_experts}")
+        return self
+
+
+class TopK(Router):
+    """Linear router without bias, in fp32 (or float64 for float64 inputs) whatever the activations' dtype."""
+
+    Config = TopKConfig
+    config: TopKConfig
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return self.config.num_experts
+
+    @property
+    def top_k(self) -> int:
+        """K."""
+        return self.config.top_k
+
+    def parameter_shapes(self, in_features: int) -> dict[str, tuple[int, ...]]:
+        """W: [E, I]."""
+        return {"router": (self.num_experts, in_features)}
+
+    def initialise(self, parameters: Parameters) -> None:
+        """Normal, mean 0."""
+        nn.init.normal_(parameters["router"], std=self.config.init_std)
+
+    def objection(self, is_causal: bool) -> str | None:
+        """Only admission token by token keeps earlier tokens independent of later ones."""
+        capacity = self.config.capacity
+        if is_causal and capacity.capacity_factor is not None and capacity.admission != "token":
+            return (
+                f"admission: got {capacity.admission!r}, which lets a later token displace an earlier one's expert; "
+                "valid for a causal model: 'token'"
+            )
+        return None
+
+    def route(self, x_TI: Tensor, parameters: Parameters, tokens: Tokens, training: bool) -> Routing:
+        """Top-k routing with expert dropout and capacity; padding is never routed."""
+        config = self.config
+        logits_TE = router_logits(x_TI, parameters["router"])
+        probs_TE = logits_TE.softmax(dim=-1)
+        kept_TE = F.dropout(probs_TE, config.expert_dropout, training)
+        weights_TK, experts_TK = kept_TE.topk(config.top_k, dim=-1)
+        # a slot whose probability was dropped is no choice: weight 0, and it takes no place
+        assigned_TK = (weights_TK > 0) & tokens.valid_T[:, None]
+        if config.renormalise:
+            weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(weights_TK.dtype).tiny)
+        is_limited = training or config.capacity.capacity_at_inference
+        admitted_TK = assigned_TK
+        if config.capacity.capacity_factor is not None and (is_limited or tokens.observed):
+            admitted_TK = admit(config.capacity, experts_TK, assigned_TK, weights_TK, tokens, config.num_experts)
+        weights_TK = torch.where(admitted_TK if is_limited else assigned_TK, weights_TK, 0.0)
+        return Routing(
+            experts_TK, weights_TK, assigned_TK, admitted_TK, tokens.valid_T, config.num_experts, logits_TE, probs_TE
+        )
+
+
+def router_logits(x_TI: Tensor, w_EI: Tensor) -> Tensor:
+    """W x in at least fp32, also under autocast: [T, E]."""
+    dtype = torch.promote_types(x_TI.dtype, torch.float32)
+    with torch.autocast(x_TI.device.type, enabled=False):
+        return F.linear(x_TI.to(dtype), w_EI.to(dtype))

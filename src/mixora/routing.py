@@ -1,0 +1,86 @@
+"""What a router decided: one record for every kind of routing, and the trace that carries it to losses and reports.
+
+Shape letters used throughout: T tokens, K chosen per token, E experts, I in, O out, R rank (summed over experts).
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Which of T tokens are real, and which routing group (sequence) each belongs to.
+
+    valid_T: bool [T], False on padding. group_T: int64 [T], equal for the tokens of one sequence, in [0, T).
+    `observed` is True while a trace is open: routers then also work out what capacity would admit.
+    """
+
+    valid_T: Tensor
+    group_T: Tensor
+    observed: bool = False
+
+    @classmethod
+    def all_real(cls, count: int, device: torch.device) -> "Tokens":
+        """`count` real tokens of one group."""
+        return cls(torch.ones(count, dtype=torch.bool, device=device), torch.zeros(count, dtype=torch.long).to(device))
+
+
+@dataclass(frozen=True)
+class Routing:
+    """The choice of experts for T tokens; shapes are static, so a slot that is not used has weight 0.
+
+    experts_TK: int64, the K distinct experts of each token. weights_TK: float, 0 where the slot was dropped or the
+    token is padding. assigned_TK: bool, slots the router chose (before capacity); padding is never assigned.
+    admitted_TK: bool, those of them that the capacity limit lets in. logits_TE and probs_TE: fp32 router outputs, None
+    for routers without any. valid_T: bool, real tokens.
+    """
+
+    experts_TK: Tensor
+    weights_TK: Tensor
+    assigned_TK: Tensor
+    admitted_TK: Tensor
+    valid_T: Tensor
+    num_experts: int
+    logits_TE: Tensor | None = None
+    probs_TE: Tensor | None = None
+
+    def gates_TE(self) -> Tensor:
+        """The weights as a dense [T, E] matrix, 0 for experts that were not chosen."""
+        gates_TE = self.weights_TK.new_zeros(len(self.weights_TK), self.num_experts)
+        return gates_TE.scatter(1, self.experts_TK, self.weights_TK)
+
+    def load_E(self) -> Tensor:
+        """Share of the assignments (before capacity) that went to each expert: [E], sums to 1, or all 0."""
+        assigned_TK = self.assigned_TK.to(self.weights_TK.dtype)
+        counts_E = assigned_TK.new_zeros(self.num_experts)
+        counts_E = counts_E.scatter_add(0, self.experts_TK.flatten(), assigned_TK.flatten())
+        return counts_E / counts_E.sum().clamp(min=1)
+
+
+@dataclass(frozen=True)
+class Observation:
+    """One routing that a trace saw: where, for which adapter, in which forward pass, with gradients or without."""
+
+    path: str
+    adapter: str
+    pass_index: int
+    with_grad: bool
+    routing: Routing
+
+
+@dataclass
+class Trace:
+    """Everything the routers of a model decided while the trace was open, in order of execution.
+
+    `owns_losses`: whoever opened the trace adds the auxiliary losses, so the layers must not.
+    """
+
+    owns_losses: bool = False
+    observations: list[Observation] = field(default_factory=list)
+    passes: int = 0
+
+    def of(self, path: str) -> list[Routing]:
+        """The routings seen at one site, one for each forward pass."""
+        return [o.routing for o in self.observations if o.path == path]

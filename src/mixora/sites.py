@@ -1,0 +1,133 @@
+"""Where in a model adapters can stand: linear modules, the groups they are named by, and what they read."""
+
+import re
+from dataclasses import dataclass
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from mixora.config import did_you_mean
+from mixora.errors import ConfigError
+from mixora.passes import Stream
+
+GROUPS = ("attention", "feed-forward", "all-linear")
+# linears of one block that read the same hidden states, by the names that transformers gives them
+SIBLINGS = (
+    {"q_proj", "k_proj", "v_proj"},
+    {"query", "key", "value"},
+    {"q", "k", "v"},
+    {"q_lin", "k_lin", "v_lin"},
+    {"gate_proj", "up_proj"},
+    {"wi_0", "wi_1"},
+    {"w1", "w3"},
+)
+_CROSS_ATTENTION = re.compile(
+    r"(EncDecAttention|encoder_attn|crossattention|cross_attn)\.(self\.)?(k|v|k_proj|v_proj|key|value)$"
+)
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear module: its path without wrappers, its widths, the tokens it reads, whether those may see later ones."""
+
+    path: str
+    in_features: int
+    out_features: int
+    stream: Stream
+    is_causal: bool
+
+    @property
+    def group(self) -> str | None:
+        """`attention`, `feed-forward`, or None outside of the repeated blocks."""
+        if not re.search(r"\.\d+\.", self.path):
+            return None
+        return "attention" if re.search(r"attn|attention", self.path, re.IGNORECASE) else "feed-forward"
+
+    @property
+    def siblings_key(self) -> tuple[str, ...] | None:
+        """Equal for the linears that read the same input; None where nothing is known about it."""
+        parent, _, leaf = self.path.rpartition(".")
+        known = [sorted(names) for names in SIBLINGS if leaf in names]
+        return (parent, self.stream, *known[0]) if known else None
+
+
+def linears_of(model: nn.Module) -> list[Linear]:
+    """Every linear module of `model` in its own order; modules that carry adapters count as what they wrap."""
+    encoder_path = _encoder_path(model)
+    causal = _is_causal(model)
+    found = []
+    for name, module in model.named_modules():
+        path = name.replace(".base_layer", "")
+        if name.endswith("base_layer") or "mixora_" in name:
+            continue
+        features = _features(module.get_base_layer() if isinstance(module, BaseTunerLayer) else module)
+        if features is None:
+            continue
+        in_encoder = encoder_path is not None and path.startswith(encoder_path + ".")
+        is_source = encoder_path is None or in_encoder or bool(_CROSS_ATTENTION.search(path))
+        is_causal = causal if encoder_path is None else not is_source
+        found.append(Linear(path, *features, stream="source" if is_source else "target", is_causal=is_causal))
+    return found
+
+
+def _features(module: nn.Module) -> tuple[int, int] | None:
+    if isinstance(module, Conv1D):
+        return tuple(module.weight.shape)
+    if isinstance(module, nn.Linear) or (hasattr(module, "in_features") and hasattr(module, "out_features")):
+        return int(module.in_features), int(module.out_features)  # type: ignore[arg-type]
+    return None
+
+
+def _encoder_path(model: nn.Module) -> str | None:
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return None
+    encoder = model.get_encoder()  # type: ignore[operator]
+    return next(name for name, module in model.named_modules() if module is encoder)
+
+
+def _is_causal(model: nn.Module) -> bool:
+    """Whether tokens see only earlier ones: attention modules of transformers say so."""
+    is_named_so = re.search(r"CausalLM|LMHead", type(model).__name__) is not None
+    return is_named_so or any(getattr(module, "is_causal", False) is True for module in model.modules())
+
+
+def match(targets: str | tuple[str, ...], linears: list[Linear], model: nn.Module, where: str) -> list[Linear]:
+    """The linears that `targets` names; `ConfigError` for an entry that names none. `where` heads its message."""
+    if isinstance(targets, str) and targets not in GROUPS:
+        return _match_expression(targets, linears, where)
+    entries = (targets,) if isinstance(targets, str) else targets
+    found: dict[str, Linear] = {}
+    for entry in entries:
+        hits = [linear for linear in linears if _names(entry, linear)]
+        if not hits:
+            raise ConfigError(_nothing(entry, linears, model, where))
+        found.update({linear.path: linear for linear in hits})
+    return [linear for linear in linears if linear.path in found]
+
+
+def _match_expression(pattern: str, linears: list[Linear], where: str) -> list[Linear]:
+    try:
+        hits = [linear for linear in linears if re.fullmatch(pattern, linear.path)]
+    except re.error as error:
+        raise ConfigError(f"{where}: got {pattern!r}, which is no regular expression: {error}") from None
+    if not hits:
+        raise ConfigError(
+            f"{where}: the expression {pattern!r} matches no linear module; one string is matched against whole paths "
+            f"such as {linears[0].path!r}; valid too: a list of path endings"
+        )
+    return hits
+
+
+def _names(entry: str, linear: Linear) -> bool:
+    if entry in GROUPS:
+        return linear.group is not None and entry in (linear.group, "all-linear")
+    return linear.path == entry or linear.path.endswith("." + entry)
+
+
+def _nothing(entry: str, linears: list[Linear], model: nn.Module, where: str) -> str:
+    others = [module for name, module in model.named_modules() if name == entry or name.endswith("." + entry)]
+    if others:
+        return f"{where}: {entry!r} is a {type(others[0]).__name__}; valid here: linear modules"
+    leaves = {linear.path.rpartition(".")[2] for linear in linears}
+    return f"{where}: {entry!r} matches no module of this model{did_you_mean(entry, {*leaves, *GROUPS})}"

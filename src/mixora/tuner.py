@@ -1,0 +1,165 @@
+"""The PEFT face: a tuner of type MIXORA, registered from outside, so that all of PEFT's entry points know it."""
+
+import copy
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import peft.mapping
+import torch
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner
+from torch import nn
+
+from mixora import passes
+from mixora.config import did_you_mean, override, parse
+from mixora.errors import ConfigError
+from mixora.method import Method
+from mixora.mixture import PREFIX, Mixture
+from mixora.plan import Plan, make_plan, parts_of
+from mixora.recipes import read_recipe
+
+
+class _PeftType(str):
+    """Quacks like a member of the closed enum `peft.PeftType`, which takes no new ones."""
+
+    @property
+    def value(self) -> str:
+        return str.__str__(self)
+
+    @property
+    def name(self) -> str:
+        return str.__str__(self)
+
+
+MIXORA = _PeftType("MIXORA")
+
+
+@dataclass
+class MixoraConfig(PeftConfig):
+    """Configuration of a mixture adapter, for `peft.get_peft_model` and everything else that takes a `PeftConfig`.
+
+    `rules` and `losses` are a `mixora.method.Method` as plain data (`mixora.recipe` fills them), `recipe` the name they
+    came from. `modules_to_save` as in PEFT. `plan` is written when the adapter is made and compared when it is loaded.
+    Raises `ConfigError` for unknown or impossible settings.
+    """
+
+    recipe: str | None = None
+    rules: dict[str, Any] = field(default_factory=dict)
+    losses: dict[str, Any] = field(default_factory=dict)
+    modules_to_save: list[str] | None = None
+    plan: list[dict[str, Any]] | None = None
+
+    # read by PEFT on every config; sites are chosen by the rules
+    target_modules = None
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> "MixoraConfig":
+        """Refuse unknown settings, which PEFT would drop with a warning."""
+        known = {f.name for f in fields(cls)}
+        for name in kwargs.keys() - known:
+            raise ConfigError(f"{name}: unknown key{did_you_mean(name, known)}")
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = MIXORA
+        self.method = parse(Method, {"rules": self.rules, "losses": self.losses})
+        self.rules, self.losses = (self.method.model_dump(mode="json")[part] for part in ("rules", "losses"))
+
+
+def recipe(name: str, /, **overrides: Any) -> MixoraConfig:
+    """The configuration of a named method (see `mixora recipes`) with overrides in force.
+
+    Plain names (`num_experts=16`) reach every part of the recipe that has such a field, dotted ones
+    (`**{"rules.attention.expert.rank": 8}`) one. Fields of `PeftConfig` (`task_type`, `modules_to_save`, ...) may be
+    given as well. Raises `ConfigError` for an unknown recipe, a name that reaches nothing, or an impossible value.
+    """
+    peft_names = {f.name for f in fields(MixoraConfig)} - {"recipe", "rules", "losses", "plan", "peft_type"}
+    for_peft = {key: overrides.pop(key) for key in peft_names & overrides.keys()}
+    method = override(Method.model_validate(read_recipe(name).model_dump(include={"rules", "losses"})), overrides)
+    data = method.model_dump(mode="json")
+    return MixoraConfig(recipe=name, rules=data["rules"], losses=data["losses"], **for_peft)
+
+
+def plan(model: nn.Module, config: MixoraConfig) -> Plan:
+    """The table of sites that `config` makes on `model` (which may stand on the meta device). Changes neither.
+
+    Raises `ConfigError` where the two do not fit.
+    """
+    return make_plan(model, config.method)
+
+
+class MixoraModel(BaseTuner):
+    """The tuner; holds nothing that is needed at run time, since native loading throws it away."""
+
+    prefix = PREFIX
+    tuner_layer_cls = Mixture
+    target_module_mapping: dict[str, list[str]] = {}
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Plan, compare with the stored plan where there is one, wrap the sites, hook the model's entrances."""
+        # the user's config stays as it is: it may serve for another model
+        config = self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
+        new_plan = make_plan(model, config.method)
+        if config.plan is not None:
+            new_plan.check_against(config.plan)
+        config.plan = new_plan.to_list()
+        self._sites = {site.path: site for site in new_plan.sites}
+        self._plan = new_plan
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        if not hasattr(model, "_mixora_hooks"):
+            model._mixora_hooks = passes.install(model)  # type: ignore[assignment]
+
+    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
+        return peft_config
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: PeftConfig, key: str) -> bool:
+        path = key.replace(".base_layer", "")
+        return not key.endswith(".base_layer") and any(site["path"] == path for site in peft_config.plan)
+
+    def _create_and_replace(
+        self,
+        peft_config: PeftConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        assert isinstance(peft_config, MixoraConfig)
+        site = self._sites[current_key.replace(".base_layer", "")]
+        leader = self.model.get_submodule(site.leader) if site.leader else None
+        assert leader is None or isinstance(leader, Mixture)
+        parts = parts_of(site, peft_config.method, self._plan, leader)
+        if isinstance(target, Mixture):
+            target.add(adapter_name, parts, peft_config.inference_mode)
+            return
+        wrapped = Mixture(target, site.path)
+        wrapped._active_adapter = self.active_adapters
+        wrapped.add(adapter_name, parts, peft_config.inference_mode)
+        self._replace_module(parent, target_name, wrapped, target)
+
+    def _check_merge_allowed(self) -> None:
+        """Refuse before the first weight is changed."""
+        super()._check_merge_allowed()
+        with torch.no_grad():
+            for module in self.model.modules():
+                if isinstance(module, Mixture):
+                    for adapter in module.active_adapters:
+                        if adapter in module.parts:
+                            module.get_delta_weight(adapter)
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+        model: Any = super()._unload_and_optionally_merge(*args, **kwargs)
+        for handle in model.__dict__.pop("_mixora_hooks", ()):
+            handle.remove()
+        return model
+
+
+def register() -> None:
+    """Make PEFT know the type MIXORA (once per process; `import mixora` does it)."""
+    table: Any = peft.mapping
+    table.PEFT_TYPE_TO_CONFIG_MAPPING[MIXORA] = MixoraConfig
+    table.PEFT_TYPE_TO_TUNER_MAPPING[MIXORA] = MixoraModel
+    table.PEFT_TYPE_TO_PREFIX_MAPPING[MIXORA] = PREFIX

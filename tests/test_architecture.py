@@ -1,0 +1,48 @@
+"""The order of imports: each module only from the left, siblings never from each other."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parents[1] / "src" / "mixora"
+ORDER = [
+    {"errors"},
+    {"routing", "config"},
+    {"contracts", "passes"},
+    {"experts", "routers", "kernels", "losses"},
+    {"method", "sites"},
+    {"recipes", "mixture"},
+    {"plan"},
+    {"tuner"},
+    {"diagnostics", "bases"},
+    {"data", "evaluate"},
+    {"training"},
+    {"cli"},
+]
+LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
+
+
+def modules():
+    return sorted(path for path in SOURCE.rglob("*.py") if path != SOURCE / "__init__.py")
+
+
+def family(path):
+    return path.relative_to(SOURCE).with_suffix("").parts[0]
+
+
+def imported_families(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "mixora":
+            parts = node.module.split(".")[1:]
+            yield from [parts[0]] if parts else [alias.name for alias in node.names]
+        elif isinstance(node, ast.Import):
+            yield from [a.name.split(".")[1] for a in node.names if a.name.startswith("mixora.")]
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(SOURCE)))
+def test_imports_come_only_from_the_left(path):
+    here = family(path)
+    assert here in LEVEL, f"{here} has no place in the order of imports"
+    wrong = [other for other in imported_families(path) if other != here and LEVEL[other] >= LEVEL[here]]
+    assert not wrong, f"{here} imports {wrong}"
