@@ -2,7 +2,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from mixora.data import Collator, EncodingConfig, Rows, encode
 from mixora.data.packing import pack
@@ -92,3 +92,37 @@ def test_padding_of_packed_rows_can_be_told(plain_tokenizer):
     )
     assert batch["position_ids"].tolist() == [[0, 1, 0, 0]]
     assert batch["labels"].tolist() == [[-100, 2, -100, -100]]
+
+
+def test_trainer_takes_the_collator_and_keeps_packed_rows_apart(make_tokenizer, tmp_path):
+    tokenizer = make_tokenizer()
+    rows = rows_of("completion", *[{"prompt": "abc" * n, "completion": "cab" * (n % 3 + 1)} for n in range(1, 7)])
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            initializer_range=0.5,
+        )
+    )
+    losses = []
+    for packing in (False, True):
+        encoded = encode(rows, tokenizer, EncodingConfig(max_length=40, packing=packing), model_kind="decoder")
+        options = TrainingArguments(
+            output_dir=str(tmp_path),
+            use_cpu=True,
+            max_steps=1,
+            learning_rate=0.0,
+            per_device_train_batch_size=8,
+            report_to=[],
+            save_strategy="no",
+            disable_tqdm=True,
+            dataloader_pin_memory=False,
+        )
+        collator = Collator(tokenizer, "decoder")
+        trainer = Trainer(model=model, args=options, train_dataset=encoded.dataset, data_collator=collator)
+        losses.append(trainer.train().training_loss)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
