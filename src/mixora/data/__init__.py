@@ -1,0 +1,25 @@
+"""Rows from files, folders and the hub, checked, encoded and collated. Knows nothing of adapters.
+
+Order: `read_rows` (sources, files, labels, formats) → `encode` (prompts, packing) → `Collator`.
+"""
+
+from mixora.data.collation import Collator
+from mixora.data.encoding import Encoded, encode
+from mixora.data.formats import FORMS, Form
+from mixora.data.prompts import EncodingConfig, ModelKind, render_choices, render_prompt
+from mixora.data.sources import Rows, read_rows, splits_of
+
+__all__ = [
+    "FORMS",
+    "Collator",
+    "Encoded",
+    "EncodingConfig",
+    "Form",
+    "ModelKind",
+    "Rows",
+    "encode",
+    "read_rows",
+    "render_choices",
+    "render_prompt",
+    "splits_of",
+]
