@@ -16,7 +16,7 @@ ORDER = [
     {"plan"},
     {"tuner"},
     {"diagnostics", "bases"},
-    {"data", "evaluate"},
+    {"data", "evaluate", "loading"},
     {"training"},
     {"cli"},
 ]

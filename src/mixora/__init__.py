@@ -1,10 +1,42 @@
 """Fine-tune Hugging Face models with mixtures of adapters."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from mixora.plan import Plan
 from mixora.recipes import recipe_names
 from mixora.tuner import MixoraConfig, plan, recipe, register
 
+if TYPE_CHECKING:
+    from mixora.training.gradient_check import check_router_gradient
+    from mixora.training.sft import SFTTrainer
+    from mixora.training.trainers import AuxiliaryLossCallback, Trainer
+
 __version__ = "0.1.0"
-__all__ = ["MixoraConfig", "Plan", "plan", "recipe", "recipe_names"]
+__all__ = [
+    "AuxiliaryLossCallback",
+    "MixoraConfig",
+    "Plan",
+    "SFTTrainer",
+    "Trainer",
+    "check_router_gradient",
+    "plan",
+    "recipe",
+    "recipe_names",
+]
+
+# what pulls in trainers is imported when first asked for
+_LATER = {
+    "AuxiliaryLossCallback": "mixora.training.trainers",
+    "SFTTrainer": "mixora.training.sft",
+    "Trainer": "mixora.training.trainers",
+    "check_router_gradient": "mixora.training.gradient_check",
+}
 
 register()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module 'mixora' has no attribute {name!r}")
+    return getattr(import_module(_LATER[name]), name)

@@ -93,6 +93,12 @@ class Mixture(nn.Module, BaseTunerLayer):
         banks = {name.removeprefix(PREFIX): getattr(self, name) for name in self.adapter_layer_names}
         return {kind: bank[adapter] for kind, bank in banks.items() if adapter in bank}
 
+    def is_router_trained(self, adapter: str) -> bool:
+        """Whether the router that this module uses for `adapter` has trainable tensors."""
+        leader = self.parts[adapter].leader[0] if self.parts[adapter].leader else self
+        tensors = leader.parameters_of(adapter)
+        return any(tensors[kind].requires_grad for kind in tensors if kind.startswith("router"))
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The frozen module's output plus that of every active adapter: same shape and dtype as the former."""
         y = self.base_layer(x, *args, **kwargs)

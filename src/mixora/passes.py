@@ -29,7 +29,8 @@ class Pass:
     mask_BS: bool per stream, True on real tokens; `source` is the (only) input of a decoder or encoder and the
     encoder's input of an encoder-decoder, `target` the decoder's input of the latter. positions_BS: position ids,
     which restart where another sequence begins (packing). `trace` is set while the pass runs under one, `is_observed`
-    and `owns_losses` outlive it. `shared`: routings that several layers use, with the input they were made from.
+    and `owns_losses` outlive it. `with_grad`: gradients were on at the entrance. `shared`: routings that several layers
+    use, with the input they were made from.
     """
 
     mask_BS: dict[Stream, Tensor] = field(default_factory=dict)
@@ -37,6 +38,7 @@ class Pass:
     trace: Trace | None = None
     is_observed: bool = False
     owns_losses: bool = False
+    with_grad: bool = False
     is_replay: bool = False
     depth: int = 0
     shared: dict[str, tuple[Tensor, Routing]] = field(default_factory=dict)
@@ -66,8 +68,7 @@ class Pass:
     def record(self, path: str, adapter: str, routing: Routing) -> None:
         """Hand a routing to the open trace, once: what is recomputed was seen before."""
         if self.trace is not None:
-            grad = torch.is_grad_enabled()
-            self.trace.observations.append(Observation(path, adapter, self.trace.passes, grad, routing))
+            self.trace.observations.append(Observation(path, adapter, self.trace.passes, self.with_grad, routing))
 
 
 def _fit(per_token_BS: Tensor | None, x: Tensor) -> Tensor | None:
@@ -200,7 +201,12 @@ def _named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 def _read_pass(module: nn.Module, inputs: dict[str, Any]) -> Pass:
     trace = _state.trace
-    here = Pass(trace=trace, is_observed=trace is not None, owns_losses=trace is not None and trace.owns_losses)
+    here = Pass(
+        trace=trace,
+        is_observed=trace is not None,
+        owns_losses=trace is not None and trace.owns_losses,
+        with_grad=torch.is_grad_enabled(),
+    )
     _put(here.mask_BS, "source", inputs.get("attention_mask"), torch.bool)
     _put(here.positions_BS, "source", inputs.get("position_ids"), None)
     if getattr(getattr(module, "config", None), "is_encoder_decoder", False):

@@ -61,7 +61,10 @@ class Routing:
 
 @dataclass(frozen=True)
 class Observation:
-    """One routing that a trace saw: where, for which adapter, in which forward pass, with gradients or without."""
+    """One routing that a trace saw: where, for which adapter, in which forward pass.
+
+    `with_grad`: gradients were on where the pass began (a re-entrant checkpoint may switch them off further in).
+    """
 
     path: str
     adapter: str

@@ -1,0 +1,81 @@
+"""What the routers do on given batches, as plain numbers."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mixora.errors import ModelError
+from mixora.passes import tracing
+from mixora.routing import Routing
+
+
+def inspect(model: nn.Module, batch: Mapping[str, Tensor] | Iterable[Mapping[str, Tensor]]) -> list[dict[str, Any]]:
+    """What each site's router does with the real tokens of a batch (or of several), in evaluation mode.
+
+    Returns a list with a dictionary per site and active adapter: `path`, `adapter`, `num_experts`, `top_k`; `load`
+    (share of the assignments that chose each expert, sums to 1); `entropy` (mean over tokens of the router's entropy,
+    in nats, at most log num_experts; None for routers without probabilities); `dropped_share` (share of the assignments
+    that the capacity limit would turn away in training); `dead_experts` (indices of experts that no token chose).
+    Weights, gradients and mode of the model stay as they are. Raises `ModelError` for a model without active sites.
+    """
+    batches = [batch] if isinstance(batch, Mapping) else batch
+    tallies: dict[tuple[str, str], _Tally] = {}
+    was_training = model.training
+    model.eval()
+    try:
+        for one in batches:
+            with torch.no_grad(), tracing() as trace:
+                model(**one)
+            for seen in trace.observations:
+                tallies.setdefault((seen.path, seen.adapter), _Tally(seen.routing.num_experts)).add(seen.routing)
+    finally:
+        model.train(was_training)
+    if not tallies:
+        raise ModelError("no active mixture adapter was run: got a model without one, or with its adapters disabled")
+    return [{"path": path, "adapter": adapter, **tally.numbers()} for (path, adapter), tally in tallies.items()]
+
+
+def load_by_group(model: nn.Module, batches: Mapping[str, Iterable[Mapping[str, Tensor]]]) -> dict[str, Any]:
+    """How the load of the experts differs between groups of rows (domains, tasks, languages).
+
+    `batches` holds the batches of each group. Returns `groups` (their names), `sites` (paths of the routed sites) and
+    `load`, nested lists [site][group][expert] of shares that sum to 1 over the experts.
+    """
+    measured = {group: inspect(model, of_group) for group, of_group in batches.items()}
+    routed = [site["path"] for site in next(iter(measured.values())) if site["num_experts"] > 1]
+    loads = {group: {site["path"]: site["load"] for site in sites} for group, sites in measured.items()}
+    return {"groups": list(batches), "sites": routed, "load": [[loads[g][path] for g in batches] for path in routed]}
+
+
+class _Tally:
+    """Counts over several routings of one site."""
+
+    def __init__(self, num_experts: int) -> None:
+        self.chosen_E = torch.zeros(num_experts, dtype=torch.float64)
+        self.entropy, self.tokens, self.admitted, self.top_k = 0.0, 0, 0, 0
+        self.has_probabilities = False
+
+    def add(self, routing: Routing) -> None:
+        assigned = int(routing.assigned_TK.sum())
+        self.chosen_E += routing.load_E().double().cpu() * assigned
+        self.admitted += int(routing.admitted_TK.sum())
+        self.tokens += int(routing.valid_T.sum())
+        self.top_k = routing.experts_TK.shape[1]
+        if routing.probs_TE is not None:
+            self.has_probabilities = True
+            probs_TE = routing.probs_TE[routing.valid_T].double()
+            self.entropy -= float(torch.xlogy(probs_TE, probs_TE).sum())
+
+    def numbers(self) -> dict[str, Any]:
+        assigned = float(self.chosen_E.sum())
+        return {
+            "num_experts": len(self.chosen_E),
+            "top_k": self.top_k,
+            "load": (self.chosen_E / max(assigned, 1.0)).tolist(),
+            "entropy": self.entropy / max(self.tokens, 1) if self.has_probabilities else None,
+            "dropped_share": 1 - self.admitted / assigned if assigned else 0.0,
+            "dead_experts": [expert for expert, count in enumerate(self.chosen_E.tolist()) if round(count) == 0],
+        }
+

@@ -1,0 +1,81 @@
+"""A saved adapter back on its base model, checked tensor by tensor."""
+
+from pathlib import Path
+from typing import Any
+
+from peft import PeftConfig, PeftModel, TaskType
+from peft.utils import get_peft_model_state_dict
+from peft.utils.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel
+
+from mixora.bases import Task, load_base
+from mixora.errors import CheckpointError
+from mixora.tuner import MIXORA
+
+_TASKS: dict[str, Task] = {
+    TaskType.SEQ_CLS.value: "sequence-classification",
+    TaskType.SEQ_2_SEQ_LM.value: "seq2seq-lm",
+}
+
+
+def from_pretrained(
+    base: PreTrainedModel | str | Path,
+    adapter: str | Path,
+    adapter_name: str = "default",
+    is_trainable: bool = False,
+    **for_base: Any,
+) -> PeftModel:
+    """The base model with a saved adapter on it, as `PeftModel.from_pretrained` gives it, after stricter checks.
+
+    `base` is a model, or what `mixora.bases.load_base` takes (which also gets `for_base`: `dtype`, `num_labels`, ...).
+    `adapter` is a folder written by `save_pretrained`, or a hub id. Weights that are missing, unexpected or of the
+    wrong shape, and a model that does not fit the adapter's plan, are a `CheckpointError` that names all of them.
+    """
+    folder = Path(adapter)
+    if folder.exists():
+        _check_files(folder)
+    try:
+        config = PeftConfig.from_pretrained(str(adapter))
+    except ValueError as error:
+        raise CheckpointError(f"{adapter}: holds no adapter: {error}") from None
+    if config.peft_type != MIXORA:
+        raise CheckpointError(f"{adapter}: is an adapter of type {config.peft_type}; valid: {MIXORA}")
+    if not isinstance(base, PreTrainedModel):
+        base, _ = load_base(base, task=_TASKS.get(str(config.task_type), "causal-lm"), **for_base)
+    model = PeftModel.from_pretrained(
+        base, str(adapter), adapter_name=adapter_name, is_trainable=is_trainable, ignore_mismatched_sizes=True
+    )
+    if folder.exists():
+        problems = _compare(model, adapter_name, _shapes_on_disk(folder))
+        if problems:
+            model.unload()
+            shown = "\n  ".join(problems[:20])
+            raise CheckpointError(f"{adapter}: {len(problems)} tensors do not fit the model:\n  {shown}")
+    return model
+
+
+def _check_files(folder: Path) -> None:
+    missing = [name for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME) if not (folder / name).is_file()]
+    if missing:
+        raise CheckpointError(f"{folder}: has no {' and no '.join(missing)}; valid: a folder that save_pretrained wrote")
+    _shapes_on_disk(folder)
+
+
+def _shapes_on_disk(folder: Path) -> dict[str, tuple[int, ...]]:
+    path = folder / SAFETENSORS_WEIGHTS_NAME
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: is damaged: {error}") from None
+
+
+def _compare(model: PeftModel, adapter: str, on_disk: dict[str, tuple[int, ...]]) -> list[str]:
+    expected = {name: tuple(t.shape) for name, t in get_peft_model_state_dict(model, adapter_name=adapter).items()}
+    problems = [f"{name}: missing, expected {list(expected[name])}" for name in sorted(expected.keys() - on_disk)]
+    problems += [f"{name}: unexpected" for name in sorted(on_disk.keys() - expected)]
+    for name in sorted(expected.keys() & on_disk):
+        if expected[name] != on_disk[name]:
+            problems.append(f"{name}: got {list(on_disk[name])}, expected {list(expected[name])}")
+    return problems

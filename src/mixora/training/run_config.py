@@ -1,0 +1,91 @@
+"""What a run consists of: model, adapter, data, training, evaluation. Read from a file, the command line, or both."""
+
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field
+
+from mixora.config import Strict
+from mixora.data import EncodingConfig
+from mixora.errors import ConfigError
+from mixora.evaluate import EvaluationConfig
+from mixora.tuner import MixoraConfig, recipe
+
+
+class ModelSection(Strict):
+    """`base`: a folder, GGUF file, hub id or short name. `task`: `auto` follows from the data and the base."""
+
+    base: str
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    task: Literal["auto", "causal-lm", "sequence-classification", "seq2seq-lm"] = "auto"
+
+
+class AdapterSection(Strict):
+    """`recipe`, and beside it any overrides that the recipe takes: `rank: 8`, `rules: {attention: {...}}`."""
+
+    model_config = ConfigDict(extra="allow")
+
+    recipe: str = "sira"
+
+    def build(self, **for_peft: Any) -> MixoraConfig:
+        """The adapter's configuration; `ConfigError` names the path of what is wrong."""
+        try:
+            return recipe(self.recipe, **dict(_leaves(self.model_extra or {})), **for_peft)
+        except ConfigError as error:
+            raise ConfigError(f"adapter: {error}") from None
+
+
+def _leaves(tree: Mapping[str, Any], at: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{at}{name}.")
+        else:
+            yield f"{at}{name}", value
+
+
+class DataSection(EncodingConfig):
+    """Rows and how they become tokens.
+
+    `source`: a file, a folder with train and validation files, or a hub id. `form`: told from the fields if not given.
+    `train_rows`: the first so many only. `evaluation_split`: rows to evaluate on; where the source lacks it, the last
+    tenth of the training rows is held out. `group_by`: the field by which the report splits the load of the experts.
+    """
+
+    source: str
+    form: str | None = None
+    train_rows: Annotated[int, Field(ge=1)] | None = None
+    evaluation_split: str = "validation"
+    group_by: str = "domain"
+
+
+class TrainSection(Strict):
+    """`steps` of the optimiser, or `epochs`. `arguments`: further `transformers.TrainingArguments` by name."""
+
+    steps: Annotated[int, Field(ge=1)] | None = None
+    epochs: Annotated[float, Field(gt=0)] = 1.0
+    batch_size: Annotated[int, Field(ge=1)] = 8
+    gradient_accumulation: Annotated[int, Field(ge=1)] = 1
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0)] = 0
+    log_every: Annotated[int, Field(ge=1)] = 1
+    arguments: dict[str, Any] = {}
+
+
+class EvaluateSection(EvaluationConfig):
+    """`limit`: the first rows only. `generations`: how many answers the report shows before and after."""
+
+    generations: Annotated[int, Field(ge=0)] = 3
+
+
+class RunConfig(Strict):
+    """A whole run; `out` is the folder of the adapter and the report."""
+
+    model: ModelSection
+    data: DataSection
+    adapter: AdapterSection = AdapterSection()
+    train: TrainSection = TrainSection()
+    evaluate: EvaluateSection = EvaluateSection()
+    out: Annotated[str, Field(min_length=1)] = "runs/mixora"
+    title: str | None = None
