@@ -33,5 +33,8 @@ format: $(READY) ## rewrite files the way `lint` wants them
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+docs: $(READY)   ## the documentation site, in site/; warnings are errors
+	$(BIN)/mkdocs build --strict --quiet
+
 clean:           ## remove what the targets made
 	rm -rf $(VENV) runs

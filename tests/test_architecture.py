@@ -14,7 +14,7 @@ ORDER = [
     {"method", "sites"},
     {"recipes", "mixture"},
     {"plan"},
-    {"tuner"},
+    {"tuner", "memory"},
     {"diagnostics", "bases"},
     {"data", "evaluate", "loading"},
     {"training"},

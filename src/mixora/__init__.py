@@ -8,6 +8,8 @@ from mixora.recipes import recipe_names
 from mixora.tuner import MixoraConfig, plan, recipe, register
 
 if TYPE_CHECKING:
+    from mixora.diagnostics.measure import inspect
+    from mixora.loading import from_pretrained
     from mixora.training.gradient_check import check_router_gradient
     from mixora.training.sft import SFTTrainer
     from mixora.training.trainers import AuxiliaryLossCallback, Trainer
@@ -20,6 +22,8 @@ __all__ = [
     "SFTTrainer",
     "Trainer",
     "check_router_gradient",
+    "from_pretrained",
+    "inspect",
     "plan",
     "recipe",
     "recipe_names",
@@ -31,6 +35,8 @@ _LATER = {
     "SFTTrainer": "mixora.training.sft",
     "Trainer": "mixora.training.trainers",
     "check_router_gradient": "mixora.training.gradient_check",
+    "from_pretrained": "mixora.loading",
+    "inspect": "mixora.diagnostics.measure",
 }
 
 register()

@@ -159,10 +159,11 @@ def override(config: S, settings: Mapping[str, Any], root: str = "") -> S:
     """
     tree = config.model_dump(mode="json")
     paths = list(_field_paths(config))
+    leaves = [p for p in paths if not any(other.startswith(p + ".") for other in paths)]
     for name, value in settings.items():
-        reached = [p for p in paths if p == name or ("." not in name and p.endswith("." + name))]
+        reached = [p for p in leaves if p.rpartition(".")[2] == name] or [p for p in paths if p == name]
         if not reached:
-            known = paths if "." in name else [p.rsplit(".", 1)[-1] for p in paths]
+            known = paths if "." in name else [p.rpartition(".")[2] for p in leaves]
             raise ConfigError(f"{name}: reaches no part of this recipe{did_you_mean(name, known)}")
         for path in reached:
             put(tree, path, value)

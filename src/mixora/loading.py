@@ -1,5 +1,6 @@
 """A saved adapter back on its base model, checked tensor by tensor."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +44,12 @@ def from_pretrained(
         raise CheckpointError(f"{adapter}: is an adapter of type {config.peft_type}; valid: {MIXORA}")
     if not isinstance(base, PreTrainedModel):
         base, _ = load_base(base, task=_TASKS.get(str(config.task_type), "causal-lm"), **for_base)
-    model = PeftModel.from_pretrained(
-        base, str(adapter), adapter_name=adapter_name, is_trainable=is_trainable, ignore_mismatched_sizes=True
-    )
+    with warnings.catch_warnings():
+        # what PEFT warns about here is an error below
+        warnings.filterwarnings("ignore", message="Some weights of|Found missing adapter keys")
+        model = PeftModel.from_pretrained(
+            base, str(adapter), adapter_name=adapter_name, is_trainable=is_trainable, ignore_mismatched_sizes=True
+        )
     if folder.exists():
         problems = _compare(model, adapter_name, _shapes_on_disk(folder))
         if problems:
@@ -58,7 +62,9 @@ def from_pretrained(
 def _check_files(folder: Path) -> None:
     missing = [name for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME) if not (folder / name).is_file()]
     if missing:
-        raise CheckpointError(f"{folder}: has no {' and no '.join(missing)}; valid: a folder that save_pretrained wrote")
+        raise CheckpointError(
+            f"{folder}: has no {' and no '.join(missing)}; valid: a folder that save_pretrained wrote"
+        )
     _shapes_on_disk(folder)
 
 
@@ -72,7 +78,9 @@ def _shapes_on_disk(folder: Path) -> dict[str, tuple[int, ...]]:
 
 
 def _compare(model: PeftModel, adapter: str, on_disk: dict[str, tuple[int, ...]]) -> list[str]:
-    expected = {name: tuple(t.shape) for name, t in get_peft_model_state_dict(model, adapter_name=adapter).items()}
+    # embeddings are not ours to save, and looking for them would ask the hub for the base
+    state = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+    expected = {name: tuple(t.shape) for name, t in state.items()}
     problems = [f"{name}: missing, expected {list(expected[name])}" for name in sorted(expected.keys() - on_disk)]
     problems += [f"{name}: unexpected" for name in sorted(on_disk.keys() - expected)]
     for name in sorted(expected.keys() & on_disk):

@@ -5,8 +5,9 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from typing import Any, Literal
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -78,14 +79,22 @@ class Plan:
         return [_row(sites) for sites in groups.values()]
 
     def table(self, full: bool = False) -> Table:
-        """The table for a terminal."""
+        """The table for a terminal; what all rows have in common stands above and below it."""
         rows = self.rows(full)
-        table = Table(title=f"{len(self.sites)} sites")
+        prefix = _common_prefix([row["path"] for row in rows])
+        kernels = sorted({row.pop("kernel") for row in rows})
+        title = f"{len(self.sites)} sites" + (f" in {prefix}" if prefix else "")
+        table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for column in rows[0]:
-            table.add_column(column.replace("_", " "), justify="left" if column in ("path", "router") else "right")
+            justify: Literal["left", "right"] = "left" if column in ("path", "router") else "right"
+            table.add_column(
+                column.replace("_parameters", ""), justify=justify, no_wrap=column != "path", overflow="fold"
+            )
         for row in rows:
+            row["path"] = row["path"].removeprefix(prefix + ".")
             table.add_row(*(f"{value:,}" if isinstance(value, int) else str(value) for value in row.values()))
-        table.caption = f"trainable {self.parameters:,}, active {self.active_parameters:,} parameters"
+        counts = f"trainable {self.parameters:,}, active {self.active_parameters:,} parameters"
+        table.caption = f"{counts}; kernel: {', '.join(kernels)}"
         return table
 
     def __str__(self) -> str:
@@ -120,6 +129,16 @@ class Plan:
             raise CheckpointError(
                 f"the adapter was trained under another plan, {len(problems)} differences:\n  {shown}"
             )
+
+
+def _common_prefix(paths: list[str]) -> str:
+    """The leading segments that all paths share, before the first layer number."""
+    shared = []
+    for segments in zip(*(path.split(".") for path in paths), strict=False):
+        if len(set(segments)) > 1 or not segments[0].isidentifier():
+            break
+        shared.append(segments[0])
+    return ".".join(shared)
 
 
 def _alike(site: Site) -> Site:

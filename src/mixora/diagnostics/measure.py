@@ -78,4 +78,3 @@ class _Tally:
             "dropped_share": 1 - self.admitted / assigned if assigned else 0.0,
             "dead_experts": [expert for expert, count in enumerate(self.chosen_E.tolist()) if round(count) == 0],
         }
-

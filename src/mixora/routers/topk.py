@@ -3,6 +3,7 @@
 p = softmax(W x);  p~ = ExpertDropout(p);  route = TopK(p~, K);  weights = p~ on the chosen, renormalised or not
 """
 
+from contextlib import nullcontext
 from typing import Annotated, Literal
 
 import torch
@@ -98,5 +99,8 @@ class TopK(Router):
 def router_logits(x_TI: Tensor, w_EI: Tensor) -> Tensor:
     """W x in at least fp32, also under autocast: [T, E]."""
     dtype = torch.promote_types(x_TI.dtype, torch.float32)
-    with torch.autocast(x_TI.device.type, enabled=False):
+    device = x_TI.device.type
+    # the meta device, on which plans are made, knows no autocast
+    off = torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+    with off:
         return F.linear(x_TI.to(dtype), w_EI.to(dtype))

@@ -74,7 +74,7 @@ def _sentence(ratio: float, error: float) -> str:
     )
 
 
-class _StopBeforeUpdate(Exception):
+class _BeforeUpdateError(Exception):
     """Ends a training step once its gradients are complete."""
 
 
@@ -86,7 +86,7 @@ class _Catch(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.gradient = _gradients(kwargs["model"])
-        raise _StopBeforeUpdate
+        raise _BeforeUpdateError
 
 
 def _routers(model: nn.Module) -> list[nn.Parameter]:
@@ -115,7 +115,7 @@ def _one_step(trainer: Any) -> tuple[Tensor, list[tuple[Tensor, Any]]]:
     transformers.set_seed(trainer.args.seed)
     try:
         trainer.train()
-    except _StopBeforeUpdate:
+    except _BeforeUpdateError:
         pass
     finally:
         handler.callbacks = own_callbacks

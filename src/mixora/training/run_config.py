@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
 
-from mixora.config import Strict
+from mixora.config import Strict, parse
 from mixora.data import EncodingConfig
 from mixora.errors import ConfigError
 from mixora.evaluate import EvaluationConfig
@@ -77,6 +77,13 @@ class EvaluateSection(EvaluationConfig):
     """`limit`: the first rows only. `generations`: how many answers the report shows before and after."""
 
     generations: Annotated[int, Field(ge=0)] = 3
+
+
+def read_run(tree: Mapping[str, Any]) -> "RunConfig":
+    """The settings of a run; `ConfigError` with every mistake, the adapter's overrides included."""
+    config = parse(RunConfig, tree)
+    config.adapter.build()
+    return config
 
 
 class RunConfig(Strict):

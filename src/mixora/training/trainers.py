@@ -1,7 +1,8 @@
 """How the auxiliary losses reach the routers: in the loss of our trainers, by injection with any other.
 
-A trainer of ours opens a trace that owns the losses and adds their sum to the task's loss. Under a foreign trainer the
-adapted layers add the gradient themselves; `AuxiliaryLossCallback` tells them its weight and logs the terms. Never both.
+A trainer of ours opens a trace that owns the losses and adds their sum to the task's loss. Under a foreign trainer
+the adapted layers add the gradient themselves; `AuxiliaryLossCallback` tells them its weight and logs the terms. Never
+both.
 """
 
 from collections import defaultdict
@@ -71,7 +72,7 @@ class Terms:
 
 
 class AuxiliaryLossMixin:
-    """Mix in before a `transformers.Trainer` class: adds the auxiliary losses to the loss, exactly, and logs each term."""
+    """Mix in before a `transformers.Trainer` class: adds the auxiliary losses to the loss and logs each term."""
 
     _terms: Terms | None = None
 

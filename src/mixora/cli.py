@@ -1,0 +1,281 @@
+"""The command line. Heavy libraries are imported by the commands that need them, so that help is quick."""
+
+import json
+import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from mixora.errors import MixoraError
+
+TUTORIAL = """Fine-tune Hugging Face models with mixtures of adapters.
+
+A first run, on a model and rows of your own:
+
+\b
+  mixora recipes                                  which methods there are
+  mixora plan --recipe sira --model MODEL         what would be trained, and its memory
+  mixora train --recipe sira --model MODEL --data rows.jsonl --out runs/first
+  mixora generate runs/first --prompt "Hello"     ask the trained model
+  mixora evaluate runs/first                      its metrics on held-out rows
+  mixora inspect runs/first                       what its routers do
+
+MODEL is a folder, a GGUF file, a hub id, or a short name such as smollm2-135m-instruct. Rows are JSON lines with
+prompt and completion; messages; text; text and label; or question, choices and answer.
+
+Any setting can follow as key=value: train.steps=200 adapter.rank=8 data.max_length=256. The same settings can stand
+in a file: mixora train run.yaml train.steps=200
+
+Exit codes: 0 done, 1 a fault in mixora, 2 a mistake in what was asked.
+"""
+
+app = typer.Typer(help=TUTORIAL, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+Settings = Annotated[
+    list[str] | None, typer.Argument(metavar="[RUN.YAML] [KEY=VALUE]...", help="A run file, then changes to it.")
+]
+Recipe = Annotated[str | None, typer.Option(help="A method; see `mixora recipes`. Short for adapter.recipe=…")]
+Model = Annotated[str | None, typer.Option(help="The base model. Short for model.base=…")]
+Data = Annotated[str | None, typer.Option(help="A file, a folder or a hub id. Short for data.source=…")]
+Out = Annotated[str | None, typer.Option(help="Where to write. Short for out=…")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object to standard output, for machines.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="The folder that `mixora train` wrote.")]
+
+
+def _reports_errors(command: Callable[..., None]) -> Callable[..., None]:
+    """A user's mistake ends with one message and exit code 2, a fault of ours with exit code 1."""
+
+    @wraps(command)
+    def run(**options: Any) -> None:
+        _quieten_libraries()
+        try:
+            command(**options)
+        except MixoraError as error:
+            _end("error", str(error), 2, options)
+        except KeyboardInterrupt:
+            _end("stopped", "interrupted; nothing more was written", 130, options)
+        except Exception as error:
+            _end("fault", f"{type(error).__name__}: {error}\n(--debug shows where; please report it)", 1, options)
+
+    return run
+
+
+def _end(kind: str, text: str, code: int, options: dict[str, Any]) -> None:
+    if options.get("debug"):
+        raise
+    Console(stderr=True).print(f"[bold red]{kind}:[/] ", end="")
+    Console(stderr=True).print(text, markup=False, highlight=False, soft_wrap=True)
+    raise typer.Exit(code)
+
+
+def _quieten_libraries() -> None:
+    """Our own progress and errors say what matters."""
+    import warnings
+
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    for module in ("peft", "transformers"):
+        warnings.filterwarnings("ignore", module=module)
+
+
+def _console(as_json: bool) -> Console:
+    return Console(quiet=True) if as_json else Console()
+
+
+def _read_tree(settings: list[str] | None, **short: str | None) -> dict[str, Any]:
+    """The settings of a file, then of key=value words, then of short options; later ones win."""
+    from mixora.config import put, read_assignment, read_yaml
+
+    words = list(settings or ())
+    tree = read_yaml(words.pop(0)) if words and "=" not in words[0] else {}
+    for word in words:
+        put(tree, *read_assignment(word))
+    for path, value in short.items():
+        if value is not None:
+            put(tree, path.replace("__", "."), value)
+    return tree
+
+
+def _print_json(value: Any) -> None:
+    sys.stdout.write(json.dumps(value, indent=2, default=str) + "\n")
+
+
+@app.command()
+@_reports_errors
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="Show one recipe whole.")] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """List the named methods, or show one with all its settings."""
+    import yaml
+
+    from mixora.recipes import read_recipe, recipe_names
+
+    if name is not None:
+        data = read_recipe(name).model_dump(mode="json")
+        _print_json(data) if as_json else sys.stdout.write(yaml.safe_dump(data, sort_keys=False, allow_unicode=True))
+        return
+    found = {known: read_recipe(known) for known in recipe_names()}
+    if as_json:
+        _print_json({known: {"paper": r.paper, "about": r.about} for known, r in found.items()})
+        return
+    table = Table("recipe", "what it is", "paper")
+    for known, recipe in found.items():
+        table.add_row(known, recipe.about, recipe.paper)
+    Console().print(table)
+
+
+@app.command()
+@_reports_errors
+def plan(
+    settings: Settings = None,
+    recipe: Recipe = None,
+    model: Model = None,
+    batch: Annotated[int, typer.Option(help="Rows of a batch, for the memory estimate.")] = 8,
+    length: Annotated[int | None, typer.Option(help="Tokens of a row; 512, or what the base takes.")] = None,
+    full: Annotated[bool, typer.Option("--full", help="One line for every site, not for every kind.")] = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Print the table of sites and an estimate of memory. Loads no weights and trains nothing."""
+    from mixora.training.planning import plan_without_weights
+
+    tree = _read_tree(settings, adapter__recipe=recipe, model__base=model)
+    table, memory, length = plan_without_weights(tree, batch, length)
+    if as_json:
+        _print_json({"sites": table.to_list(), "notes": table.notes, "memory_bytes": memory})
+        return
+    console = Console()
+    console.print(table.table(full))
+    for note in table.notes:
+        console.print(f"note: {note}")
+    parts = ", ".join(f"{name.replace('_', ' ')} {size / 2**20:,.0f}" for name, size in memory.items())
+    console.print(f"memory of a step, {batch} rows of {length} tokens, in MiB: {parts}")
+
+
+@app.command()
+@_reports_errors
+def train(
+    settings: Settings = None,
+    recipe: Recipe = None,
+    model: Model = None,
+    data: Data = None,
+    out: Out = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier run left in `out`.")] = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Fine-tune, evaluate before and after, save the adapter, read it back, write a report."""
+    from mixora.training.progress import Progress
+    from mixora.training.results import prepare_folder, summarise_run, write_run_file
+    from mixora.training.run import fit
+    from mixora.training.run_config import read_run
+
+    tree = _read_tree(settings, adapter__recipe=recipe, model__base=model, data__source=data, out=out)
+    config = read_run(tree)
+    prepare_folder(Path(config.out), overwrite)
+    write_run_file(config)
+    console = _console(as_json)
+    record = fit(config, Progress(console))
+    if as_json:
+        from dataclasses import asdict
+
+        _print_json(asdict(record))
+        return
+    for part in summarise_run(record, Path(config.out)):
+        console.print(part)
+
+
+@app.command()
+@_reports_errors
+def evaluate(
+    run: Run,
+    settings: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the run.")] = None,
+    data: Data = None,
+    split: Annotated[str | None, typer.Option(help="Which rows. Short for data.evaluation_split=…")] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Measure a trained adapter on held-out rows."""
+    from mixora.training.progress import Progress
+    from mixora.training.results import reopen
+
+    changes = _read_tree(settings, data__source=data, data__evaluation_split=split)
+    trained = reopen(run, changes, Progress(_console(as_json)))
+    metrics = trained.measure()
+    if as_json:
+        _print_json(metrics)
+        return
+    table = Table("metric", "value", title=f"{run} on {trained.material.evaluation_rows.origin}")
+    for name, value in metrics.items():
+        table.add_row(name.replace("_", " "), f"{value:.4f}")
+    Console().print(table)
+
+
+@app.command()
+@_reports_errors
+def generate(
+    run: Run,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(help="What to ask; may be given several times. Else standard input, a prompt a line."),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="The longest answer.")] = 64,
+    sample: Annotated[bool, typer.Option("--sample", help="Draw tokens instead of taking the likeliest.")] = False,
+    compare: Annotated[bool, typer.Option("--compare", help="Show the base model's answer too.")] = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Ask a trained model."""
+    from mixora.errors import DataError
+    from mixora.training.progress import Progress
+    from mixora.training.results import reopen
+
+    prompts = prompt or [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    if not prompts:
+        raise DataError("there is no prompt; valid: --prompt TEXT, or a prompt a line on standard input")
+    trained = reopen(run, {}, Progress(_console(as_json)))
+    answers = trained.answer(prompts, max_new_tokens, sample, compare)
+    if as_json:
+        _print_json(answers)
+        return
+    for answer in answers:
+        for name, text in answer.items():
+            Console().print(f"[bold]{name:>10}[/]  ", end="")
+            Console().print(text, markup=False, highlight=False)
+
+
+@app.command()
+@_reports_errors
+def inspect(
+    run: Run,
+    settings: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the run.")] = None,
+    data: Data = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Show what each router does with held-out rows: load per expert, entropy, dropped share, dead experts."""
+    from mixora.training.progress import Progress
+    from mixora.training.results import reopen, routing_table
+
+    trained = reopen(run, _read_tree(settings, data__source=data), Progress(_console(as_json)))
+    sites = trained.inspect()
+    _print_json(sites) if as_json else Console().print(routing_table(sites))
+
+
+def main() -> None:
+    """Entry point of the `mixora` script."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,47 @@
+"""A plan and its memory for a base of any size, from its configuration alone."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from peft import get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
+
+from mixora.bases import DTYPES, Task, resolve_base
+from mixora.config import parse
+from mixora.errors import ConfigError, ModelError
+from mixora.memory import estimate_memory
+from mixora.plan import Plan
+from mixora.training.run_config import AdapterSection, ModelSection
+from mixora.tuner import plan
+
+_CLASSES: dict[Task, Any] = {
+    "causal-lm": AutoModelForCausalLM,
+    "seq2seq-lm": AutoModelForSeq2SeqLM,
+    "sequence-classification": AutoModelForSequenceClassification,
+}
+
+
+def plan_without_weights(tree: Mapping[str, Any], batch: int, length: int | None) -> tuple[Plan, dict[str, int], int]:
+    """The plan for a run's `model` and `adapter`, the memory of a training step in bytes by part, and its row length.
+
+    `length` is 512 tokens, or what the base takes, where it is not given.
+    The base stands on the meta device: a plan for 70 billion parameters takes seconds. Of `tree`, other sections are
+    not looked at. Raises `ConfigError` or `ModelError`.
+    """
+    base = parse(ModelSection, tree.get("model", {}), "model")
+    adapter = parse(AdapterSection, tree.get("adapter", {}), "adapter").build()
+    config = AutoConfig.from_pretrained(str(resolve_base(base.base)))
+    task: Task = ("seq2seq-lm" if config.is_encoder_decoder else "causal-lm") if base.task == "auto" else base.task
+    try:
+        with torch.device("meta"):
+            model = _CLASSES[task].from_config(config, dtype=DTYPES[base.dtype])
+    except ValueError as error:
+        raise ModelError(f"{base.base}: has no class for task {task!r}: {str(error).splitlines()[0]}") from None
+    table = plan(model, adapter)
+    longest = getattr(config, "max_position_embeddings", None) or 512
+    if length is not None and length > longest:
+        raise ConfigError(f"length: got {length}; valid for {base.base}: at most {longest} tokens")
+    length = length or min(512, longest)
+    memory = estimate_memory(get_peft_model(model, adapter), batch, length)
+    return table, {**vars(memory), "total": memory.total}, length

@@ -1,0 +1,137 @@
+"""What a run leaves behind: its folder, the summary, and the trained model opened again."""
+
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from peft import PeftModel
+from rich.console import RenderableType
+from rich.table import Table
+
+from mixora.config import parse, read_yaml
+from mixora.data import render_prompt
+from mixora.diagnostics.measure import inspect
+from mixora.diagnostics.page import format_value
+from mixora.diagnostics.report import RunRecord, summarise
+from mixora.errors import CheckpointError, ConfigError, DataError
+from mixora.evaluate import generate
+from mixora.loading import from_pretrained
+from mixora.training.material import Material, batches_of, make_examples, read_material
+from mixora.training.progress import Progress
+from mixora.training.run import measure
+from mixora.training.run_config import RunConfig
+
+RUN_FILE = "run.yaml"
+
+
+def prepare_folder(out: Path, overwrite: bool) -> None:
+    """Make the folder of a run; `ConfigError` if it holds something and may not be replaced."""
+    if out.is_dir() and any(out.iterdir()):
+        if not overwrite:
+            raise ConfigError(
+                f"out: {out} is not empty; valid: another folder, or --overwrite to replace what is there"
+            )
+        if not (out / RUN_FILE).is_file():
+            raise ConfigError(
+                f"out: {out} was not written by mixora, so --overwrite leaves it alone; valid: another folder"
+            )
+        shutil.rmtree(out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"out: {out} cannot be written: {error}") from None
+
+
+def write_run_file(config: RunConfig) -> None:
+    """Keep the settings beside the results."""
+    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    (Path(config.out) / RUN_FILE).write_text(text, encoding="utf-8")
+
+
+def summarise_run(record: RunRecord, out: Path) -> Iterator[RenderableType]:
+    """The end of a run, for a terminal."""
+    table = Table(
+        "metric", "before", "after", "read back", title=f"{record.title}: {record.after['rows']:.0f} held-out rows"
+    )
+    for name in record.before:
+        if name != "rows":
+            read_back = (record.reloaded or {}).get(name)
+            table.add_row(
+                name.replace("_", " "),
+                format_value(record.before[name], name),
+                f"[green]{format_value(record.after[name], name)}[/]",
+                format_value(read_back, name),
+            )
+    yield table
+    for said in record.generations:
+        block = Table.grid(padding=(0, 1))
+        for name, text in said.items():
+            block.add_row(f"[bold]{name:>9}[/]", text.replace("[", "\\["))
+        yield block
+        yield ""
+    yield summarise(record)
+    yield f"adapter  {out / 'adapter'}\nreport   {out / 'report.html'}\nyours    {record.next_command}"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained adapter on its base, with the rows of its run."""
+
+    model: PeftModel
+    material: Material
+    config: RunConfig
+    progress: Progress
+
+    def measure(self) -> dict[str, float]:
+        """Metrics on the held-out rows."""
+        examples = make_examples(self.material, self.config)
+        return measure(self.model, examples, self.config, self.progress, "trained").metrics
+
+    def inspect(self) -> list[dict[str, Any]]:
+        """What the routers do with the held-out rows; see `mixora.inspect`."""
+        return inspect(self.model, batches_of(make_examples(self.material, self.config), self.config))
+
+    def answer(self, prompts: list[str], max_new_tokens: int, sample: bool, compare: bool) -> list[dict[str, str]]:
+        """The model's answer to each prompt, with the base's beside it if asked."""
+        if self.material.task == "sequence-classification":
+            raise DataError("this model classifies and cannot generate; valid: mixora evaluate")
+        tokenizer, kind = self.material.tokenizer, self.material.kind
+        ids = [
+            render_prompt({"prompt": p}, "completion", tokenizer, self.config.data, model_kind=kind) for p in prompts
+        ]
+        settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": 8, "do_sample": sample}
+        answers = [{"prompt": p} for p in prompts]
+        if compare:
+            with self.model.disable_adapter():
+                for answer, text in zip(answers, generate(self.model, tokenizer, ids, **settings), strict=True):
+                    answer["base"] = text
+        for answer, text in zip(answers, generate(self.model, tokenizer, ids, **settings), strict=True):
+            answer["answer"] = text
+        return answers
+
+
+def reopen(run: Path, changes: Mapping[str, Any], progress: Progress) -> Trained:
+    """The result of `mixora train`, with changes to its settings; `CheckpointError` if the folder is no such result."""
+    if not (run / RUN_FILE).is_file() or not (run / "adapter").is_dir():
+        raise CheckpointError(f"{run}: is not the folder of a finished run; valid: what `mixora train --out` wrote")
+    tree = read_yaml(run / RUN_FILE)
+    for section, values in changes.items():
+        tree[section] = {**tree.get(section, {}), **values} if isinstance(values, Mapping) else values
+    config = parse(RunConfig, tree)
+    progress.say(f"reading {run} and {config.model.base}")
+    material = read_material(config, to_train=False)
+    return Trained(from_pretrained(material.model, run / "adapter"), material, config, progress)
+
+
+def routing_table(sites: list[dict[str, Any]]) -> Table:
+    """What `mixora.inspect` found, for a terminal."""
+    table = Table("site", "load per expert, %", "entropy", "dropped", "dead")
+    for site in sites:
+        load = " ".join(f"{100 * share:.0f}" for share in site["load"])
+        entropy = "-" if site["entropy"] is None else f"{site['entropy']:.3f}"
+        dead = ", ".join(map(str, site["dead_experts"])) or "none"
+        table.add_row(site["path"], load, entropy, f"{site['dropped_share']:.1%}", dead)
+    return table

@@ -1,0 +1,118 @@
+"""The command line as a user meets it: results, JSON, messages and exit codes."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from mixora.cli import app
+from tests.training.conftest import bases, data  # noqa: F401 - fixtures
+
+SMALL = ["adapter.num_experts=4", "adapter.top_k=2", "adapter.rank=2", "train.steps=2", "train.batch_size=4"]
+SHORT = ["evaluate.limit=4", "evaluate.max_new_tokens=3"]
+
+
+@pytest.fixture
+def call():
+    def run(*words, **options):
+        return CliRunner().invoke(app, [str(word) for word in words], **options)
+
+    return run
+
+
+@pytest.fixture
+def trained(call, bases, data, tmp_path):  # noqa: F811
+    out = tmp_path / "out"
+    words = ["--recipe", "sira", "--model", bases / "llama", "--data", data / "commands", "--out", out]
+    result = call("train", *SMALL, *SHORT, *words)
+    assert result.exit_code == 0, result.output
+    return out, result
+
+
+def test_help_is_a_tutorial(call):
+    text = call("--help").output
+    for command in ("recipes", "plan", "train", "evaluate", "generate", "inspect"):
+        assert f"mixora {command}" in text
+    assert "Exit codes: 0" in text
+
+
+def test_recipes_are_listed_and_shown(call):
+    assert "sira" in call("recipes").output and "lora" in call("recipes").output
+    assert json.loads(call("recipes", "--json").output)["sira"]["paper"].endswith("2311.09179")
+    shown = json.loads(call("recipes", "sira", "--json").output)
+    assert shown["rules"]["attention"]["router"]["num_experts"] == 16
+    assert "capacity_factor: 1.25" in call("recipes", "sira").output
+
+
+def test_plan_without_weights(call, bases):  # noqa: F811
+    result = call("plan", "--recipe", "lora", "--model", bases / "llama", "adapter.rank=2", "--json")
+    found = json.loads(result.output)
+    # q and o: 2 (32 + 32), k and v: 2 (32 + 16), two layers
+    assert sum(site["parameters"] for site in found["sites"]) == 2 * (2 * 128 + 2 * 96)
+    assert found["memory_bytes"]["adapter_weights"] == 4 * 896
+    assert found["memory_bytes"]["total"] > found["memory_bytes"]["base_weights"] > 0
+    text = call("plan", "--recipe", "sira", "--model", bases / "bert", "model.task=sequence-classification").output
+    assert "8 sites in bert.encoder.layer" in text and "8 rows of 128 tokens, in MiB" in text
+
+
+def test_train_tells_its_results(trained):
+    out, result = trained
+    for word in ("loss", "before", "after", "read back", "report", "mixora train --recipe sira"):
+        assert word in result.output
+    assert (out / "report.html").is_file() and (out / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_run_file_and_changes(call, trained, tmp_path):
+    out, _ = trained
+    again = tmp_path / "again"
+    result = call("train", out / "run.yaml", "train.steps=1", "--out", again, "--json")
+    record = json.loads(result.output)
+    assert len(record["history"]) == 1 and record["recipe"] == "sira"
+    refused = call("train", out / "run.yaml", "--out", again)
+    assert refused.exit_code == 2 and "--overwrite" in refused.output
+    assert call("train", out / "run.yaml", "train.steps=1", "--out", again, "--overwrite").exit_code == 0
+
+
+def test_evaluate_generate_and_inspect(call, trained, data):  # noqa: F811
+    out, _ = trained
+    metrics = json.loads(call("evaluate", out, "--json").output)
+    assert metrics["loss"] == json.loads((out / "record.json").read_text())["after"]["loss"]
+    assert "slot f1" in call("evaluate", out, "--split", "train").output
+    asked = ["--prompt", "lamp hall", "--prompt", "song folk", "--max-new-tokens", 3]
+    answers = json.loads(call("generate", out, *asked, "--compare", "--json").output)
+    assert [a["prompt"] for a in answers] == ["lamp hall", "song folk"] and "base" in answers[0]
+    piped = call("generate", out, "--max-new-tokens", 3, input="lamp hall\n")
+    assert piped.exit_code == 0 and "answer" in piped.output
+    sites = json.loads(call("inspect", out, "--json").output)
+    assert all(abs(sum(site["load"]) - 1) < 1e-6 for site in sites)
+    assert "load per expert" in call("inspect", out).output
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train", "none.yaml"], "no such file"),
+        (["train"], "model: is required"),
+        (["train", "steps"], "no such file"),
+        (["train", "model.base=x", "data.source=y", "adaptr.rank=2"], "did you mean 'adapter'"),
+        (["recipes", "siar"], "did you mean 'sira'"),
+        (["evaluate", "nowhere"], "is not the folder of a finished run"),
+        (["plan", "--model", "smolm2-135m-instruct"], "did you mean 'smollm2-135m-instruct'"),
+        (["generate", "nowhere"], "there is no prompt"),
+    ],
+)
+def test_a_users_mistake_is_one_message_and_exit_code_2(call, words, message):
+    result = call(*words, input="")
+    assert result.exit_code == 2
+    assert message in " ".join(result.output.split())
+    assert "Traceback" not in result.output
+
+
+def test_a_fault_is_exit_code_1_and_debug_shows_where(call, monkeypatch):
+    def break_down():
+        raise RuntimeError("the disk is on fire")
+
+    monkeypatch.setattr("mixora.recipes.recipe_names", break_down)
+    result = call("recipes")
+    assert result.exit_code == 1 and "RuntimeError: the disk is on fire" in result.output
+    assert isinstance(call("recipes", "--debug").exception, RuntimeError)

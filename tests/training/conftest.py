@@ -1,0 +1,65 @@
+import json
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+from tests.characters import build_tokenizer
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+DOMAINS = {"lamp": ["kitchen", "hall", "attic"], "song": ["jazz", "folk", "soul"]}
+
+
+def command_rows(count):
+    """Commands and the calls they mean, over two domains."""
+    rows = []
+    for n in range(count):
+        domain = list(DOMAINS)[n % 2]
+        word = DOMAINS[domain][n // 2 % 3]
+        rows.append({"prompt": f"{domain} {word} {n}", "completion": f"{domain}(what={word}; n={n})", "domain": domain})
+    return rows
+
+
+@pytest.fixture(scope="session")
+def bases(tmp_path_factory):
+    """Folders of tiny saved models of three kinds with a tokenizer of characters."""
+    root = tmp_path_factory.mktemp("bases")
+    tokenizer = build_tokenizer()
+    marks = {"vocab_size": len(tokenizer), "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    width = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    t5 = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
+    torch.manual_seed(0)
+    models = {
+        "llama": LlamaForCausalLM(LlamaConfig(**marks, **width, num_key_value_heads=2)),
+        "bert": BertForSequenceClassification(BertConfig(**marks, **width, max_position_embeddings=128)),
+        "t5": T5ForConditionalGeneration(T5Config(**marks, **t5)),
+    }
+    for name, model in models.items():
+        model.save_pretrained(root / name)
+        tokenizer.save_pretrained(root / name)
+    return root
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Folders `commands` and `classes` with train and validation rows."""
+
+    def write(name, split, rows):
+        folder = tmp_path / "data" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    classes = [{"text": row["prompt"], "label": row["domain"], "lang": "en"} for row in command_rows(24)]
+    write("commands", "train", command_rows(32))
+    write("commands", "validation", command_rows(40)[32:])
+    write("classes", "train", classes[:16])
+    write("classes", "validation", classes[16:])
+    return tmp_path / "data"

@@ -1,0 +1,186 @@
+"""A run from data to report, on each kind of model, with what it leaves behind."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import yaml
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+
+import mixora
+from mixora.diagnostics.report import read_record
+from mixora.errors import CheckpointError, ConfigError, DataError
+from mixora.training.progress import Progress
+from mixora.training.results import prepare_folder, reopen, write_run_file
+from mixora.training.run import fit
+from mixora.training.run_config import read_run
+
+
+def quiet():
+    return Progress(Console(quiet=True))
+
+
+def settings(base, data, out, **changes):
+    tree = {
+        "model": {"base": str(base)},
+        "data": {"source": str(data)},
+        "adapter": {"recipe": "sira", "num_experts": 4, "top_k": 2, "rank": 2},
+        "train": {"steps": 4, "batch_size": 4, "learning_rate": 0.01},
+        "evaluate": {"limit": 6, "max_new_tokens": 4},
+        "out": str(out),
+    }
+    for path, value in changes.items():
+        section, _, name = path.partition("__")
+        tree[section][name] = value
+    return tree
+
+
+def run(tree):
+    config = read_run(tree)
+    prepare_folder(Path(config.out), overwrite=False)
+    write_run_file(config)
+    return config, fit(config, quiet())
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_generating_models(kind, bases, data, tmp_path):
+    _, record = run(settings(bases / kind, data / "commands", tmp_path / "out"))
+    assert record.after["loss"] < record.before["loss"]
+    assert set(record.after) == {"loss", "perplexity", "exact_match", "intent_accuracy", "slot_f1", "rows"}
+    assert record.reloaded == {name: record.after[name] for name in record.reloaded}
+    assert [line["step"] for line in record.history] == [1, 2, 3, 4]
+    assert all(0.5 < line["load_balance"] < 4 for line in record.history)
+    assert record.load["groups"] == ["lamp", "song"]
+    assert all(math.isclose(sum(e), 1, rel_tol=1e-6) for site in record.load["load"] for e in site)
+    assert len(record.generations) == 3
+    assert record.parameters["active"] < record.parameters["trainable"] < record.parameters["total"]
+    assert read_record(tmp_path / "out") == record
+    names = {p.name for p in (tmp_path / "out").iterdir()}
+    assert names == {"adapter", "report.html", "record.json", "loss.png", "expert_load.png", "run.yaml"}
+
+
+def test_classifier_trains_its_head_and_groups_by_a_named_field(bases, data, tmp_path):
+    _, record = run(settings(bases / "bert", data / "classes", tmp_path / "out", data__group_by="lang"))
+    assert set(record.after) == {"accuracy", "f1", "mcc", "rows"}
+    assert record.load["groups"] == ["en"]
+    assert record.generations == []
+    tensors = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
+    assert any("classifier" in name for name in tensors)
+    assert any("mixora_router" in name for name in tensors)
+
+
+def test_plain_lora_has_no_routing_to_report(bases, data, tmp_path):
+    tree = settings(bases / "llama", data / "commands", tmp_path / "out")
+    tree["adapter"] = {"recipe": "lora", "rank": 2}
+    _, record = run(tree)
+    assert record.routing == [] and record.load is None
+    assert record.after["loss"] < record.before["loss"]
+
+
+def test_same_seed_same_run(bases, data, tmp_path):
+    records = [run(settings(bases / "llama", data / "commands", tmp_path / n))[1] for n in "ab"]
+    assert records[0].history == records[1].history
+    assert records[0].after == records[1].after
+
+
+def test_packing_trains_and_held_out_rows_come_from_the_end_without_a_split(bases, data, tmp_path):
+    only_train = data / "commands" / "train.jsonl"
+    tree = settings(bases / "llama", only_train, tmp_path / "out", data__packing=True, data__max_length=128)
+    _, record = run(tree)
+    assert record.after["rows"] == 3
+    assert record.after["loss"] < record.before["loss"]
+
+
+def test_truncation_is_told(bases, data, tmp_path):
+    _, record = run(settings(bases / "llama", data / "commands", tmp_path / "out", data__max_length=24))
+    assert any("lost tokens" in note for note in record.notes)
+
+
+def test_reopened_run_measures_inspects_and_answers(bases, data, tmp_path):
+    _, record = run(settings(bases / "llama", data / "commands", tmp_path / "out"))
+    trained = reopen(tmp_path / "out", {}, quiet())
+    assert trained.measure() == {name: value for name, value in record.after.items() if name != "rows"}
+    assert {site["path"] for site in trained.inspect()} == {site["path"] for site in record.routing}
+    (answer,) = trained.answer(["lamp hall 3"], 4, sample=False, compare=True)
+    assert set(answer) == {"prompt", "base", "answer"}
+    other = reopen(tmp_path / "out", {"data": {"evaluation_split": "train"}}, quiet())
+    assert len(other.material.evaluation_rows) == 32
+
+
+def test_from_pretrained_takes_a_folder_and_repeats_the_loss(bases, data, tmp_path):
+    run(settings(bases / "llama", data / "commands", tmp_path / "out"))
+    model = mixora.from_pretrained(bases / "llama", tmp_path / "out" / "adapter")
+    assert not any(p.requires_grad for p in model.parameters())
+    trainable = mixora.from_pretrained(str(bases / "llama"), tmp_path / "out" / "adapter", is_trainable=True)
+    assert any(p.requires_grad for p in trainable.parameters())
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"adapter__rnak": 3}, ConfigError, r"adapter: rnak: reaches no part.*did you mean 'rank'"),
+        ({"adapter__top_k": 9}, ConfigError, r"adapter: .*top_k 9 is more than num_experts 4"),
+        ({"adapter__recipe": "siar"}, ConfigError, r"adapter: recipe: got 'siar'.*'sira'"),
+        ({"train__stepz": 3}, ConfigError, r"train\.stepz: unknown key; did you mean 'steps'"),
+        ({"train__steps": 0}, ConfigError, r"train\.steps: got 0; valid: greater than or equal to 1"),
+        ({"train__arguments": {"no_such": 1}}, ConfigError, r"train\.arguments: .*no_such"),
+        ({"model__task": "seq2seq-lm"}, ConfigError, r"model\.task: got 'seq2seq-lm'; valid .*'causal-lm'"),
+        ({"data__evaluation_split": "tset"}, DataError, r"no split 'tset'"),
+        ({"evaluate__metrics": ["blue"]}, ConfigError, r"metrics: got 'blue'.*did you mean 'bleu'"),
+    ],
+)
+def test_mistakes_are_named(change, error, message, bases, data, tmp_path):
+    tree = settings(bases / "llama", data / "commands", tmp_path / "out", **change)
+    with pytest.raises(error, match=message):
+        run(tree)
+
+
+def test_folders_are_never_replaced_by_accident(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("x")
+    for overwrite in (False, True):
+        with pytest.raises(ConfigError, match=r"mine (is not empty|was not written by mixora)"):
+            prepare_folder(tmp_path / "mine", overwrite)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.yaml").write_text(yaml.safe_dump({}))
+    with pytest.raises(ConfigError, match="--overwrite"):
+        prepare_folder(tmp_path / "run", overwrite=False)
+    prepare_folder(tmp_path / "run", overwrite=True)
+    assert list((tmp_path / "run").iterdir()) == []
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ConfigError, match="cannot be written"):
+        prepare_folder(tmp_path / "file" / "below", overwrite=False)
+
+
+def test_only_a_finished_run_can_be_reopened(tmp_path):
+    with pytest.raises(CheckpointError, match="is not the folder of a finished run"):
+        reopen(tmp_path, {}, quiet())
+
+
+def test_damaged_adapters_are_one_clear_error(bases, data, tmp_path):
+    run(settings(bases / "llama", data / "commands", tmp_path / "out"))
+    folder = tmp_path / "out" / "adapter"
+    weights = folder / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    first, second, *_ = sorted(tensors)
+    broken = {**tensors, "extra": tensors[first].clone(), second: tensors[second][:1].clone()}
+    del broken[first]
+    save_file(broken, weights)
+    with pytest.raises(CheckpointError) as caught:
+        mixora.from_pretrained(bases / "llama", folder)
+    text = str(caught.value)
+    assert "3 tensors do not fit" in text and f"{first}: missing" in text and "extra: unexpected" in text
+    assert f"{second}: got [1, " in text
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(CheckpointError, match="is damaged"):
+        mixora.from_pretrained(bases / "llama", folder)
+    weights.unlink()
+    with pytest.raises(CheckpointError, match=r"has no adapter_model\.safetensors"):
+        mixora.from_pretrained(bases / "llama", folder)
+    save_file(tensors, weights)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "peft_type": "LORA", "plan": None}))
+    with pytest.raises((CheckpointError, ConfigError)):
+        mixora.from_pretrained(bases / "llama", folder)
