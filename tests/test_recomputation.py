@@ -97,6 +97,14 @@ def test_checkpoints_set_by_hand(use_reentrant):
     assert_equal(loss_gradients(by_hand(llama(), use_reentrant), batch(0, 6)), expected)
 
 
+@pytest.mark.xfail(strict=True, reason="the last pass serves for all: another mask, silently other gradients")
+@REENTRANT
+def test_checkpoints_set_by_hand_with_two_forwards_before_one_backward(use_reentrant):
+    batches = batch(0, 6), batch(1, 3)
+    expected = loss_gradients(llama(), *batches)
+    assert_equal(loss_gradients(by_hand(llama(), use_reentrant), *batches), expected)
+
+
 @REENTRANT
 def test_checkpoint_around_the_whole_model(use_reentrant):
     inputs = batch(0, 6)

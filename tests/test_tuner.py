@@ -90,6 +90,16 @@ def test_merged_lora_computes_the_same_and_unmerging_restores(make, targets):
     torch.testing.assert_close(logits(merged), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.xfail(strict=True, reason="a merged layer that is disabled answers with the merged weight")
+def test_disabling_a_merged_adapter_gives_the_base():
+    model = adapt(tiny_llama(), lora()).eval()
+    expected = logits(model)
+    model.merge_adapter()
+    with model.disable_adapter():
+        torch.testing.assert_close(logits(model), logits(tiny_llama().eval()), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
+
+
 def weights(model):
     return {n.replace(".base_layer", ""): p.clone() for n, p in model.named_parameters() if "mixora" not in n}
 
@@ -218,3 +228,10 @@ def test_peft_model_is_an_ordinary_one():
     trainable, everything = model.get_nb_trainable_parameters()
     assert trainable == 4608
     assert everything > trainable
+
+
+@pytest.mark.xfail(strict=True, reason="PEFT reads the name behind a dot in str(peft_type)")
+def test_the_status_names_the_type():
+    status = adapt(tiny_llama(), sira()).get_model_status()
+    assert (status.num_adapter_layers, status.enabled) == (8, True)
+    assert status.peft_types == {"default": "MIXORA"}
