@@ -30,7 +30,8 @@ def all_to_one(count, factor, top_k, experts, **changes):
 @pytest.mark.parametrize(
     ("count", "factor", "top_k", "experts", "places"),
     [
-        (40, 1.1, 2, 8, 11),  # 40 * 1.1 * 2 / 8 is 11 and a rounding error: not 12
+        (40, 1.1, 2, 8, 11),  # 40 * 1.1 * 2 / 8 is 11, and a rounding error more when taken from left to right
+        (50, 1.1, 1, 5, 11),  # the same for 50 * (1.1 / 5)
         (30, 1.25, 4, 16, 10),  # 9.375
         (16, 1.0, 2, 8, 4),
         (17, 1.0, 2, 8, 5),  # 4.25
