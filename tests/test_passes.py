@@ -199,6 +199,16 @@ def test_the_encoder_and_cross_attention_know_the_padding_of_the_source():
         assert not routing.assigned_TK[~routing.valid_T].any()
 
 
+def test_padding_of_the_target_is_not_routed():
+    labels = token_ids(2, 8)
+    labels[0, 3:] = -100
+    _, routings = run(adapt(tiny_t5(), sira()), input_ids=token_ids(2, 5), labels=labels)
+    routing = routings["decoder.block.0.layer.0.SelfAttention.q"]
+    assert routing.assigned_TK[:3].all()
+    assert not routing.assigned_TK[4:8].any()
+    assert routing.assigned_TK[8:].all()
+
+
 @BEHIND_THE_LAST_LABEL
 def test_a_target_has_as_many_real_tokens_as_labels():
     """Unpadded, n labels make n decoder positions."""

@@ -25,6 +25,14 @@ def test_a_decoder_without_its_head_is_causal():
     assert {linear.is_causal for linear in linears_of(tiny_llama().model)} == {True}
 
 
+def test_a_language_model_is_causal_by_its_name_where_no_module_says_so():
+    class ToyForCausalLM(nn.Sequential):
+        pass
+
+    assert linears_of(ToyForCausalLM(nn.Linear(2, 2)))[0].is_causal
+    assert not linears_of(nn.Sequential(nn.Linear(2, 2)))[0].is_causal
+
+
 def test_an_encoder_decoder_has_two_streams():
     for linear in linears_of(tiny_t5()):
         reads_source = linear.path.startswith("encoder") or linear.path.endswith(("Attention.k", "Attention.v"))
