@@ -1,0 +1,99 @@
+"""Small models with random weights, built on the fly: every test of the package takes its models from here."""
+
+import peft
+import torch
+from torch import nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+VOCABULARY = 64
+WIDTH = 32
+INNER = 48
+
+
+def tiny_llama(layers=2, seed=0, **changes):
+    """Hidden 32, 4 heads of 8 of which 2 for keys and values, feed-forward 48."""
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": WIDTH, "intermediate_size": INNER, "num_attention_heads": 4, "num_key_value_heads": 2}
+    settings = {"num_hidden_layers": layers, "max_position_embeddings": 64, "use_cache": False}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, **{**sizes, **settings, **changes}))
+
+
+def _bert_config(**changes):
+    sizes = {"hidden_size": WIDTH, "intermediate_size": INNER, "num_attention_heads": 4, "num_hidden_layers": 2}
+    no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return BertConfig(vocab_size=VOCABULARY, max_position_embeddings=64, **{**sizes, **no_dropout, **changes})
+
+
+def tiny_bert(seed=0, **changes):
+    torch.manual_seed(seed)
+    return BertModel(_bert_config(**changes), add_pooling_layer=False)
+
+
+def tiny_bert_classifier(seed=0, **changes):
+    torch.manual_seed(seed)
+    return BertForSequenceClassification(_bert_config(num_labels=3, **changes))
+
+
+def tiny_gpt2(seed=0):
+    torch.manual_seed(seed)
+    no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    marks = {"bos_token_id": 1, "eos_token_id": 2}
+    sizes = {"n_embd": WIDTH, "n_layer": 2, "n_head": 4, "n_positions": 64}
+    return GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, **sizes, **marks, **no_dropout))
+
+
+def tiny_t5(seed=0):
+    torch.manual_seed(seed)
+    sizes = {"d_model": WIDTH, "d_kv": 8, "d_ff": INNER, "num_layers": 2, "num_heads": 4}
+    return T5ForConditionalGeneration(
+        T5Config(vocab_size=VOCABULARY, **sizes, dropout_rate=0.0, decoder_start_token_id=0, pad_token_id=0)
+    )
+
+
+class OneLinear(nn.Module):
+    """The least that can be adapted: one linear, with a mask at the entrance."""
+
+    def __init__(self, in_features, out_features):
+        super().__init__()
+        self.proj = nn.Linear(in_features, out_features)
+
+    def forward(self, x, attention_mask=None, position_ids=None):
+        return self.proj(x)
+
+
+def token_ids(rows, length, seed=0, low=3):
+    """Random token ids [rows, length], none of them a special one."""
+    return torch.randint(low, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def fill(model, seed=0, std=0.3, names=("mixora_B", "mixora_router")):
+    """Random values for what starts at (or near) zero, so that experts and routers make a difference."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if any(part in name for part in names):
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+    return model
+
+
+def adapt(model, config, seed=0, **settings):
+    """The model under PEFT with a filled adapter, in training mode."""
+    torch.manual_seed(seed)
+    return fill(peft.get_peft_model(model, config, **settings), seed).train()
+
+
+def gradients(model):
+    """Copies of all gradients by parameter name; clears them."""
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found

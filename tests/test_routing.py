@@ -1,0 +1,95 @@
+"""The trace: what it records, once per pass and site, and when it records nothing."""
+
+import pytest
+import torch
+from tests.models import adapt, tiny_llama, token_ids
+
+import mixora
+from mixora.passes import tracing
+from mixora.routing import Tokens
+
+SMALL = {"num_experts": 4, "top_k": 2, "rank": 2, "targets": ["q_proj", "o_proj"], "expert_dropout": 0.0}
+Q_0 = "model.layers.0.self_attn.q_proj"
+
+
+def llama(**changes):
+    return adapt(tiny_llama(), mixora.recipe("sira", **{**SMALL, **changes}))
+
+
+def test_every_pass_and_site_is_observed_in_order():
+    model = llama()
+    with tracing() as trace:
+        model(input_ids=token_ids(2, 5))
+        with torch.no_grad():
+            model(input_ids=token_ids(1, 3))
+    leaves = ["0.self_attn.q_proj", "0.self_attn.o_proj", "1.self_attn.q_proj", "1.self_attn.o_proj"]
+    assert [o.path.removeprefix("model.layers.") for o in trace.observations] == leaves * 2
+    assert [o.pass_index for o in trace.observations] == [0] * 4 + [1] * 4
+    assert [o.with_grad for o in trace.observations] == [True] * 4 + [False] * 4
+    assert {o.adapter for o in trace.observations} == {"default"}
+    assert trace.passes == 2
+    assert [len(r.valid_T) for r in trace.of(Q_0)] == [10, 3]
+
+
+def test_a_disabled_adapter_records_nothing():
+    model = llama()
+    with tracing() as trace, model.disable_adapter():
+        model(input_ids=token_ids(2, 5))
+    assert trace.observations == []
+    with tracing() as trace:
+        model(input_ids=token_ids(2, 5))
+    assert len(trace.observations) == 4
+
+
+def test_nothing_is_recorded_outside_of_a_trace():
+    model = llama()
+    with tracing() as trace:
+        pass
+    model(input_ids=token_ids(2, 5))
+    assert (trace.observations, trace.passes) == ([], 0)
+
+
+def test_the_inner_of_two_traces_records():
+    model = llama()
+    with tracing() as outer:
+        with tracing() as inner:
+            model(input_ids=token_ids(1, 4))
+        model(input_ids=token_ids(1, 5))
+    assert [len(trace.of(Q_0)[0].valid_T) for trace in (inner, outer)] == [4, 5]
+
+
+def test_an_error_inside_closes_the_trace():
+    with pytest.raises(KeyError), tracing():
+        raise KeyError
+    model = llama()
+    with tracing() as trace:
+        model(input_ids=token_ids(1, 4))
+    assert len(trace.observations) == 4
+
+
+def test_a_trace_shows_what_capacity_would_refuse_at_inference():
+    """Without any effect on the weights in use."""
+    model = llama(capacity_factor=0.5, min_capacity=1).eval()
+    plain = model(input_ids=token_ids(2, 8)).logits
+    with tracing() as trace:
+        assert torch.equal(model(input_ids=token_ids(2, 8)).logits, plain)
+    (routing,) = trace.of(Q_0)
+    assert (routing.assigned_TK & ~routing.admitted_TK).any()
+    assert torch.equal(routing.weights_TK > 0, routing.assigned_TK)
+
+
+def test_routings_carry_gradients_to_the_router():
+    model = llama()
+    with tracing(owns_losses=True) as trace:
+        model(input_ids=token_ids(2, 8))
+    (routing,) = trace.of(Q_0)
+    router = model.get_submodule("base_model.model." + Q_0).mixora_router["default"]
+    (gradient_EI,) = torch.autograd.grad(routing.probs_TE[:, 0].sum(), router)
+    assert gradient_EI.abs().max() > 0
+
+
+def test_all_real_tokens_form_one_group():
+    tokens = Tokens.all_real(4, torch.device("cpu"))
+    assert tokens.valid_T.tolist() == [True] * 4
+    assert tokens.group_T.tolist() == [0] * 4
+    assert tokens.group_T.dtype == torch.int64
