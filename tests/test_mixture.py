@@ -3,10 +3,10 @@
 import pytest
 import torch
 from peft import get_peft_model
-from tests.models import OneLinear, adapt, fill, gradients, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5, token_ids
 
 import mixora
 from mixora.passes import tracing
+from tests.models import OneLinear, adapt, fill, gradients, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5, token_ids
 
 SMALL = {"num_experts": 4, "top_k": 2, "rank": 2, "targets": ["all-linear"], "expert_dropout": 0.0}
 TIGHT = {"capacity_factor": 0.5, "min_capacity": 1}

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from tests.models import adapt, gradients, tiny_bert, tiny_llama, tiny_t5, token_ids
 
 import mixora
 from mixora.errors import ConfigError
 from mixora.passes import tracing
+from tests.models import adapt, gradients, tiny_bert, tiny_llama, tiny_t5, token_ids
 
 TIGHT = {"capacity_factor": 0.6, "min_capacity": 1}
 Q_PROJ = "model.layers.0.self_attn.q_proj"
@@ -148,7 +148,6 @@ def test_packed_sequences_have_places_of_their_own():
     assert not torch.equal(as_one.admitted_TK, routings[Q_PROJ].admitted_TK)
 
 
-@pytest.mark.xfail(strict=True, reason="a restart is seen only between two real neighbours")
 def test_padding_between_packed_sequences_keeps_them_apart():
     model = adapt(tiny_llama(), sira(targets=["q_proj"]))
     ids, positions = packed([token_ids(1, n, seed=n)[0] for n in (6, 6)])
@@ -180,11 +179,6 @@ def seq2seq():
     return {"input_ids": sources, "attention_mask": mask, "labels": labels}
 
 
-BEHIND_THE_LAST_LABEL = pytest.mark.xfail(
-    strict=True, reason="the position that reads the last label counts as real, though its own label is padding"
-)
-
-
 def is_cross_source(path):
     return path.split(".")[-2] == "EncDecAttention" and path[-1] in "kv"
 
@@ -209,7 +203,6 @@ def test_padding_of_the_target_is_not_routed():
     assert routing.assigned_TK[8:].all()
 
 
-@BEHIND_THE_LAST_LABEL
 def test_a_target_has_as_many_real_tokens_as_labels():
     """Unpadded, n labels make n decoder positions."""
     batch = seq2seq()
@@ -220,7 +213,6 @@ def test_a_target_has_as_many_real_tokens_as_labels():
         assert torch.equal(routing.valid_T, (batch["labels"] != -100).flatten()), path
 
 
-@BEHIND_THE_LAST_LABEL
 def test_padding_the_target_changes_no_gradient():
     model = adapt(tiny_t5(), sira())
     sources, labels = token_ids(2, 5), token_ids(2, 4, seed=1)
@@ -239,7 +231,6 @@ def test_a_given_decoder_mask_wins_over_the_labels():
     assert torch.equal(routings["decoder.block.1.layer.0.SelfAttention.q"].valid_T, mask.flatten().bool())
 
 
-@pytest.mark.xfail(strict=True, reason="a decoder called on its own is read as if it were the encoder")
 def test_a_decoder_called_on_its_own_knows_both_masks():
     batch, model = seq2seq(), adapt(tiny_t5(), sira())
     mask = (batch["labels"] != -100).long()

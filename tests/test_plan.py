@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from tests.models import OneLinear, adapt, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import mixora
 from mixora.errors import ConfigError
+from tests.models import OneLinear, adapt, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
 
 SMALL = {"num_experts": 4, "top_k": 2, "rank": 2}
 
@@ -141,19 +141,19 @@ def test_a_group_that_the_model_does_not_have_is_refused():
 
 def test_the_printed_table_collapses_layers():
     text = str(mixora.plan(tiny_llama(layers=3), sira(share_router=True)))
-    assert "model.layers.{0-2}.self_attn.q_proj" in text
+    assert "12 sites in model.layers" in text
+    assert "{0-2}.self_attn.q_proj" in text
     assert text.count("self_attn") == 4
     assert text.count("(shared)") == 2
     # three layers: q 3 * 640, v 3 * 384
     assert "1,920" in text
     assert "1,152" in text
     assert "trainable 6,144, active 3,456 parameters" in text
-    assert "12 sites" in text
 
 
 def test_layers_that_do_not_follow_each_other_are_listed():
     text = str(mixora.plan(tiny_llama(layers=3), sira(r".*\.(0|2)\.self_attn\.q_proj")))
-    assert "model.layers.{0,2}.self_attn.q_proj" in text
+    assert "{0,2}.self_attn.q_proj" in text
 
 
 def test_full_rows_stand_for_one_site_each():

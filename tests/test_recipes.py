@@ -62,14 +62,10 @@ def test_dotted_overrides_reach_one():
     [
         ({"num_expert": 4}, r"num_expert: reaches no part of this recipe; did you mean 'num_experts'\?"),
         ({"rules.attention.router.topk": 4}, r"rules\.attention\.router\.topk: reaches no part"),
-        pytest.param(
+        (
             {"top_k": 5, "num_experts": 4},
             r"rules\.attention\.router: top_k 5 is more than num_experts 4",
-            marks=pytest.mark.xfail(
-                strict=True, reason="the path ends in the union's tag: rules.attention.router.topk"
-            ),
         ),
-        ({"top_k": 5, "num_experts": 4}, r"top_k 5 is more than num_experts 4"),
         ({"rank": 0}, r"rules\.attention\.expert\.rank: got 0; valid: greater than or equal to 1"),
         ({"rank": "4"}, r"rules\.attention\.expert\.rank: got '4'; valid: a valid integer"),
         ({"expert_dropout": 1.0}, r"expert_dropout: got 1\.0; valid: less than 1"),

@@ -5,11 +5,11 @@ import weakref
 
 import pytest
 import torch
-from tests.models import adapt, gradients, tiny_bert, tiny_llama, tiny_t5, token_ids
 from torch.utils.checkpoint import checkpoint
 
 import mixora
 from mixora.passes import tracing
+from tests.models import adapt, gradients, tiny_bert, tiny_llama, tiny_t5, token_ids
 
 SETTINGS = {
     "num_experts": 4,
@@ -97,7 +97,6 @@ def test_checkpoints_set_by_hand(use_reentrant):
     assert_equal(loss_gradients(by_hand(llama(), use_reentrant), batch(0, 6)), expected)
 
 
-@pytest.mark.xfail(strict=True, reason="the last pass serves for all: another mask, silently other gradients")
 @REENTRANT
 def test_checkpoints_set_by_hand_with_two_forwards_before_one_backward(use_reentrant):
     batches = batch(0, 6), batch(1, 3)
@@ -159,7 +158,6 @@ def test_a_trace_sees_every_routing_once():
     assert {len(trace.of(o.path)) for o in trace.observations} == {1}
 
 
-@pytest.mark.xfail(strict=True, reason="a pass keeps every site's input until its end, sharing or not")
 @pytest.mark.parametrize("share_router", [False, True])
 @pytest.mark.parametrize("mode", ["inference", "checkpointing"])
 def test_a_pass_holds_no_input_of_a_block_that_is_done(mode, share_router):
@@ -183,7 +181,6 @@ def test_checkpointing_may_be_switched_on_and_off_between_steps():
     assert_equal(loss_gradients(model, batch(0, 6)), expected)
 
 
-@pytest.mark.xfail(strict=True, reason="a replayed pass keeps its routings, with their graph, on the layer")
 def test_a_copy_made_after_a_checkpointed_step_is_independent():
     model = checkpointed(llama(), use_reentrant=False)
     loss_gradients(model, batch(0, 6))

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from tests.models import adapt, tiny_llama, token_ids
 
 import mixora
 from mixora.passes import tracing
 from mixora.routing import Tokens
+from tests.models import adapt, tiny_llama, token_ids
 
 SMALL = {"num_experts": 4, "top_k": 2, "rank": 2, "targets": ["q_proj", "o_proj"], "expert_dropout": 0.0}
 Q_0 = "model.layers.0.self_attn.q_proj"

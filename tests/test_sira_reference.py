@@ -6,11 +6,11 @@ from fractions import Fraction
 
 import pytest
 import torch
-from tests.models import OneLinear, adapt
 from torch.nn import functional as F
 
 import mixora
 from mixora.passes import tracing
+from tests.models import OneLinear, adapt
 
 ROWS, LENGTH, IN, OUT = 2, 7, 5, 6
 EXPERTS, TOP_K, RANK, DROP = 4, 2, 3, 0.4

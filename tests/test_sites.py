@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from tests.models import adapt, fill, tiny_bert, tiny_bert_classifier, tiny_gpt2, tiny_llama, tiny_t5, token_ids
 from torch import nn
 
 import mixora
 from mixora.passes import tracing
 from mixora.sites import linears_of
+from tests.models import adapt, fill, tiny_bert, tiny_bert_classifier, tiny_gpt2, tiny_llama, tiny_t5, token_ids
 
 SMALL = {"num_experts": 4, "top_k": 2, "rank": 2, "expert_dropout": 0.3}
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, PeftModel, save_as_lora
 from safetensors import safe_open
-from tests.models import adapt, gradients, tiny_bert_classifier, tiny_llama, token_ids
 
 import mixora
 from mixora.errors import CheckpointError, ConfigError
+from tests.models import adapt, gradients, tiny_bert_classifier, tiny_llama, token_ids
 
 IDS = token_ids(2, 8)
 Q_0 = "model.layers.0.self_attn.q_proj"
@@ -197,13 +197,11 @@ def test_a_classification_head_is_trained_saved_and_restored(tmp_path):
     assert torch.equal(logits(again), logits(model))
 
 
-@pytest.mark.xfail(strict=True, reason="PEFT's TypeError about wrapping a Mixture is all that one learns")
 def test_a_module_cannot_be_both_adapted_and_saved_whole():
     with pytest.raises(ConfigError, match=r"classifier.*modules_to_save"):
         adapt(tiny_bert_classifier(), sira(task_type="SEQ_CLS", targets=["query", "classifier"]))
 
 
-@pytest.mark.xfail(strict=True, reason="MixoraConfig.target_modules is None where PEFT's conversion adds to a set")
 def test_plain_lora_exports_to_peft(tmp_path):
     model = adapt(tiny_llama(), mixora.recipe("lora", rank=4, alpha=8))
     save_as_lora(tmp_path, model, rank=4)

@@ -44,7 +44,7 @@ def parse(model: type[S], data: Mapping[str, Any], root: str = "") -> S:
 def _describe(error: ValidationError, model: type[Strict], data: Tree, root: str) -> list[str]:
     merged: dict[str, tuple[Any, list[str]]] = {}
     for item in error.errors(include_url=False):
-        path = _data_path(item["loc"], data)
+        path = _data_path(item["loc"], data, may_be_missing=item["type"] == "missing")
         dotted = ".".join(p for p in (root, *map(str, path)) if p)
         if item["type"] == "extra_forbidden":
             siblings = _fields_at(model, item["loc"][:-1])
@@ -70,7 +70,7 @@ def _sentence(dotted: str, got: str, valid: list[str]) -> str:
     return f"{dotted}: {got}; valid: {says}" if got else (f"{dotted}: {says}" if dotted else says)
 
 
-def _data_path(loc: Iterable[int | str], data: Any) -> list[int | str]:
+def _data_path(loc: Iterable[int | str], data: Any, may_be_missing: bool) -> list[int | str]:
     """The part of pydantic's location that exists in the data: union tags are left out."""
     path: list[int | str] = []
     steps = list(loc)
@@ -78,7 +78,7 @@ def _data_path(loc: Iterable[int | str], data: Any) -> list[int | str]:
         held = step in data if isinstance(data, Mapping) else isinstance(data, list) and step in range(len(data))
         if held:
             data = data[step]
-        elif not (isinstance(data, Mapping) and place == len(steps) - 1):
+        elif not (may_be_missing and isinstance(data, Mapping) and place == len(steps) - 1):
             continue
         path.append(step)
     return path

@@ -3,12 +3,14 @@
 y = W0 x + s * sum_{e in route(x)} w_e expert_e(x)
 """
 
+import weakref
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from mixora import passes
 from mixora.contracts import Expert, Kernel, Loss, Router, Shape
@@ -63,7 +65,6 @@ class Mixture(nn.Module, BaseTunerLayer):
         self.parts: dict[str, Parts] = {}
         self.readings: dict[str, dict[str, Tensor]] = {}
         self.auxiliary_scale = 1.0
-        self._latest: passes.Pass | None = None
 
     def add(self, adapter: str, parts: Parts, inference_mode: bool) -> None:
         """Create the tensors of `adapter`; experts in the dtype of the frozen module, routers in fp32."""
@@ -101,6 +102,8 @@ class Mixture(nn.Module, BaseTunerLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The frozen module's output plus that of every active adapter: same shape and dtype as the former."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
         y = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters or self.merged:
             return y
@@ -111,14 +114,10 @@ class Mixture(nn.Module, BaseTunerLayer):
 
     def _adapt(self, adapter: str, x: Tensor, y: Tensor) -> Tensor:
         here = passes.current()
-        if here is None and passes.is_in_backward() and self._latest is not None:
-            # recomputed by a checkpoint that transformers did not set up: the last pass is the one meant
-            with passes.replay(self._latest):
+        if here is None and (seen := passes.recomputed()) is not None:
+            with passes.replay(seen):
                 return self._adapt(adapter, x, y)
-        if here is None:
-            here = passes.Pass()
-        else:
-            self._latest = here
+        here = here or passes.Pass()
         parts, x_TI = self.parts[adapter], x.reshape(-1, x.shape[-1])
         routing = self._route(adapter, x, x_TI, here)
         here.record(self.path, adapter, routing)
@@ -129,13 +128,12 @@ class Mixture(nn.Module, BaseTunerLayer):
     def _route(self, adapter: str, x: Tensor, x_TI: Tensor, here: passes.Pass) -> Routing:
         parts = self.parts[adapter]
         leader = parts.leader[0] if parts.leader else self
-        key = f"{adapter}:{leader.path}"
-        seen_x, routing = here.shared.get(key, (None, None))
-        if routing is not None and seen_x is x:
-            return routing
-        tokens = here.tokens(parts.stream, x)
-        routing = parts.router.route(x_TI, leader.parameters_of(adapter), tokens, self.training)
-        here.shared[key] = (x, routing)
+        if adapter in here.shared:
+            path, made_from, routing = here.shared[adapter]
+            if path == leader.path and made_from() is x:
+                return routing
+        routing = parts.router.route(x_TI, leader.parameters_of(adapter), here.tokens(parts.stream, x), self.training)
+        here.shared[adapter] = (leader.path, weakref.ref(x), routing)
         return routing
 
     def _add_losses(self, adapter: str, y: Tensor, routing: Routing, here: passes.Pass) -> Tensor:
@@ -174,7 +172,8 @@ class Mixture(nn.Module, BaseTunerLayer):
 
     def _shift_base_weight(self, delta_OI: Tensor, safe_merge: bool) -> None:
         weight = self.get_base_weight()
-        shifted = weight + (delta_OI if weight.shape == delta_OI.shape else delta_OI.T).to(weight.dtype)
+        is_transposed = isinstance(self.get_base_layer(), Conv1D)
+        shifted = weight + (delta_OI.T if is_transposed else delta_OI).to(weight.dtype)
         if safe_merge and not torch.isfinite(shifted).all():
             raise MixoraError(f"{self.path}: merging gives weights that are not finite; nothing was changed here")
         self.set_base_weight(shifted)

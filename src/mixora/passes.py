@@ -8,13 +8,16 @@ model stay independent of each other.
 import inspect
 import logging
 import threading
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from mixora.routing import Observation, Routing, Tokens, Trace
 
@@ -29,8 +32,9 @@ class Pass:
     mask_BS: bool per stream, True on real tokens; `source` is the (only) input of a decoder or encoder and the
     encoder's input of an encoder-decoder, `target` the decoder's input of the latter. positions_BS: position ids,
     which restart where another sequence begins (packing). `trace` is set while the pass runs under one, `is_observed`
-    and `owns_losses` outlive it. `with_grad`: gradients were on at the entrance. `shared`: routings that several layers
-    use, with the input they were made from.
+    and `owns_losses` outlive it. `with_grad`: gradients were on at the entrance. `again`: this
+    pass as recomputed layers see it. `shared`: per adapter the last routing that other layers may use, with the path of
+    the router's module and the input it was made from.
     """
 
     mask_BS: dict[Stream, Tensor] = field(default_factory=dict)
@@ -41,7 +45,8 @@ class Pass:
     with_grad: bool = False
     is_replay: bool = False
     depth: int = 0
-    shared: dict[str, tuple[Tensor, Routing]] = field(default_factory=dict)
+    again: "Pass | None" = None
+    shared: dict[str, tuple[str, weakref.ref[Tensor], Routing]] = field(default_factory=dict)
     _tokens: dict[tuple[Stream, torch.Size], Tokens] = field(default_factory=dict)
 
     def tokens(self, stream: Stream, x: Tensor) -> Tokens:
@@ -60,8 +65,12 @@ class Pass:
         if len(shape) > 1:
             starts[..., 0] = True
         if positions is not None:
-            jumps = positions[..., 1:] != positions[..., :-1] + 1
-            starts[..., 1:] |= jumps.to(x.device) & valid[..., 1:] & valid[..., :-1]
+            positions = positions.to(x.device)
+            index = torch.arange(valid.shape[-1], device=x.device)
+            # the real token before each token: padding between two sequences belongs to neither
+            last = torch.where(valid, index, -1).cummax(dim=-1).values.roll(1, dims=-1)
+            before = positions.gather(-1, last.clamp(min=0))
+            starts |= valid & (index > 0) & (last >= 0) & (positions != before + 1)
         group_T = (starts.flatten().cumsum(0) - 1).clamp(min=0)
         return Tokens(valid.flatten(), group_T, observed=self.is_observed)
 
@@ -112,44 +121,38 @@ def tracing(owns_losses: bool = False) -> Iterator[Trace]:
 
 
 @contextmanager
-def replay(seen: Pass) -> Iterator[Pass]:
-    """Run a layer again as in pass `seen`: the same tokens, fresh routings, nothing recorded twice."""
-    again = replace(seen, trace=None, is_replay=True, depth=1, shared={})
-    _state.stack.append(again)
+def replay(seen: Pass) -> Iterator[None]:
+    """Run a layer again as in pass `seen`: the same tokens, nothing recorded twice."""
+    if seen.again is None:
+        seen.again = replace(seen, trace=None, is_replay=True, depth=1, shared={})
+    _state.stack.append(seen.again)
     try:
-        yield again
+        yield
     finally:
-        _state.stack.remove(again)
+        _state.stack.pop()
 
 
-def is_in_backward() -> bool:
-    """Whether autograd is running: a layer called then is being recomputed."""
-    return torch._C._current_graph_task_id() != -1
+class _Backward:
+    """The pass whose gradients autograd is working on: it goes through the passes one by one, the latest first."""
+
+    seen: Pass | None = None
 
 
-class _Recomputable:
-    """A checkpointed function that knows its second and later calls to be recomputations of its pass."""
-
-    def __init__(self, function: Callable[..., Any], seen: Pass) -> None:
-        self.function, self.seen, self.has_run = function, seen, False
-
-    def __call__(self, *args: Any) -> Any:
-        if not self.has_run:
-            self.has_run = True
-            return self.function(*args)
-        with replay(self.seen):
-            return self.function(*args)
+def recomputed() -> Pass | None:
+    """The pass that a layer called now is recomputed for by activation checkpointing; None outside of backward."""
+    is_in_backward = torch._C._current_graph_task_id() != -1
+    return _Backward.seen if is_in_backward else None
 
 
-class Checkpointing:
-    """Wraps the function with which transformers checkpoints a layer, so that recomputation sees its own pass."""
+def _begin_backward(seen: Pass, gradient: Tensor) -> None:
+    _Backward.seen = seen
 
-    def __init__(self, checkpoint: Callable[..., Any]) -> None:
-        self.checkpoint = checkpoint
 
-    def __call__(self, function: Callable[..., Any], *args: Any) -> Any:
-        seen = current()
-        return self.checkpoint(function if seen is None else _Recomputable(function, seen), *args)
+def _mark_outputs(output: Any, seen: Pass) -> None:
+    """Let the first gradient that flows back into a pass say which pass it is."""
+    for tensor in tree_leaves(output):
+        if isinstance(tensor, Tensor) and tensor.requires_grad:
+            tensor.register_hook(partial(_begin_backward, seen))
 
 
 def install(model: nn.Module) -> list[Any]:
@@ -174,8 +177,6 @@ def _enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     if here is None:
         here = _read_pass(module, _named(module, args, kwargs))
         _state.stack.append(here)
-        if module.training:
-            _keep_passes_over_recomputation(module)
     here.depth += 1
 
 
@@ -187,6 +188,7 @@ def _leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out
     if here.depth == 0:
         _state.stack.pop()
         here.shared.clear()
+        _mark_outputs(output, here)
         if here.trace is not None:
             here.trace.passes += 1
         # what outlives the pass must hold no graph: layers keep it for a recomputation, and models are copied
@@ -207,6 +209,11 @@ def _read_pass(module: nn.Module, inputs: dict[str, Any]) -> Pass:
         owns_losses=trace is not None and trace.owns_losses,
         with_grad=torch.is_grad_enabled(),
     )
+    if inputs.get("encoder_hidden_states") is not None:
+        # a decoder called by itself
+        _put(here.mask_BS, "source", inputs.get("encoder_attention_mask"), torch.bool)
+        _put(here.mask_BS, "target", inputs.get("attention_mask"), torch.bool)
+        return here
     _put(here.mask_BS, "source", inputs.get("attention_mask"), torch.bool)
     _put(here.positions_BS, "source", inputs.get("position_ids"), None)
     if getattr(getattr(module, "config", None), "is_encoder_decoder", False):
@@ -224,11 +231,8 @@ def _target_mask(inputs: dict[str, Any]) -> Tensor | None:
     mask, labels = inputs.get("decoder_attention_mask"), inputs.get("labels")
     if mask is not None or labels is None or inputs.get("decoder_input_ids") is not None or labels.dim() != 2:
         return mask
-    return torch.cat([torch.ones_like(labels[:, :1], dtype=torch.bool), labels[:, :-1] != -100], dim=1)
-
-
-def _keep_passes_over_recomputation(model: nn.Module) -> None:
-    for module in model.modules():
-        checkpoint = module.__dict__.get("_gradient_checkpointing_func")
-        if checkpoint is not None and not isinstance(checkpoint, Checkpointing):
-            module._gradient_checkpointing_func = Checkpointing(checkpoint)  # type: ignore[assignment]
+    is_label = labels != -100
+    reads_real = torch.cat([torch.ones_like(is_label[:, :1]), is_label[:, :-1]], dim=1)
+    # behind the last label a row has ended: its unpadded form has no such position
+    is_before_end = is_label.flip(1).cummax(dim=1).values.flip(1)
+    return reads_real & is_before_end

@@ -26,6 +26,9 @@ class _PeftType(str):
     def value(self) -> str:
         return str.__str__(self)
 
+    def __str__(self) -> str:
+        return f"PeftType.{str.__str__(self)}"
+
     @property
     def name(self) -> str:
         return str.__str__(self)
@@ -105,7 +108,13 @@ class MixoraModel(BaseTuner):
         config.plan = new_plan.to_list()
         self._sites = {site.path: site for site in new_plan.sites}
         self._plan = new_plan
+        for name in config.modules_to_save or ():
+            both = [s.path for s in new_plan.sites if s.path == name or s.path.endswith("." + name)]
+            if both:
+                raise ConfigError(f"{both[0]}: is adapted by a rule and trained whole by modules_to_save {name!r}")
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        # PEFT's export to LoRA reads it
+        config.target_modules = set(self._sites)
         if not hasattr(model, "_mixora_hooks"):
             model._mixora_hooks = passes.install(model)  # type: ignore[assignment]
 
@@ -140,18 +149,24 @@ class MixoraModel(BaseTuner):
         wrapped.add(adapter_name, parts, peft_config.inference_mode)
         self._replace_module(parent, target_name, wrapped, target)
 
-    def _check_merge_allowed(self) -> None:
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Refuse before the first weight is changed."""
-        super()._check_merge_allowed()
+        self._check_all_static(adapter_names)
+        super().merge_adapter(adapter_names, safe_merge)
+
+    def _check_all_static(self, adapter_names: list[str] | None) -> None:
         with torch.no_grad():
             for module in self.model.modules():
                 if isinstance(module, Mixture):
-                    for adapter in module.active_adapters:
+                    for adapter in adapter_names or module.active_adapters:
                         if adapter in module.parts:
                             module.get_delta_weight(adapter)
 
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
-        model: Any = super()._unload_and_optionally_merge(*args, **kwargs)
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
+        if merge:
+            names = kwargs.get("adapter_names") or (args[2] if len(args) > 2 else None)
+            self._check_all_static(names)
+        model: Any = super()._unload_and_optionally_merge(merge, *args, **kwargs)
         for handle in model.__dict__.pop("_mixora_hooks", ()):
             handle.remove()
         return model

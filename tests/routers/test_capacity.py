@@ -157,7 +157,6 @@ def test_only_token_order_keeps_earlier_tokens_independent_of_the_last(order, is
     assert (changed == 0) == is_causal
 
 
-@pytest.mark.xfail(strict=True, reason="TopK ranks by the weights after renormalisation, not by probability")
 def test_priority_is_by_probability_also_with_renormalised_weights():
     """Token 0: 0.4, 0.01 and six rests; token 1: 0.45, 0.44. Renormalised, token 0's first choice would win."""
     probs_TE = torch.full((2, 8), 0.01)

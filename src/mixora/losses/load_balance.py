@@ -30,5 +30,6 @@ class LoadBalance(Loss):
         if routing.probs_TE is None:
             return None
         valid_T = routing.valid_T.to(routing.probs_TE.dtype)
-        mean_E = (valid_T @ routing.probs_TE) / valid_T.sum().clamp(min=1)
-        return routing.num_experts * (routing.load_E().to(mean_E.dtype) @ mean_E)
+        # sums, not matrix products: autocast would compute the latter in low precision
+        mean_E = (valid_T[:, None] * routing.probs_TE).sum(dim=0) / valid_T.sum().clamp(min=1)
+        return routing.num_experts * (routing.load_E().to(mean_E.dtype) * mean_E).sum()

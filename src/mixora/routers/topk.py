@@ -84,12 +84,13 @@ class TopK(Router):
         weights_TK, experts_TK = kept_TE.topk(config.top_k, dim=-1)
         # a slot whose probability was dropped is no choice: weight 0, and it takes no place
         assigned_TK = (weights_TK > 0) & tokens.valid_T[:, None]
+        priority_TK = weights_TK
         if config.renormalise:
             weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(weights_TK.dtype).tiny)
         is_limited = training or config.capacity.capacity_at_inference
         admitted_TK = assigned_TK
         if config.capacity.capacity_factor is not None and (is_limited or tokens.observed):
-            admitted_TK = admit(config.capacity, experts_TK, assigned_TK, weights_TK, tokens, config.num_experts)
+            admitted_TK = admit(config.capacity, experts_TK, assigned_TK, priority_TK, tokens, config.num_experts)
         weights_TK = torch.where(admitted_TK if is_limited else assigned_TK, weights_TK, 0.0)
         return Routing(
             experts_TK, weights_TK, assigned_TK, admitted_TK, tokens.valid_T, config.num_experts, logits_TE, probs_TE

@@ -82,7 +82,7 @@ def fit(config: RunConfig, progress: Progress) -> RunRecord:
     return record
 
 
-def _describe_run(config: RunConfig, adapter: MixoraConfig) -> dict[str, str]:
+def _describe_run(config: RunConfig, adapter: MixoraConfig) -> dict[str, Any]:
     return {
         "title": config.title or f"{adapter.recipe} on {Path(config.data.source).name}",
         "recipe": str(adapter.recipe),
