@@ -5,7 +5,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
-from tests.characters import build_tokenizer
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -14,6 +13,8 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
+
+from tests.characters import build_tokenizer
 
 DOMAINS = {"lamp": ["kitchen", "hall", "attic"], "song": ["jazz", "folk", "soul"]}
 

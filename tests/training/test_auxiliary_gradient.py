@@ -9,11 +9,11 @@ import pytest
 import torch
 import transformers
 import trl
-from tests.training.setups import accumulated_batches, balance_gradient, make_model, make_trainer
 from transformers import TrainerCallback
 
 import mixora
 from mixora.errors import TrainingError
+from tests.training.setups import accumulated_batches, balance_gradient, make_model, make_trainer
 
 # TRL deprecates the argument, and still takes it
 SMOOTHING_IS_DEPRECATED = pytest.mark.filterwarnings(

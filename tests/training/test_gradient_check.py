@@ -4,10 +4,10 @@ import pytest
 import torch
 import transformers
 import trl
-from tests.training.setups import make_model, make_trainer
 
 import mixora
 from mixora.errors import TrainingError
+from tests.training.setups import make_model, make_trainer
 
 
 def weights(model):

@@ -5,10 +5,10 @@ import sys
 import torch
 import torch.distributed as dist
 import transformers
-from tests.training.setups import make_trainer
-from tests.training.test_auxiliary_gradient import Catch
 
 import mixora
+from tests.training.setups import make_trainer
+from tests.training.test_auxiliary_gradient import Catch
 
 
 def main(folder):
