@@ -41,7 +41,7 @@ def test_recipes_are_listed_and_shown(call):
     assert json.loads(call("recipes", "--json").output)["sira"]["paper"].endswith("2311.09179")
     shown = json.loads(call("recipes", "sira", "--json").output)
     assert shown["rules"]["attention"]["router"]["num_experts"] == 16
-    assert "capacity_factor: 1.25" in call("recipes", "sira").output
+    assert "capacity_factor: 2.0" in call("recipes", "sira").output
 
 
 def test_plan_without_weights(call, bases):  # noqa: F811

@@ -24,7 +24,7 @@ def test_every_recipe_is_complete(name):
     assert mixora.recipe(name).recipe == name
 
 
-def test_sira_is_as_specified():
+def test_sira_is_as_specified_with_the_scale_capacity_and_coefficient_of_the_log():
     config = mixora.recipe("sira")
     router, expert = rule(config).router, rule(config).expert
     assert rule(config).targets == ("attention",)
@@ -32,12 +32,11 @@ def test_sira_is_as_specified():
     assert (router.renormalise, router.share_router, router.init_std) == (False, False, 0.02)
     assert 0.1 <= router.expert_dropout <= 0.5
     assert router.capacity == CapacityConfig(
-        capacity_factor=1.25, min_capacity=4, count_slots=True, group="sequence", admission="token"
+        capacity_factor=2.0, min_capacity=4, count_slots=True, group="sequence", admission="token"
     )
     assert router.capacity.capacity_at_inference is False
-    assert config.method.losses.load_balance.coefficient == 0.01
-    # s = alpha / R with alpha = R
-    assert (expert.alpha, expert.scale) in ((None, 1.0), (4.0, 1.0))
+    assert config.method.losses.load_balance.coefficient == 1.0
+    assert (expert.alpha, expert.scale) == (None, 8.0)
 
 
 def test_plain_overrides_reach_every_part_with_such_a_field():

@@ -32,9 +32,9 @@ class Pass:
     mask_BS: bool per stream, True on real tokens; `source` is the (only) input of a decoder or encoder and the
     encoder's input of an encoder-decoder, `target` the decoder's input of the latter. positions_BS: position ids,
     which restart where another sequence begins (packing). `trace` is set while the pass runs under one, `is_observed`
-    and `owns_losses` outlive it. `with_grad`: gradients were on at the entrance. `again`: this
-    pass as recomputed layers see it. `shared`: per adapter the last routing that other layers may use, with the path of
-    the router's module and the input it was made from.
+    and `owns_losses` outlive it. `with_grad`: gradients were on at the entrance. `again`: this pass as recomputed
+    layers see it. `shared`: per adapter the last routing that other layers may use, with the path of the router's
+    module and the input it was made from.
     """
 
     mask_BS: dict[Stream, Tensor] = field(default_factory=dict)
