@@ -7,12 +7,14 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
 
 import mixora
+from mixora.allocators import ALLOCATORS
 from mixora.errors import CheckpointError, ConfigError
-from tests.models import adapt, tiny_llama, tiny_t5, token_ids
+from tests.models import adapt, tiny_bert_classifier, tiny_llama, tiny_t5, token_ids
 
-KINDS = ("groups", "proportional", "spectral", "sensitivity")
+KINDS = tuple(ALLOCATORS)
 IDS = token_ids(2, 8)
 BATCHES = [{"input_ids": token_ids(2, 6, seed=n), "labels": token_ids(2, 6, seed=n)} for n in range(2)]
 LLAMA, T5 = tiny_llama(layers=4), tiny_t5()
@@ -131,7 +133,32 @@ def test_trained_saved_and_reloaded_bit_for_bit(kind, tmp_path):
         assert torch.equal(again.eval()(input_ids=IDS).logits, expected)
     stored = json.loads((tmp_path / "adapter_config.json").read_text())
     assert stored["allocation"] == found.allocation
+    # unequal ranks need no padding on disk
+    tensors = load_file(tmp_path / "adapter_model.safetensors").values()
+    assert sum(t.numel() for t in tensors) == mixora.plan(LLAMA, found).parameters
     assert [len(site["ranks"]) for site in stored["plan"]] == [site["num_experts"] for site in stored["plan"]]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("make", "task", "inputs"),
+    [
+        (tiny_bert_classifier, "SEQ_CLS", {"input_ids": IDS, "labels": torch.tensor([0, 2])}),
+        (tiny_t5, "SEQ_2_SEQ_LM", {"input_ids": IDS, "decoder_input_ids": IDS, "labels": IDS}),
+    ],
+)
+def test_encoders_and_encoder_decoders_reload_bit_for_bit(kind, make, task, inputs, tmp_path):
+    sizes = {"num_experts": [2, 3], "rank": [2, 3], "budget": 40_000, "allocator.kind": kind}
+    found = mixora.allocate(make(), mixora.recipe("hilo", task_type=task, **sizes), [inputs])
+    model = adapt(make(), found)
+    model(**inputs).loss.backward()
+    trained = [p for name, p in model.named_parameters() if "mixora_" in name]
+    assert all(p.grad is not None for p in trained)
+    with torch.no_grad():
+        expected = model.eval()(**inputs).logits
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(mixora.from_pretrained(make(), tmp_path).eval()(**inputs).logits, expected)
 
 
 def test_the_stored_allocation_serves_on_other_weights(tmp_path):

@@ -83,7 +83,10 @@ class Plan:
         """The table for a terminal; what all rows have in common stands above and below it."""
         rows = self.rows(full)
         prefix = _common_prefix([row["path"] for row in rows])
-        kernels = sorted({row.pop("kernel") for row in rows})
+        common = {name: sorted({row[name] for row in rows}) for name in ("router", "kernel")}
+        # kernels never stand in the table, routers only where they differ
+        for name in [name for name in common if name == "kernel" or len(common[name]) == 1]:
+            rows = [{column: value for column, value in row.items() if column != name} for row in rows]
         title = f"{len(self.sites)} sites" + (f" in {prefix}" if prefix else "")
         table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for column in rows[0]:
@@ -95,7 +98,8 @@ class Plan:
             row["path"] = row["path"].removeprefix(prefix + ".")
             table.add_row(*(f"{value:,}" if isinstance(value, int) else str(value) for value in row.values()))
         counts = f"trainable {self.parameters:,}, active {self.active_parameters:,} parameters"
-        table.caption = f"{counts}; kernel: {', '.join(kernels)}"
+        said = [f"{name}: {', '.join(values)}" for name, values in common.items() if name not in rows[0]]
+        table.caption = "; ".join([counts, *said])
         return table
 
     def __str__(self) -> str:
