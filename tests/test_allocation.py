@@ -12,12 +12,12 @@ from safetensors.torch import load_file
 import mixora
 from mixora.allocators import ALLOCATORS
 from mixora.errors import CheckpointError, ConfigError
-from tests.models import adapt, tiny_bert_classifier, tiny_llama, tiny_t5, token_ids
+from tests.models import adapt, tiny_bert_classifier, tiny_gpt2, tiny_llama, tiny_t5, token_ids
 
 KINDS = tuple(ALLOCATORS)
 IDS = token_ids(2, 8)
 BATCHES = [{"input_ids": token_ids(2, 6, seed=n), "labels": token_ids(2, 6, seed=n)} for n in range(2)]
-LLAMA, T5 = tiny_llama(layers=4), tiny_t5()
+LLAMA, T5, GPT2 = tiny_llama(layers=4), tiny_t5(), tiny_gpt2()
 ONE_RANK = 32 + 48  # I + O of the largest site of both
 
 
@@ -209,6 +209,15 @@ def test_the_least_that_is_named_is_enough():
     assert mixora.plan(LLAMA, hilo("spectral", budget=least)).parameters == least
     with pytest.raises(ConfigError):
         mixora.plan(LLAMA, hilo("spectral", budget=least - 1))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_plain_lora_takes_a_budget_too(kind):
+    """One expert at each site, so only the ranks move; GPT-2 keeps its weights the other way round."""
+    config = mixora.recipe("lora", budget=9000, **{"allocator.kind": kind})
+    plan = mixora.plan(GPT2, mixora.allocate(GPT2, config, BATCHES))
+    assert 0 <= 9000 - plan.parameters < 32 + 96
+    assert {site.num_experts for site in plan.sites} == {1}
 
 
 def test_progress_is_told():

@@ -77,6 +77,22 @@ def test_spectral_reads_singular_values():
     assert seen == [(1, 3), (2, 3), (3, 3)]
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_spectral_reads_quantised_weights(bits):
+    bnb = pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    exact = nn.Linear(64, 64, bias=False)
+    kind = {4: bnb.nn.Linear4bit, 8: bnb.nn.Linear8bitLt}[bits]
+    coarse = kind(64, 64, bias=False, **({"quant_type": "nf4"} if bits == 4 else {"has_fp16_weights": False}))
+    coarse.load_state_dict(exact.state_dict())
+    coarse = coarse.to("cpu")
+    assert not coarse.weight.dtype.is_floating_point
+    of_exact, of_coarse, _ = Spectral(Spectral.Config()).weigh(candidates([exact, coarse, exact]), evidence())
+    assert of_coarse == pytest.approx(of_exact, rel=0.03)
+    with pytest.raises(ModelError, match=r"layers\.1\.proj: a quantised weight has no gradient"):
+        Sensitivity(Sensitivity.Config()).weigh(candidates([exact, coarse, exact]), evidence(None, [{}]))
+
+
 def test_spectral_refuses_what_has_no_spectrum():
     flat = [nn.Linear(6, 5, bias=False) for _ in RANKS]
     nn.init.zeros_(flat[1].weight)
