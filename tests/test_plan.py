@@ -83,6 +83,29 @@ def test_llama_2_7b_on_the_meta_device():
     assert not any("mixora" in name for name, _ in model.named_parameters())
 
 
+GROUPS = [2, 4, 6, 8]
+# sums over 32 layers of E R times 78,080, and of E times 35,584; active: sum of min(2, E) R times 78,080
+TABLE = [
+    ({"num_experts": 8, "rank": 8}, 159_907_840, 9_109_504, 39_976_960),
+    ({"num_experts": GROUPS, "rank": 8}, 99_942_400, 5_693_440, 39_976_960),
+    ({"num_experts": GROUPS, "rank": GROUPS}, 74_956_800, 5_693_440, 24_985_600),
+    ({"num_experts": 5, "rank": GROUPS}, 62_464_000, 5_693_440, 24_985_600),
+]
+
+
+@pytest.mark.parametrize(("sizes", "lora", "routers", "active"), TABLE)
+def test_counts_of_hilo_on_llama_2_7b(sizes, lora, routers, active):
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32))
+    plan = mixora.plan(model, mixora.recipe("hilo", **sizes))
+    assert (plan.parameters, plan.active_parameters) == (lora + routers, active + routers)
+    assert f"trainable {lora + routers:,}, active {active + routers:,} parameters" in str(plan)
+    if sizes == {"num_experts": GROUPS, "rank": GROUPS}:
+        assert plan.to_list() == mixora.plan(model, mixora.recipe("hilo")).to_list()
+    if sizes == {"num_experts": GROUPS, "rank": 8}:
+        assert plan.to_list() == mixora.plan(model, mixora.recipe("mola")).to_list()
+
+
 @pytest.mark.parametrize(
     ("targets", "leaves"),
     [

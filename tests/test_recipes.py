@@ -39,6 +39,33 @@ def test_sira_is_as_specified_with_the_scale_capacity_and_coefficient_of_the_log
     assert (expert.alpha, expert.scale) == (None, 8.0)
 
 
+@pytest.mark.parametrize(("name", "rank"), [("hilo", (2, 4, 6, 8)), ("mola", 8)])
+def test_hilo_and_mola_are_as_specified(name, rank):
+    config = mixora.recipe(name)
+    router, expert = rule(config, "linears").router, rule(config, "linears").expert
+    assert rule(config, "linears").targets == ("all-linear",)
+    assert (router.num_experts, router.top_k, router.limit_top_k, router.renormalise) == ((2, 4, 6, 8), 2, True, True)
+    assert (router.share_router, router.expert_dropout, router.capacity) == (False, 0, CapacityConfig())
+    assert (expert.rank, expert.alpha, expert.scale, expert.dropout) == (rank, None, 2.0, 0.05)
+    assert config.method.losses.load_balance.coefficient == 0.001
+    assert (config.allocator["kind"], config.allocator["budget"], config.allocation) == ("groups", None, None)
+
+
+def test_another_kind_takes_its_own_settings():
+    both = mixora.recipe("hilo", **{"beta": 1.0, "allocator.kind": "spectral", "budget": 7})
+    whole = mixora.recipe("hilo", allocator={"kind": "spectral", "beta": 1.0, "budget": 7})
+    assert both.method == whole.method
+    with pytest.raises(ConfigError, match="beta: reaches no part of this recipe"):
+        mixora.recipe("hilo", beta=1.0)
+
+
+def test_values_over_depth_survive_their_file(tmp_path):
+    config = mixora.recipe("hilo", rank={"from": 1, "to": 4}, num_experts=[2, 3])
+    config.save_pretrained(tmp_path)
+    assert mixora.MixoraConfig.from_pretrained(tmp_path).method == config.method
+    assert rule(config, "linears").expert.rank == {"from": 1, "to": 4}
+
+
 def test_plain_overrides_reach_every_part_with_such_a_field():
     config = mixora.recipe("sira", num_experts=8, rank=2, capacity_factor=2.0, targets=["q_proj"])
     assert (rule(config).router.num_experts, rule(config).expert.rank) == (8, 2)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from mixora.plan import Plan
 from mixora.recipes import recipe_names
-from mixora.tuner import MixoraConfig, plan, recipe, register
+from mixora.tuner import MixoraConfig, allocate, plan, recipe, register
 
 if TYPE_CHECKING:
     from mixora.diagnostics.measure import inspect
@@ -21,6 +21,7 @@ __all__ = [
     "Plan",
     "SFTTrainer",
     "Trainer",
+    "allocate",
     "check_router_gradient",
     "from_pretrained",
     "inspect",

@@ -157,6 +157,11 @@ def override(config: S, settings: Mapping[str, Any], root: str = "") -> S:
     A plain name (`rank`) reaches every part that has such a field; a dotted one (`rules.attention.expert.rank`)
     reaches one. A name that reaches nothing is a `ConfigError`.
     """
+    kinds = {name: value for name, value in settings.items() if name.rpartition(".")[2] == "kind"}
+    if kinds and kinds.keys() != settings.keys():
+        # which other names there are depends on the kinds
+        rest = {name: value for name, value in settings.items() if name not in kinds}
+        return override(override(config, kinds, root), rest, root)
     tree = config.model_dump(mode="json")
     paths = list(_field_paths(config))
     leaves = [p for p in paths if not any(other.startswith(p + ".") for other in paths)]

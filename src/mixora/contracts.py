@@ -1,14 +1,16 @@
-"""What an expert, a router, a kernel and a loss must offer. A new part = one file with one of these + one table line.
+"""What an expert, a router, a kernel, a loss and an allocator must offer.
+
+A new part = one file with one of these + one table line.
 
 Parts keep no tensors: the site they serve does, so that PEFT can move, save and switch them like any other adapter's.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from mixora.config import Strict
 from mixora.routing import Routing, Tokens
@@ -120,3 +122,36 @@ class Loss(ABC):
     @abstractmethod
     def of_site(self, routing: Routing) -> Tensor | None:
         """The loss of one site's routing, an fp32 scalar without its coefficient; None for routers without logits."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A site whose ranks are to be chosen: `module` is the frozen linear, `ranks` are those that the rule gives."""
+
+    path: str
+    module: nn.Module
+    ranks: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What an allocator may look at. `progress` is told (done, total)."""
+
+    model: nn.Module
+    batches: Iterable[Mapping[str, Tensor]] | None
+    progress: Callable[[int, int], None]
+
+
+class Allocator(ABC):
+    """Says which sites deserve how much of a budget; `mixora.allocation` turns that into experts and ranks."""
+
+    Config: ClassVar[type[Strict]]
+    # exponent of a site's weight by which its number of experts follows; 0 leaves the rules' numbers
+    expert_power: float = 0.0
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+    @abstractmethod
+    def weigh(self, candidates: Sequence[Candidate], evidence: Evidence) -> list[float]:
+        """A positive number for each site, to which the sum of its experts' ranks shall be proportional."""

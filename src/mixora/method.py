@@ -4,7 +4,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, Union
 
 from pydantic import Field, create_model
 
+from mixora.allocators import ALLOCATORS
 from mixora.config import Strict
+from mixora.depth import Count
 from mixora.experts import EXPERTS
 from mixora.kernels import KERNELS
 from mixora.losses import LOSSES
@@ -22,11 +24,13 @@ if TYPE_CHECKING:
     AnyExpert: TypeAlias = Any
     AnyRouter: TypeAlias = Any
     AnyKernel: TypeAlias = Any
+    AnyAllocator: TypeAlias = Any
     Losses: TypeAlias = Any
 else:
     AnyExpert = _one_of(EXPERTS)
     AnyRouter = _one_of(ROUTERS)
     AnyKernel = Literal[("auto", *KERNELS)]
+    AnyAllocator = _one_of(ALLOCATORS)
     _of_losses = {name: (loss.Config, loss.Config()) for name, loss in LOSSES.items()}
     Losses = create_model("Losses", __base__=Strict, **_of_losses)
 
@@ -45,7 +49,12 @@ class Rule(Strict):
 
 
 class Method(Strict):
-    """Named rules, of which no two may match the same module, and the losses."""
+    """Named rules, of which no two may match the same module, the losses, and how a budget is spread over the sites.
+
+    `allocation`: the ranks of each site's experts by path, as `mixora.allocate` found them; they replace the rules'.
+    """
 
     rules: Annotated[dict[str, Rule], Field(min_length=1)]
     losses: Losses = Losses()
+    allocator: AnyAllocator = ALLOCATORS["groups"].Config()
+    allocation: dict[str, Annotated[tuple[Count, ...], Field(min_length=1)]] | None = None

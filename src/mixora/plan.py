@@ -13,6 +13,7 @@ from rich.table import Table
 from torch import nn
 
 from mixora.contracts import Shape
+from mixora.depth import depths_of, fix, settle
 from mixora.errors import CheckpointError, ConfigError
 from mixora.experts import EXPERTS
 from mixora.kernels import KERNELS
@@ -82,7 +83,10 @@ class Plan:
         """The table for a terminal; what all rows have in common stands above and below it."""
         rows = self.rows(full)
         prefix = _common_prefix([row["path"] for row in rows])
-        kernels = sorted({row.pop("kernel") for row in rows})
+        common = {name: sorted({row[name] for row in rows}) for name in ("router", "kernel")}
+        # kernels never stand in the table, routers only where they differ
+        for name in [name for name in common if name == "kernel" or len(common[name]) == 1]:
+            rows = [{column: value for column, value in row.items() if column != name} for row in rows]
         title = f"{len(self.sites)} sites" + (f" in {prefix}" if prefix else "")
         table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for column in rows[0]:
@@ -94,7 +98,8 @@ class Plan:
             row["path"] = row["path"].removeprefix(prefix + ".")
             table.add_row(*(f"{value:,}" if isinstance(value, int) else str(value) for value in row.values()))
         counts = f"trainable {self.parameters:,}, active {self.active_parameters:,} parameters"
-        table.caption = f"{counts}; kernel: {', '.join(kernels)}"
+        said = [f"{name}: {', '.join(values)}" for name, values in common.items() if name not in rows[0]]
+        table.caption = "; ".join([counts, *said])
         return table
 
     def __str__(self) -> str:
@@ -181,20 +186,35 @@ def make_plan(model: nn.Module, method: Method) -> Plan:
                 )
             rule_of[linear.path] = name
     leaders: dict[tuple[str, ...], str] = {}
-    sites = [
-        _make_site(linear, rule_of[linear.path], method.rules[rule_of[linear.path]], leaders)
-        for linear in linears
-        if linear.path in rule_of
-    ]
-    return Plan(tuple(sites), tuple(_notes(method)))
+    rules = _settle_rules(rule_of, method)
+    sites = [_make_site(linear, *rules[linear.path], leaders) for linear in linears if linear.path in rules]
+    return Plan(tuple(sites), tuple(_notes(sites, method)))
 
 
-def _make_site(linear: Linear, name: str, rule: Rule, leaders: dict[tuple[str, ...], str]) -> Site:
+def _settle_rules(rule_of: dict[str, str], method: Method) -> dict[str, tuple[str, Rule, tuple[int, ...]]]:
+    """For each site, by path: the name of its rule, the rule with numbers for its depth, and its ranks."""
+    settled = {}
+    for name, rule in method.rules.items():
+        paths = [path for path, owner in rule_of.items() if owner == name]
+        for path, depth in depths_of(paths).items():
+            expert = settle(rule.expert, depth, f"rules.{name}.expert")
+            router = settle(rule.router, depth, f"rules.{name}.router")
+            ranks = (method.allocation or {}).get(path)
+            if ranks is None:
+                ranks = (expert.rank,) * ROUTERS[router.kind](router).num_experts
+            fixed = {"expert": expert, "router": fix(router, num_experts=len(ranks))}
+            settled[path] = (name, rule.model_copy(update=fixed), ranks)
+    return settled
+
+
+def _make_site(
+    linear: Linear, name: str, rule: Rule, ranks: tuple[int, ...], leaders: dict[tuple[str, ...], str]
+) -> Site:
     router, expert = ROUTERS[rule.router.kind](rule.router), EXPERTS[rule.expert.kind](rule.expert)
     objection = router.objection(linear.is_causal)
     if objection:
         raise ConfigError(f"rules.{name}.router.{objection}")
-    shape = Shape(linear.in_features, linear.out_features, (rule.expert.rank,) * router.num_experts)
+    shape = Shape(linear.in_features, linear.out_features, ranks)
     leader = None
     if getattr(rule.router, "share_router", False) and linear.siblings_key is not None:
         first = leaders.setdefault((name, *linear.siblings_key), linear.path)
@@ -229,10 +249,10 @@ def _count(shapes: dict[str, tuple[int, ...]]) -> int:
     return sum(math.prod(shape) for shape in shapes.values())
 
 
-def _notes(method: Method) -> Iterable[str]:
+def _notes(sites: list[Site], method: Method) -> Iterable[str]:
     for name, rule in method.rules.items():
-        router = rule.router
-        if getattr(router, "renormalise", False) and router.top_k == 1:
+        chooses_one = any(site.top_k == 1 < site.num_experts for site in sites if site.rule == name)
+        if getattr(rule.router, "renormalise", False) and chooses_one:
             yield f"rules.{name}: with top_k 1 and renormalised weights the task gives the router no gradient"
 
 
@@ -247,8 +267,8 @@ def parts_of(site: Site, method: Method, plan: Plan, leader: Mixture | None) -> 
             if config.coefficient > 0:
                 terms.append((name, loss(config), config.coefficient / routed))
     return Parts(
-        expert=EXPERTS[site.expert](rule.expert),
-        router=ROUTERS[site.router](rule.router),
+        expert=EXPERTS[site.expert](fix(rule.expert, rank=max(site.ranks))),
+        router=ROUTERS[site.router](fix(rule.router, num_experts=site.num_experts, top_k=site.top_k)),
         kernel=KERNELS[site.kernel](site.ranks),
         shape=site.shape,
         stream=site.stream,

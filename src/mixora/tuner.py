@@ -11,6 +11,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from mixora import passes
+from mixora.allocation import Batches, Report, choose_ranks, is_settled
 from mixora.config import did_you_mean, override, parse
 from mixora.errors import ConfigError
 from mixora.method import Method
@@ -41,14 +42,17 @@ MIXORA = _PeftType("MIXORA")
 class MixoraConfig(PeftConfig):
     """Configuration of a mixture adapter, for `peft.get_peft_model` and everything else that takes a `PeftConfig`.
 
-    `rules` and `losses` are a `mixora.method.Method` as plain data (`mixora.recipe` fills them), `recipe` the name they
-    came from. `modules_to_save` as in PEFT. `plan` is written when the adapter is made and compared when it is loaded.
+    `rules`, `losses`, `allocator` and `allocation` are a `mixora.method.Method` as plain data (`mixora.recipe` fills
+    them, and `mixora.allocate` the last), `recipe` the name they came from. `modules_to_save` as in PEFT. `plan` is
+    written when the adapter is made and compared when it is loaded.
     Raises `ConfigError` for unknown or impossible settings.
     """
 
     recipe: str | None = None
     rules: dict[str, Any] = field(default_factory=dict)
     losses: dict[str, Any] = field(default_factory=dict)
+    allocator: dict[str, Any] | None = None
+    allocation: dict[str, Any] | None = None
     modules_to_save: list[str] | None = None
     plan: list[dict[str, Any]] | None = None
 
@@ -65,8 +69,10 @@ class MixoraConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = MIXORA
-        self.method = parse(Method, {"rules": self.rules, "losses": self.losses})
-        self.rules, self.losses = (self.method.model_dump(mode="json")[part] for part in ("rules", "losses"))
+        given = {part: getattr(self, part) for part in Method.model_fields}
+        self.method = parse(Method, {part: value for part, value in given.items() if value is not None})
+        for part, value in self.method.model_dump(mode="json").items():
+            setattr(self, part, value)
 
 
 def recipe(name: str, /, **overrides: Any) -> MixoraConfig:
@@ -76,19 +82,36 @@ def recipe(name: str, /, **overrides: Any) -> MixoraConfig:
     (`**{"rules.attention.expert.rank": 8}`) one. Fields of `PeftConfig` (`task_type`, `modules_to_save`, ...) may be
     given as well. Raises `ConfigError` for an unknown recipe, a name that reaches nothing, or an impossible value.
     """
-    peft_names = {f.name for f in fields(MixoraConfig)} - {"recipe", "rules", "losses", "plan", "peft_type"}
+    peft_names = {f.name for f in fields(MixoraConfig)} - {"recipe", "plan", "peft_type", *Method.model_fields}
     for_peft = {key: overrides.pop(key) for key in peft_names & overrides.keys()}
-    method = override(Method.model_validate(read_recipe(name).model_dump(include={"rules", "losses"})), overrides)
-    data = method.model_dump(mode="json")
-    return MixoraConfig(recipe=name, rules=data["rules"], losses=data["losses"], **for_peft)
+    method = override(Method.model_validate(read_recipe(name).model_dump(include=set(Method.model_fields))), overrides)
+    return MixoraConfig(recipe=name, **method.model_dump(mode="json"), **for_peft)
 
 
 def plan(model: nn.Module, config: MixoraConfig) -> Plan:
     """The table of sites that `config` makes on `model` (which may stand on the meta device). Changes neither.
 
-    Raises `ConfigError` where the two do not fit.
+    A budget that is not allocated yet is allocated for this plan. Raises `ConfigError` where the two do not fit.
     """
-    return make_plan(model, config.method)
+    return make_plan(model, allocate(model, config).method)
+
+
+def allocate(
+    model: nn.Module, config: MixoraConfig, batches: Batches | None = None, progress: Report | None = None
+) -> MixoraConfig:
+    """A copy of `config` with the ranks of each site's experts in `allocation`, as its `allocator` chooses them.
+
+    `model` is the base. `batches`: what the model's forward takes, labels included; only `sensitivity` looks at them.
+    `progress` is told (done, total). An allocation that `config` already holds stays, and is checked against `model`.
+    Without a budget, allocator `groups` leaves the rules as they are. Raises `ConfigError` for a budget that cannot
+    be met, and `ModelError` or `DataError` for weights and batches that the allocator cannot read.
+    """
+    found = copy.copy(config)
+    if not is_settled(model, config.method):
+        ranks = choose_ranks(model, config.method, batches, progress)
+        found.method = config.method.model_copy(update={"allocation": ranks})
+        found.allocation = found.method.model_dump(mode="json")["allocation"]
+    return found
 
 
 class MixoraModel(BaseTuner):
@@ -102,6 +125,8 @@ class MixoraModel(BaseTuner):
         """Plan, compare with the stored plan where there is one, wrap the sites, hook the model's entrances."""
         # the user's config stays as it is: it may serve for another model
         config = self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
+        if config.plan is None:
+            config = self.peft_config[adapter_name] = allocate(model, config)
         new_plan = make_plan(model, config.method)
         if config.plan is not None:
             new_plan.check_against(config.plan)

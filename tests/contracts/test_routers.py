@@ -13,6 +13,7 @@ EXTRA = {
         {"num_experts": 4, "top_k": 4},
         {"num_experts": 4, "top_k": 1, "renormalise": True},
         {"num_experts": 1, "top_k": 1},
+        {"num_experts": 3, "top_k": 5, "limit_top_k": True, "renormalise": True},
         {"num_experts": 4, "top_k": 2, "expert_dropout": 0.9, "renormalise": True},
         {"num_experts": 4, "top_k": 2, "capacity": {"capacity_factor": 0.5, "min_capacity": 0}},
         {"num_experts": 4, "top_k": 2, "expert_dropout": 0.5, "capacity": {"capacity_factor": 1.0, "min_capacity": 1}},

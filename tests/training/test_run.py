@@ -8,13 +8,16 @@ import pytest
 import yaml
 from rich.console import Console
 from safetensors.torch import load_file, save_file
+from transformers import LlamaForCausalLM
 
 import mixora
+from mixora.data import encode
 from mixora.diagnostics.report import read_record
 from mixora.errors import CheckpointError, ConfigError, DataError
+from mixora.training.material import read_material
 from mixora.training.progress import Progress
 from mixora.training.results import prepare_folder, reopen, write_run_file
-from mixora.training.run import fit
+from mixora.training.run import build, fit
 from mixora.training.run_config import read_run
 
 
@@ -77,6 +80,38 @@ def test_plain_lora_has_no_routing_to_report(bases, data, tmp_path):
     _, record = run(tree)
     assert record.routing == [] and record.load is None
     assert record.after["loss"] < record.before["loss"]
+
+
+@pytest.mark.parametrize("kind", ["groups", "proportional", "spectral", "sensitivity"])
+def test_a_budget_is_allocated_with_training_rows_and_stored(kind, bases, data, tmp_path):
+    tree = settings(bases / "llama", data / "commands", tmp_path / "out")
+    tree["adapter"] = {"recipe": "hilo", "num_experts": {"from": 2, "to": 4}, "rank": [2, 3], "budget": 15_000}
+    tree["adapter"]["allocator"] = {"kind": kind}
+    _, record = run(tree)
+    assert 15_000 - 80 < record.parameters["trainable"] <= 15_000
+    assert record.reloaded == {name: record.after[name] for name in record.reloaded}
+    assert record.after["loss"] < record.before["loss"]
+    stored = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
+    assert len(stored["allocation"]) == 14 and stored["allocator"]["kind"] == kind
+
+
+def test_sensitivity_looks_at_as_many_batches_as_asked(bases, data, tmp_path, monkeypatch):
+    looked = []
+    forward = LlamaForCausalLM.forward
+
+    def count(self, *args, **kwargs):
+        looked.append(kwargs["input_ids"].shape[0])
+        return forward(self, *args, **kwargs)
+
+    tree = settings(bases / "llama", data / "commands", tmp_path / "out")
+    tree["adapter"] |= {"allocator": {"kind": "sensitivity", "batches": 3}}
+    config = read_run(tree)
+    material = read_material(config)
+    encoded = encode(material.train_rows, material.tokenizer, config.data, model_kind=material.kind)
+    monkeypatch.setattr(LlamaForCausalLM, "forward", count)
+    first, _ = build(material, encoded, config, quiet())
+    assert looked == [4, 4, 4]
+    assert build(material, encoded, config, quiet())[0].allocation == first.allocation
 
 
 def test_same_seed_same_run(bases, data, tmp_path):

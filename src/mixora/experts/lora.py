@@ -9,17 +9,19 @@ from torch.nn import functional as F
 
 from mixora.config import Strict
 from mixora.contracts import Expert, Kernel, Parameters, Shape
+from mixora.depth import OverDepth
 from mixora.routing import Routing
 
 
 class LoraConfig(Strict):
-    """`rank` of one expert; the sum over experts is scaled by alpha / rank, or by `scale` where alpha is not given.
+    """`rank` of one expert; may vary over depth.
 
+    The sum over experts is scaled by alpha / rank, or by `scale` where alpha is not given.
     `dropout` acts on the experts' input, in training only.
     """
 
     kind: Literal["lora"] = "lora"
-    rank: Annotated[int, Field(ge=1)] = 8
+    rank: OverDepth = 8
     alpha: Annotated[float, Field(gt=0)] | None = None
     scale: Annotated[float, Field(gt=0)] = 1.0
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0

@@ -13,21 +13,24 @@ from torch.nn import functional as F
 
 from mixora.config import Strict
 from mixora.contracts import Parameters, Router
+from mixora.depth import OverDepth
 from mixora.routers.capacity import CapacityConfig, admit
 from mixora.routing import Routing, Tokens
 
 
 class TopKConfig(Strict):
-    """`top_k` of `num_experts` per token.
+    """`top_k` of `num_experts` per token; both may vary over depth.
 
+    `limit_top_k`: a site with fewer experts than `top_k` uses all it has, where this is an error otherwise.
     `renormalise`: weights of the chosen sum to 1. `expert_dropout`: probability with which an expert is withheld from
     a token, in training (inverted scaling). `share_router`: one router for the linears of a block that read the same
     input. `init_std`: standard deviation of the router's weights at the start.
     """
 
     kind: Literal["topk"] = "topk"
-    num_experts: Annotated[int, Field(ge=1)] = 8
-    top_k: Annotated[int, Field(ge=1)] = 2
+    num_experts: OverDepth = 8
+    top_k: OverDepth = 2
+    limit_top_k: bool = False
     renormalise: bool = False
     expert_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     share_router: bool = False
@@ -36,7 +39,8 @@ class TopKConfig(Strict):
 
     @model_validator(mode="after")
     def _fits(self) -> "TopKConfig":
-        if self.top_k > self.num_experts:
+        are_plain = isinstance(self.top_k, int) and isinstance(self.num_experts, int)
+        if are_plain and not self.limit_top_k and self.top_k > self.num_experts:
             raise ValueError(f"top_k {self.top_k} is more than num_experts {self.num_experts}")
         return self
 
@@ -55,7 +59,7 @@ class TopK(Router):
     @property
     def top_k(self) -> int:
         """K."""
-        return self.config.top_k
+        return min(self.config.top_k, self.num_experts) if self.config.limit_top_k else self.config.top_k
 
     def parameter_shapes(self, in_features: int) -> dict[str, tuple[int, ...]]:
         """W: [E, I]."""
@@ -66,7 +70,11 @@ class TopK(Router):
         nn.init.normal_(parameters["router"], std=self.config.init_std)
 
     def objection(self, is_causal: bool) -> str | None:
-        """Only admission token by token keeps earlier tokens independent of later ones."""
+        """K may not exceed E, and only admission token by token keeps earlier tokens independent of later ones."""
+        if self.top_k > self.num_experts:
+            return (
+                f"top_k: got {self.top_k} where num_experts is {self.num_experts}; valid: at most that, or limit_top_k"
+            )
         capacity = self.config.capacity
         if is_causal and capacity.capacity_factor is not None and capacity.admission != "token":
             return (
@@ -81,7 +89,7 @@ class TopK(Router):
         logits_TE = router_logits(x_TI, parameters["router"])
         probs_TE = logits_TE.softmax(dim=-1)
         kept_TE = F.dropout(probs_TE, config.expert_dropout, training)
-        weights_TK, experts_TK = kept_TE.topk(config.top_k, dim=-1)
+        weights_TK, experts_TK = kept_TE.topk(self.top_k, dim=-1)
         # a slot whose probability was dropped is no choice: weight 0, and it takes no place
         assigned_TK = (weights_TK > 0) & tokens.valid_T[:, None]
         priority_TK = weights_TK

@@ -1,6 +1,7 @@
 """A base model with the rows to train and evaluate it on."""
 
-from collections.abc import Mapping, Sequence
+import random
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,18 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from mixora.bases import Task, load_base, resolve_base
-from mixora.data import FORMS, Collator, ModelKind, Rows, encode, read_rows, render_choices, render_prompt, splits_of
+from mixora.data import (
+    FORMS,
+    Collator,
+    Encoded,
+    ModelKind,
+    Rows,
+    encode,
+    read_rows,
+    render_choices,
+    render_prompt,
+    splits_of,
+)
 from mixora.errors import ConfigError, DataError
 from mixora.evaluate import Examples
 from mixora.training.run_config import RunConfig
@@ -106,6 +118,15 @@ def make_examples(material: Material, config: RunConfig) -> Examples:
     choices = [render_choices(row, material.tokenizer, encoding, **common) for row in rows] if is_choice else None
     dataset = encode(rows, material.tokenizer, encoding, **common).dataset
     return Examples(list(rows), rows.form, material.tokenizer, material.collator(), dataset, prompts, choices)
+
+
+def sample_batches(material: Material, encoded: Encoded, config: RunConfig) -> Iterator[Mapping[str, torch.Tensor]]:
+    """The training rows in batches, in an order that the seed draws, for allocators that look at data."""
+    rows = list(range(len(encoded.dataset)))
+    random.Random(config.train.seed).shuffle(rows)
+    collator, size = material.collator(), config.train.batch_size
+    for start in range(0, len(rows), size):
+        yield collator([encoded.dataset[row] for row in rows[start : start + size]])
 
 
 def batches_of(

@@ -22,11 +22,11 @@ from mixora.errors import ConfigError
 from mixora.evaluate import Evaluation, Examples, evaluate
 from mixora.loading import from_pretrained
 from mixora.plan import Plan
-from mixora.training.material import Material, batches_of, make_examples, read_material
+from mixora.training.material import Material, batches_of, make_examples, read_material, sample_batches
 from mixora.training.progress import Progress, StepProgress
 from mixora.training.run_config import RunConfig
 from mixora.training.trainers import Trainer
-from mixora.tuner import MixoraConfig, plan
+from mixora.tuner import MixoraConfig, allocate, plan
 
 _TASK_TYPES: dict[Task, TaskType] = {
     "causal-lm": TaskType.CAUSAL_LM,
@@ -36,9 +36,11 @@ _TASK_TYPES: dict[Task, TaskType] = {
 ROWS_PER_GROUP = 8
 
 
-def build(material: Material, config: RunConfig) -> tuple[MixoraConfig, Plan]:
-    """The adapter's configuration and its plan on the base."""
+def build(material: Material, encoded: Encoded, config: RunConfig, progress: Progress) -> tuple[MixoraConfig, Plan]:
+    """The adapter's configuration, its budget allocated, and its plan on the base."""
     adapter = config.adapter.build(task_type=_TASK_TYPES[material.task])
+    with progress.task(f"allocating, {adapter.method.allocator.kind}") as advance:
+        adapter = allocate(material.model, adapter, sample_batches(material, encoded, config), advance)
     return adapter, plan(material.model, adapter)
 
 
@@ -50,13 +52,13 @@ def fit(config: RunConfig, progress: Progress) -> RunRecord:
     started, out = time.perf_counter(), Path(config.out)
     progress.say(f"reading {config.data.source} and {config.model.base}")
     material = read_material(config)
-    adapter, table = build(material, config)
+    assert material.train_rows is not None
+    encoded = encode(material.train_rows, material.tokenizer, config.data, model_kind=material.kind)
+    adapter, table = build(material, encoded, config, progress)
     progress.show(table.table())
     for note in table.notes:
         progress.say(f"note: {note}")
     examples = make_examples(material, config)
-    assert material.train_rows is not None
-    encoded = encode(material.train_rows, material.tokenizer, config.data, model_kind=material.kind)
     torch.manual_seed(config.train.seed)
     model = get_peft_model(material.model, adapter)
     before = measure(model, examples, config, progress, "before")

@@ -7,6 +7,7 @@ from pydantic import ConfigDict, Field
 
 from mixora.config import Strict, parse
 from mixora.data import EncodingConfig
+from mixora.depth import is_line
 from mixora.errors import ConfigError
 from mixora.evaluate import EvaluationConfig
 from mixora.tuner import MixoraConfig, recipe
@@ -37,7 +38,7 @@ class AdapterSection(Strict):
 
 def _leaves(tree: Mapping[str, Any], at: str = "") -> Iterator[tuple[str, Any]]:
     for name, value in tree.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and not is_line(value):
             yield from _leaves(value, f"{at}{name}.")
         else:
             yield f"{at}{name}", value
