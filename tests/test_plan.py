@@ -195,7 +195,7 @@ def test_a_router_that_the_task_cannot_teach_is_remarked():
 
 
 @pytest.mark.parametrize(
-    ("changes", "scale"), [({}, 1.0), ({"scale": 0.25}, 0.25), ({"alpha": 8.0}, 4.0), ({"alpha": 8, "rank": 16}, 0.5)]
+    ("changes", "scale"), [({}, 8.0), ({"scale": 0.25}, 0.25), ({"alpha": 8.0}, 4.0), ({"alpha": 8, "rank": 16}, 0.5)]
 )
 def test_scale_is_alpha_over_rank(changes, scale):
     assert {site.scale for site in mixora.plan(tiny_llama(), sira(**changes)).sites} == {scale}

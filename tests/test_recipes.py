@@ -79,7 +79,7 @@ def test_plain_overrides_reach_every_part_with_such_a_field():
 def test_dotted_overrides_reach_one():
     config = mixora.recipe("sira", **{"losses.z_loss.coefficient": 0.5, "rules.attention.expert.rank": 3})
     assert config.method.losses.z_loss.coefficient == 0.5
-    assert config.method.losses.load_balance.coefficient == 0.01
+    assert config.method.losses.load_balance.coefficient == 1.0
     assert rule(config).expert.rank == 3
 
 

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from peft import get_peft_model
-from tests.models import tiny_llama, token_ids
 from torch import nn
 
 import mixora
@@ -11,6 +10,7 @@ from mixora.allocators import ALLOCATORS, Groups, Proportional, Sensitivity, Spe
 from mixora.allocators.spectral import hill_exponent
 from mixora.contracts import Candidate, Evidence
 from mixora.errors import ConfigError, DataError, ModelError
+from tests.models import tiny_llama, token_ids
 
 RANKS = [(2, 2), (4, 4, 4), (3,)]
 
