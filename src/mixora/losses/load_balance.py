@@ -20,7 +20,8 @@ class LoadBalance(Loss):
     """E * sum_e f_e P_e over real tokens.
 
     f_e: share of the assignments (before capacity) that chose e, a constant for the gradient. P_e: mean probability of
-    e. 1 with a uniform router, E/K when all tokens choose the same K experts with certainty.
+    e. 1 with a uniform router, E/K when all tokens choose the same K experts with certainty. Where routing is soft, f_e
+    is the mean weight.
     """
 
     Config = LoadBalanceConfig

@@ -2,8 +2,13 @@
 
 from mixora.contracts import Router
 from mixora.routers.single import Single
+from mixora.routers.soft import Soft
 from mixora.routers.topk import TopK
 
-ROUTERS: dict[str, type[Router]] = {"topk": TopK, "single": Single}
+ROUTERS: dict[str, type[Router]] = {
+    "topk": TopK,
+    "single": Single,
+    "soft": Soft,
+}
 
-__all__ = ["ROUTERS", "Single", "TopK"]
+__all__ = ["ROUTERS", "Single", "Soft", "TopK"]
