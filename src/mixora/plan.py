@@ -200,6 +200,8 @@ def _make_site(linear: Linear, name: str, rule: Rule, leaders: dict[tuple[str, .
         first = leaders.setdefault((name, *linear.siblings_key), linear.path)
         leader = None if first == linear.path else first
     in_experts = _count(expert.parameter_shapes(shape))
+    # a token is computed with what a site of K experts would hold
+    for_token = replace(shape, ranks=shape.ranks[: router.top_k])
     in_router = 0 if leader else _count(router.parameter_shapes(linear.in_features))
     return Site(
         path=linear.path,
@@ -216,7 +218,7 @@ def _make_site(linear: Linear, name: str, rule: Rule, leaders: dict[tuple[str, .
         stream=linear.stream,
         leader=leader,
         parameters=in_experts + in_router,
-        active_parameters=in_experts * router.top_k // router.num_experts + in_router,
+        active_parameters=_count(expert.parameter_shapes(for_token)) + in_router,
     )
 
 
