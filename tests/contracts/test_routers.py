@@ -18,6 +18,7 @@ EXTRA = {
         {"num_experts": 4, "top_k": 2, "expert_dropout": 0.5, "capacity": {"capacity_factor": 1.0, "min_capacity": 1}},
     ],
     "soft": [{"num_experts": 1}],
+    "threshold": [{"num_experts": 1}, {"num_experts": 3}],
 }
 FORMS = [(kind, settings) for kind in ROUTERS for settings in [{}, *EXTRA.get(kind, [])]]
 LEARNED = [(kind, settings) for kind, settings in FORMS if not ROUTERS[kind].is_static]

@@ -3,12 +3,14 @@
 from mixora.contracts import Router
 from mixora.routers.single import Single
 from mixora.routers.soft import Soft
+from mixora.routers.threshold import Threshold
 from mixora.routers.topk import TopK
 
 ROUTERS: dict[str, type[Router]] = {
     "topk": TopK,
     "single": Single,
     "soft": Soft,
+    "threshold": Threshold,
 }
 
-__all__ = ["ROUTERS", "Single", "Soft", "TopK"]
+__all__ = ["ROUTERS", "Single", "Soft", "Threshold", "TopK"]
