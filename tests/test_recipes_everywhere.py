@@ -78,6 +78,8 @@ COUNTS = {
     "hydralora": (2 * 2 * (1024 + 512 + 2 * (256 + 128)), 2 * 2 * (1024 + 512 + 2 * (256 + 128))),
     # as molora, and a threshold of 32 + 1 numbers
     "adamole": (2 * 2 * (2048 + 1536 + 2 * (256 + 33)), 2 * 2 * (2048 + 1536 + 2 * (256 + 33))),
+    # as molora, with 8 more rows in the router, and 4 experts active at most
+    "adamoe": (2 * 2 * (2048 + 1536 + 2 * 512), 2 * 2 * (1024 + 768 + 2 * 512)),
 }
 
 
@@ -93,6 +95,7 @@ LARGE_COUNTS = {
     "molora": (4_239_360, 4_239_360),
     "hydralora": (2_304_000, 2_304_000),
     "adamole": (4_308_600, 4_308_600),
+    "adamoe": (4_792_320, 2_949_120),
 }
 
 

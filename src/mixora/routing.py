@@ -34,8 +34,9 @@ class Routing:
     experts_TK: int64, the K distinct experts of each token. weights_TK: float, 0 where the slot was dropped or the
     token is padding. assigned_TK: bool, slots the router chose (before capacity); padding is never assigned.
     admitted_TK: bool, those of them that the capacity limit lets in. logits_TE and probs_TE: fp32 router outputs, None
-    for routers without any. valid_T: bool, real tokens.
-    `is_soft`: every token uses every expert, so that weights, not choices, tell the load.
+    for routers without any; columns of null experts follow those of the E experts. valid_T: bool, real tokens.
+    null_slots_T: int64, how many choices of a token fell on null experts; None for routers without any. `is_soft`:
+    every token uses every expert, so that weights, not choices, tell the load.
     """
 
     experts_TK: Tensor
@@ -46,6 +47,7 @@ class Routing:
     num_experts: int
     logits_TE: Tensor | None = None
     probs_TE: Tensor | None = None
+    null_slots_T: Tensor | None = None
     is_soft: bool = False
 
     def gates_TE(self) -> Tensor:
@@ -60,6 +62,15 @@ class Routing:
         """
         counts_E = self._counts_E()
         return counts_E / counts_E.sum().clamp(min=1)
+
+    def load_of_columns(self) -> Tensor:
+        """As `load_E`, for each column of `probs_TE`; null experts share their assignments evenly: [E + N]."""
+        counts = self._counts_E()
+        if self.null_slots_T is not None and self.probs_TE is not None:
+            nulls = self.probs_TE.shape[1] - self.num_experts
+            each = self.null_slots_T.sum().to(counts.dtype) / nulls
+            counts = torch.cat([counts, each.expand(nulls)])
+        return counts / counts.sum().clamp(min=1)
 
     def _counts_E(self) -> Tensor:
         shares_TK = self.weights_TK.detach() if self.is_soft else self.assigned_TK.to(self.weights_TK.dtype)

@@ -19,6 +19,12 @@ EXTRA = {
     ],
     "soft": [{"num_experts": 1}],
     "threshold": [{"num_experts": 1}, {"num_experts": 3}],
+    "null_topk": [
+        {"num_experts": 4, "null_experts": 1, "top_k": 2},
+        {"num_experts": 2, "null_experts": 6, "top_k": 2},
+        {"num_experts": 2, "null_experts": 3, "top_k": 5},
+        {"num_experts": 1, "null_experts": 1, "top_k": 2},
+    ],
 }
 FORMS = [(kind, settings) for kind in ROUTERS for settings in [{}, *EXTRA.get(kind, [])]]
 LEARNED = [(kind, settings) for kind, settings in FORMS if not ROUTERS[kind].is_static]

@@ -69,7 +69,7 @@ def test_scale_dropout_and_start_are_those_of_lora():
     assert torch.equal(model.eval()(x), model(x))
 
 
-@pytest.mark.parametrize("recipe", ["molora", "hydralora", "adamole"])
+@pytest.mark.parametrize("recipe", ["molora", "hydralora", "adamole", "adamoe"])
 def test_what_is_routed_by_the_input_cannot_be_merged(recipe):
     model = adapt(tiny_llama(layers=1), mixora.recipe(recipe))
     with pytest.raises(MixoraError, match="cannot be merged: its router chooses experts by the input"):

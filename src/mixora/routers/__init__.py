@@ -1,6 +1,7 @@
 """How tokens choose experts."""
 
 from mixora.contracts import Router
+from mixora.routers.null_topk import NullTopK
 from mixora.routers.single import Single
 from mixora.routers.soft import Soft
 from mixora.routers.threshold import Threshold
@@ -11,6 +12,7 @@ ROUTERS: dict[str, type[Router]] = {
     "single": Single,
     "soft": Soft,
     "threshold": Threshold,
+    "null_topk": NullTopK,
 }
 
-__all__ = ["ROUTERS", "Single", "Soft", "Threshold", "TopK"]
+__all__ = ["ROUTERS", "NullTopK", "Single", "Soft", "Threshold", "TopK"]
