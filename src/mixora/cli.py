@@ -263,7 +263,7 @@ def inspect(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Show what each router does with held-out rows: load per expert, entropy, dropped share, dead experts."""
+    """Show what each router does with held-out rows: load per expert, experts per token, entropy, dropped and dead."""
     from mixora.training.progress import Progress
     from mixora.training.results import reopen, routing_table
 

@@ -42,6 +42,10 @@ class Kernel(ABC):
         """Slots that hold W_e x_t for at least the chosen experts e of each token t; in the dtype of `x_TI`."""
 
     @abstractmethod
+    def share(self, hidden_Tr: Tensor, routing: Routing) -> Any:
+        """Slots in which each chosen expert of token t holds the same numbers, row t; all experts have rank r."""
+
+    @abstractmethod
     def map(self, function: Callable[[Tensor], Tensor], slots: Any) -> Any:
         """The slots with `function` applied to each number."""
 
@@ -92,7 +96,7 @@ class Router(ABC):
     @property
     @abstractmethod
     def top_k(self) -> int:
-        """K, the experts a token is computed by."""
+        """K, the most experts a token is computed by."""
 
     @abstractmethod
     def parameter_shapes(self, in_features: int) -> dict[str, tuple[int, ...]]:

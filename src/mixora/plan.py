@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from mixora.contracts import Shape
+from mixora.contracts import Expert, Shape
 from mixora.depth import depths_of, fix, settle
 from mixora.errors import CheckpointError, ConfigError
 from mixora.experts import EXPERTS
@@ -236,8 +236,15 @@ def _make_site(
         stream=linear.stream,
         leader=leader,
         parameters=in_experts + in_router,
-        active_parameters=in_experts * router.top_k // router.num_experts + in_router,
+        active_parameters=_count_active(expert, shape, router.top_k) + in_router,
     )
+
+
+def _count_active(expert: Expert, shape: Shape, top_k: int) -> int:
+    """What a site of `top_k` experts would hold, the mean over neighbours in a circle where ranks differ."""
+    circle = shape.ranks * 2
+    chosen = [replace(shape, ranks=circle[first : first + top_k]) for first in range(len(shape.ranks))]
+    return sum(_count(expert.parameter_shapes(few)) for few in chosen) // len(chosen)
 
 
 def choose_kernel(rule: Rule) -> str:

@@ -34,7 +34,9 @@ class Routing:
     experts_TK: int64, the K distinct experts of each token. weights_TK: float, 0 where the slot was dropped or the
     token is padding. assigned_TK: bool, slots the router chose (before capacity); padding is never assigned.
     admitted_TK: bool, those of them that the capacity limit lets in. logits_TE and probs_TE: fp32 router outputs, None
-    for routers without any. valid_T: bool, real tokens.
+    for routers without any; columns of null experts follow those of the E experts. valid_T: bool, real tokens.
+    null_slots_T: int64, how many choices of a token fell on null experts; None for routers without any. `is_soft`:
+    every token uses every expert, so that weights, not choices, tell the load.
     """
 
     experts_TK: Tensor
@@ -45,6 +47,8 @@ class Routing:
     num_experts: int
     logits_TE: Tensor | None = None
     probs_TE: Tensor | None = None
+    null_slots_T: Tensor | None = None
+    is_soft: bool = False
 
     def gates_TE(self) -> Tensor:
         """The weights as a dense [T, E] matrix, 0 for experts that were not chosen."""
@@ -52,11 +56,25 @@ class Routing:
         return gates_TE.scatter(1, self.experts_TK, self.weights_TK)
 
     def load_E(self) -> Tensor:
-        """Share of the assignments (before capacity) that went to each expert: [E], sums to 1, or all 0."""
-        assigned_TK = self.assigned_TK.to(self.weights_TK.dtype)
-        counts_E = assigned_TK.new_zeros(self.num_experts)
-        counts_E = counts_E.scatter_add(0, self.experts_TK.flatten(), assigned_TK.flatten())
+        """Share of the assignments (before capacity) that went to each expert: [E], sums to 1, or all 0.
+
+        Where routing is soft, the mean weight of each expert over the real tokens.
+        """
+        counts_E = self._counts_E()
         return counts_E / counts_E.sum().clamp(min=1)
+
+    def load_of_columns(self) -> Tensor:
+        """As `load_E`, for each column of `probs_TE`; null experts share their assignments evenly: [E + N]."""
+        counts = self._counts_E()
+        if self.null_slots_T is not None and self.probs_TE is not None:
+            nulls = self.probs_TE.shape[1] - self.num_experts
+            each = self.null_slots_T.sum().to(counts.dtype) / nulls
+            counts = torch.cat([counts, each.expand(nulls)])
+        return counts / counts.sum().clamp(min=1)
+
+    def _counts_E(self) -> Tensor:
+        shares_TK = self.weights_TK.detach() if self.is_soft else self.assigned_TK.to(self.weights_TK.dtype)
+        return shares_TK.new_zeros(self.num_experts).scatter_add(0, self.experts_TK.flatten(), shares_TK.flatten())
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,15 @@ EXTRA = {
         {"num_experts": 4, "top_k": 2, "expert_dropout": 0.9, "renormalise": True},
         {"num_experts": 4, "top_k": 2, "capacity": {"capacity_factor": 0.5, "min_capacity": 0}},
         {"num_experts": 4, "top_k": 2, "expert_dropout": 0.5, "capacity": {"capacity_factor": 1.0, "min_capacity": 1}},
-    ]
+    ],
+    "soft": [{"num_experts": 1}],
+    "threshold": [{"num_experts": 1}, {"num_experts": 3}],
+    "null_topk": [
+        {"num_experts": 4, "null_experts": 1, "top_k": 2},
+        {"num_experts": 2, "null_experts": 6, "top_k": 2},
+        {"num_experts": 2, "null_experts": 3, "top_k": 5},
+        {"num_experts": 1, "null_experts": 1, "top_k": 2},
+    ],
 }
 FORMS = [(kind, settings) for kind in ROUTERS for settings in [{}, *EXTRA.get(kind, [])]]
 LEARNED = [(kind, settings) for kind, settings in FORMS if not ROUTERS[kind].is_static]
@@ -114,6 +122,6 @@ def test_gates_and_load_agree_with_the_slots(kind, settings):
     for t, experts in enumerate(routing.experts_TK.tolist()):
         for k, e in enumerate(experts):
             gates_TE[t, e] = routing.weights_TK[t, k]
-            counts_E[e] += float(routing.assigned_TK[t, k])
+            counts_E[e] += float(routing.weights_TK[t, k] if routing.is_soft else routing.assigned_TK[t, k])
     assert torch.equal(routing.gates_TE(), gates_TE)
     torch.testing.assert_close(routing.load_E(), counts_E / counts_E.sum().clamp(min=1))

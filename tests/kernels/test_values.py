@@ -141,3 +141,32 @@ def test_a_token_without_weight_gets_exactly_zero(kernel):
     y_TO = by_kernel(kernel, identity)(x_TI, a_RI, b_RO, weights_TK, experts_TK, ranks)
     assert torch.equal(y_TO[2], torch.zeros(OUT, dtype=torch.float64))
     assert (y_TO[[0, 1, 3, 4]].abs().sum(dim=1) > 0).all()
+
+
+SHARED = {name: case for name, case in CASES.items() if len(set(case[0])) == 1}
+
+
+@pytest.mark.parametrize("case", SHARED)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_hidden_that_all_experts_share(kernel, case):
+    """Values and gradients are those of experts whose A are copies of one."""
+    ranks, experts_TK, used_TK, (x_TI, a_RI, b_RO, weights_TK) = make(case)
+    a_rI = a_RI[: ranks[0]].clone()
+
+    def by_sharing(x_TI, a_rI, b_RO, weights_TK):
+        assigned_TK, valid_T = weights_TK != 0, torch.ones(len(x_TI), dtype=torch.bool)
+        routing = Routing(experts_TK, weights_TK, assigned_TK, assigned_TK, valid_T, len(ranks))
+        one = KERNELS[kernel](ranks)
+        return one.contract(one.map(F.gelu, one.share(x_TI @ a_rI.T, routing)), b_RO, routing)
+
+    def by_copies(x_TI, a_rI, b_RO, weights_TK):
+        copies_RI = torch.cat([a_rI] * len(ranks))
+        return straight_loops(x_TI, copies_RI, b_RO, weights_TK, experts_TK, ranks, F.gelu)
+
+    outcomes = []
+    for compute in (by_sharing, by_copies):
+        leaves = [leaf.clone().requires_grad_() for leaf in (x_TI, a_rI, b_RO, weights_TK)]
+        y_TO = compute(*leaves[:3], torch.where(used_TK, leaves[3], 0.0))
+        outcomes.append([y_TO.detach(), *torch.autograd.grad((y_TO * torch.linspace(-1, 1, OUT)).sum(), leaves)])
+    for got, want in zip(*outcomes, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)

@@ -15,9 +15,11 @@ def inspect(model: nn.Module, batch: Mapping[str, Tensor] | Iterable[Mapping[str
     """What each site's router does with the real tokens of a batch (or of several), in evaluation mode.
 
     Returns a list with a dictionary per site and active adapter: `path`, `adapter`, `num_experts`, `top_k`; `load`
-    (share of the assignments that chose each expert, sums to 1); `entropy` (mean over tokens of the router's entropy,
-    in nats, at most log num_experts; None for routers without probabilities); `dropped_share` (share of the assignments
-    that the capacity limit would turn away in training); `dead_experts` (indices of experts that no token chose).
+    (share of the assignments that chose each expert, sums to 1; where routing is soft, the mean weight of each expert);
+    `experts_per_token` (mean number of experts that a token chose); `entropy` (mean over tokens of the router's
+    entropy, in nats, at most log num_experts, to which null experts add; None for routers without probabilities);
+    `dropped_share` (share of the assignments that the capacity limit would turn away in training); `dead_experts`
+    (indices of experts that no token chose).
     Weights, gradients and mode of the model stay as they are. Raises `ModelError` for a model without active sites.
     """
     batches = [batch] if isinstance(batch, Mapping) else batch
@@ -54,11 +56,12 @@ class _Tally:
 
     def __init__(self, num_experts: int) -> None:
         self.chosen_E = torch.zeros(num_experts, dtype=torch.float64)
-        self.entropy, self.tokens, self.admitted, self.top_k = 0.0, 0, 0, 0
+        self.entropy, self.tokens, self.assigned, self.admitted, self.top_k = 0.0, 0, 0, 0, 0
         self.has_probabilities = False
 
     def add(self, routing: Routing) -> None:
         assigned = int(routing.assigned_TK.sum())
+        self.assigned += assigned
         self.chosen_E += routing.load_E().double().cpu() * assigned
         self.admitted += int(routing.admitted_TK.sum())
         self.tokens += int(routing.valid_T.sum())
@@ -69,12 +72,12 @@ class _Tally:
             self.entropy -= float(torch.xlogy(probs_TE, probs_TE).sum())
 
     def numbers(self) -> dict[str, Any]:
-        assigned = float(self.chosen_E.sum())
         return {
             "num_experts": len(self.chosen_E),
             "top_k": self.top_k,
-            "load": (self.chosen_E / max(assigned, 1.0)).tolist(),
+            "load": (self.chosen_E / max(self.assigned, 1)).tolist(),
+            "experts_per_token": self.assigned / max(self.tokens, 1),
             "entropy": self.entropy / max(self.tokens, 1) if self.has_probabilities else None,
-            "dropped_share": 1 - self.admitted / assigned if assigned else 0.0,
+            "dropped_share": 1 - self.admitted / self.assigned if self.assigned else 0.0,
             "dead_experts": [expert for expert, count in enumerate(self.chosen_E.tolist()) if round(count) == 0],
         }

@@ -66,7 +66,7 @@ class RunRecord:
     load: Row | None = None
     """`groups` (domains), `sites` (paths), `load` (shares `[site][group][expert]` that add up to 1 over experts)."""
     routing: list[Row] = field(default_factory=list)
-    """One row per site: path, entropy (nats), dropped_share, dead_experts (list), load (list of shares)."""
+    """One row per site: path, experts_per_token, entropy (nats), dropped_share, dead_experts (list), load (shares)."""
     generations: list[dict[str, str]] = field(default_factory=list)
     """prompt, expected, before, after."""
     environment: Row = field(default_factory=dict)

@@ -1,7 +1,7 @@
 """LoRA experts: B_e A_e x (Hu et al. 2021, arXiv 2106.09685; as experts in SiRA, arXiv 2311.09179)."""
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ class LoraConfig(Strict):
 class Lora(Expert):
     """Parameters A [R, I], Kaiming-uniform, and B [R, O], zero: the adapted module starts as the frozen one."""
 
-    Config = LoraConfig
+    Config: ClassVar[type[LoraConfig]] = LoraConfig
     config: LoraConfig
 
     def parameter_shapes(self, shape: Shape) -> dict[str, tuple[int, ...]]:

@@ -18,10 +18,14 @@ class Loop(Kernel):
         """Slots of tokens whose weight is not 0."""
         slots: Slots = []
         for expert, w_rI in enumerate(w_RI.split(self.ranks)):
-            serves_T = ((routing.experts_TK == expert) & (routing.weights_TK != 0)).any(dim=1)
-            token_n = serves_T.nonzero()[:, 0]
+            token_n = _served(expert, routing)
             slots.append((token_n, x_TI[token_n] @ w_rI.to(x_TI.dtype).T))
         return slots
+
+    def share(self, hidden_Tr: Tensor, routing: Routing) -> Slots:
+        """Slots of tokens whose weight is not 0."""
+        tokens = [_served(expert, routing) for expert in range(len(self.ranks))]
+        return [(token_n, hidden_Tr[token_n]) for token_n in tokens]
 
     def map(self, function: Callable[[Tensor], Tensor], slots: Slots) -> Slots:
         """The slots with `function` applied to each number."""
@@ -35,3 +39,8 @@ class Loop(Kernel):
             weight_n = gates_TE[token_n, expert].to(h_nr.dtype)
             y_TO = y_TO.index_add(0, token_n, (h_nr * weight_n[:, None]) @ w_rO.to(h_nr.dtype))
         return y_TO
+
+
+def _served(expert: int, routing: Routing) -> Tensor:
+    """Indices of the tokens that an expert serves: [n]."""
+    return ((routing.experts_TK == expert) & (routing.weights_TK != 0)).any(dim=1).nonzero()[:, 0]

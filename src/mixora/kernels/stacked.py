@@ -21,6 +21,10 @@ class Stacked(Kernel):
         """W x for all experts: [T, R]."""
         return F.linear(x_TI, w_RI.to(x_TI.dtype))
 
+    def share(self, hidden_Tr: Tensor, routing: Routing) -> Tensor:
+        """The same hidden once per expert: [T, R]."""
+        return hidden_Tr.repeat(1, len(self.ranks))
+
     def map(self, function: Callable[[Tensor], Tensor], slots: Tensor) -> Tensor:
         """The slots with `function` applied to each number."""
         return function(slots)

@@ -20,7 +20,9 @@ class LoadBalance(Loss):
     """E * sum_e f_e P_e over real tokens.
 
     f_e: share of the assignments (before capacity) that chose e, a constant for the gradient. P_e: mean probability of
-    e. 1 with a uniform router, E/K when all tokens choose the same K experts with certainty.
+    e. 1 with a uniform router, E/K when all tokens choose the same K experts with certainty. Where routing is soft, f_e
+    is the mean weight. N null experts count as further ones, E + N in all, and share their assignments evenly, so that
+    the loss does not care which of them is chosen (AdaMoE, arXiv 2406.13233).
     """
 
     Config = LoadBalanceConfig
@@ -32,4 +34,4 @@ class LoadBalance(Loss):
         valid_T = routing.valid_T.to(routing.probs_TE.dtype)
         # sums, not matrix products: autocast would compute the latter in low precision
         mean_E = (valid_T[:, None] * routing.probs_TE).sum(dim=0) / valid_T.sum().clamp(min=1)
-        return routing.num_experts * (routing.load_E().to(mean_E.dtype) * mean_E).sum()
+        return len(mean_E) * (routing.load_of_columns().to(mean_E.dtype) * mean_E).sum()

@@ -1,9 +1,18 @@
 """How tokens choose experts."""
 
 from mixora.contracts import Router
+from mixora.routers.null_topk import NullTopK
 from mixora.routers.single import Single
+from mixora.routers.soft import Soft
+from mixora.routers.threshold import Threshold
 from mixora.routers.topk import TopK
 
-ROUTERS: dict[str, type[Router]] = {"topk": TopK, "single": Single}
+ROUTERS: dict[str, type[Router]] = {
+    "topk": TopK,
+    "single": Single,
+    "soft": Soft,
+    "threshold": Threshold,
+    "null_topk": NullTopK,
+}
 
-__all__ = ["ROUTERS", "Single", "TopK"]
+__all__ = ["ROUTERS", "NullTopK", "Single", "Soft", "Threshold", "TopK"]

@@ -128,10 +128,11 @@ def reopen(run: Path, changes: Mapping[str, Any], progress: Progress) -> Trained
 
 def routing_table(sites: list[dict[str, Any]]) -> Table:
     """What `mixora.inspect` found, for a terminal."""
-    table = Table("site", "load per expert, %", "entropy", "dropped", "dead")
+    table = Table("site", "load per expert, %", "per token", "entropy", "dropped", "dead")
     for site in sites:
         load = " ".join(f"{100 * share:.0f}" for share in site["load"])
         entropy = "-" if site["entropy"] is None else f"{site['entropy']:.3f}"
         dead = ", ".join(map(str, site["dead_experts"])) or "none"
-        table.add_row(site["path"], load, entropy, f"{site['dropped_share']:.1%}", dead)
+        chosen, dropped = f"{site['experts_per_token']:.2f}", f"{site['dropped_share']:.1%}"
+        table.add_row(site["path"], load, chosen, entropy, dropped, dead)
     return table

@@ -100,7 +100,7 @@ def _describe_model(model: PeftModel, table: Plan, examples: Examples, config: R
     """Plan, parameters, and what the trained routers do with the held-out rows."""
     trainable, total = model.get_nb_trainable_parameters()
     outside = trainable - table.parameters  # a new classification head
-    columns = ("path", "entropy", "dropped_share", "dead_experts", "load")
+    columns = ("path", "experts_per_token", "entropy", "dropped_share", "dead_experts", "load")
     routed = [site for site in inspect(model, batches_of(examples, config)) if site["num_experts"] > 1]
     return {
         "plan": table.rows(),

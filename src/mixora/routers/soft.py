@@ -1,0 +1,72 @@
+"""Soft routing: every token to all experts, weighted by the router's probabilities (MoLoRA, arXiv 2309.05444).
+
+w = softmax(W x)
+"""
+
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from mixora.config import Strict
+from mixora.contracts import Parameters, Router
+from mixora.routers.topk import router_logits
+from mixora.routing import Routing, Tokens
+
+
+class SoftConfig(Strict):
+    """All of `num_experts` serve each token.
+
+    `share_router`: one router for the linears of a block that read the same input. `init_std`: standard deviation of
+    the router's weights at the start.
+    """
+
+    kind: Literal["soft"] = "soft"
+    num_experts: Annotated[int, Field(ge=1)] = 8
+    share_router: bool = False
+    init_std: Annotated[float, Field(gt=0)] = 0.02
+
+
+class Soft(Router):
+    """Linear router without bias, in fp32 (or float64 for float64 inputs) whatever the activations' dtype; K = E."""
+
+    Config = SoftConfig
+    config: SoftConfig
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return self.config.num_experts
+
+    @property
+    def top_k(self) -> int:
+        """K = E."""
+        return self.config.num_experts
+
+    def parameter_shapes(self, in_features: int) -> dict[str, tuple[int, ...]]:
+        """W: [E, I]."""
+        return {"router": (self.num_experts, in_features)}
+
+    def initialise(self, parameters: Parameters) -> None:
+        """Normal, mean 0."""
+        nn.init.normal_(parameters["router"], std=self.config.init_std)
+
+    def route(self, x_TI: Tensor, parameters: Parameters, tokens: Tokens, training: bool) -> Routing:
+        """Softmax weights over all experts; padding has none."""
+        logits_TE = router_logits(x_TI, parameters["router"])
+        probs_TE = logits_TE.softmax(dim=-1)
+        experts_TK = torch.arange(self.num_experts, device=x_TI.device).expand(len(x_TI), -1)
+        assigned_TK = (probs_TE > 0) & tokens.valid_T[:, None]
+        weights_TK = torch.where(assigned_TK, probs_TE, 0.0)
+        return Routing(
+            experts_TK,
+            weights_TK,
+            assigned_TK,
+            assigned_TK,
+            tokens.valid_T,
+            self.num_experts,
+            logits_TE,
+            probs_TE,
+            is_soft=True,
+        )

@@ -1,0 +1,94 @@
+"""What every router x expert x kernel that a plan allows promises together, on one linear in float64."""
+
+import itertools
+
+import peft
+import pytest
+import torch
+
+import mixora
+from mixora.errors import ConfigError
+from mixora.experts import EXPERTS
+from mixora.kernels import KERNELS
+from mixora.routers import ROUTERS
+from tests.models import OneLinear, adapt, gradients
+
+IN, OUT = 6, 5
+LOSSES = {"load_balance": {"coefficient": 0.5}, "z_loss": {"coefficient": 0.1}}
+
+
+def config(router, expert, kernel):
+    parts = {"expert": {"kind": expert, "rank": 2}, "router": {"kind": router}, "kernel": kernel}
+    return mixora.MixoraConfig(rules={"all": {"targets": ["proj"], **parts}}, losses=LOSSES)
+
+
+def is_allowed(combination):
+    try:
+        mixora.plan(OneLinear(IN, OUT), config(*combination))
+    except ConfigError:
+        return False
+    return True
+
+
+ALL = [c for c in itertools.product(ROUTERS, EXPERTS, KERNELS) if is_allowed(c)]
+
+
+def make_inputs():
+    generator = torch.Generator().manual_seed(5)
+    mask_BS = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0]])
+    return torch.randn(2, 6, IN, generator=generator, dtype=torch.float64), mask_BS
+
+
+def step(combination, x_BSI, mask_BS):
+    """Output of the real tokens and all gradients of the task and the losses."""
+    torch.manual_seed(4)
+    model = adapt(OneLinear(IN, OUT), config(*combination)).double()
+    leaf_BSI = x_BSI.clone().requires_grad_()
+    y_nO = model(leaf_BSI, attention_mask=mask_BS)[mask_BS.bool()]
+    (y_nO * torch.linspace(-1, 1, y_nO.numel(), dtype=y_nO.dtype).reshape(y_nO.shape)).sum().backward()
+    return y_nO.detach(), {"x": leaf_BSI.grad[mask_BS.bool()], **gradients(model)}
+
+
+def assert_same(found, expected):
+    torch.testing.assert_close(found[0], expected[0], rtol=1e-10, atol=1e-12)
+    assert found[1].keys() == expected[1].keys()
+    for name, gradient in expected[1].items():
+        torch.testing.assert_close(found[1][name], gradient, rtol=1e-9, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize(("router", "expert"), sorted({c[:2] for c in ALL}))
+def test_every_kernel_gives_what_the_loop_gives(router, expert):
+    x_BSI, mask_BS = make_inputs()
+    expected = step((router, expert, "loop"), x_BSI, mask_BS)
+    for kernel in KERNELS:
+        assert_same(step((router, expert, kernel), x_BSI, mask_BS), expected)
+
+
+@pytest.mark.parametrize("combination", ALL, ids="-".join)
+def test_what_stands_on_padding_does_not_matter(combination):
+    """Values of padding may be anything; outputs of real tokens, losses and gradients stay."""
+    x_BSI, mask_BS = make_inputs()
+    other_BSI = torch.where(mask_BS[:, :, None] == 1, x_BSI, 100 * x_BSI.flip(0))
+    assert_same(step(combination, other_BSI, mask_BS), step(combination, x_BSI, mask_BS))
+
+
+@pytest.mark.parametrize("combination", ALL, ids="-".join)
+def test_every_tensor_learns(combination):
+    """Over several seeds of the input: a sparse router may leave an expert out of one batch."""
+    x_BSI, mask_BS = make_inputs()
+    steps = [step(combination, x_BSI * factor, mask_BS)[1] for factor in (1.0, -1.0, 0.5)]
+    for name in steps[0]:
+        assert any(found[name].abs().sum() > 0 for found in steps), name
+
+
+@pytest.mark.parametrize("combination", ALL, ids="-".join)
+def test_the_start_is_the_frozen_module_and_the_counts_are_those_planned(combination):
+    x_BSI, mask_BS = make_inputs()
+    torch.manual_seed(3)
+    base = OneLinear(IN, OUT).double()
+    expected = base(x_BSI)
+    (site,) = mixora.plan(base, config(*combination)).sites
+    model = peft.get_peft_model(base, config(*combination)).train()
+    assert torch.equal(model(x_BSI, attention_mask=mask_BS), expected)
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == site.parameters
+    assert site.active_parameters <= site.parameters

@@ -1,0 +1,131 @@
+"""Every recipe on a decoder, an encoder and an encoder-decoder: start, steps, files, evaluation, generation, plan."""
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+
+import mixora
+from mixora.memory import estimate_memory
+from tests.models import adapt, gradients, tiny_bert_classifier, tiny_llama, tiny_t5, token_ids
+
+IDS = token_ids(4, 8)
+MASK = torch.tensor([[1] * 8, [1] * 8, [1] * 5 + [0] * 3, [1] * 6 + [0] * 2])
+TEXT = {"input_ids": IDS, "attention_mask": MASK, "labels": IDS.where(MASK == 1, -100)}
+CLASSES = {"input_ids": IDS, "attention_mask": MASK, "labels": torch.tensor([0, 1, 2, 1])}
+KINDS = {
+    "decoder": (tiny_llama, "CAUSAL_LM", TEXT),
+    "encoder": (tiny_bert_classifier, "SEQ_CLS", CLASSES),
+    "encoder-decoder": (tiny_t5, "SEQ_2_SEQ_LM", TEXT),
+}
+
+
+def outputs(model, batch):
+    with torch.no_grad():
+        found = model.eval()(**batch)
+    return found.loss, found.logits
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("recipe", mixora.recipe_names())
+def test_starts_as_the_base_trains_reloads_and_generates(recipe, kind, tmp_path):
+    make, task, batch = KINDS[kind]
+    torch.manual_seed(1)
+    model = get_peft_model(make(), mixora.recipe(recipe, task_type=task))
+    before, plain = outputs(model, batch), outputs(make(), batch)
+    assert torch.equal(before[1], plain[1])
+
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimiser = torch.optim.AdamW(trainable.values(), lr=0.02)
+    model.train()
+    for _ in range(2):
+        model(**batch).loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    after = outputs(model, batch)
+    assert after[0] < before[0]
+
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(make(), tmp_path, adapter_name="elsewhere")
+    assert all(torch.equal(*pair) for pair in zip(outputs(again, batch), after, strict=True))
+    if kind != "encoder":
+        lengths = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+        inputs = {"input_ids": IDS[:2], "attention_mask": MASK[:2]}
+        written, same = (m.eval().generate(**inputs, **lengths) for m in (model, again))
+        assert torch.equal(written, same)
+        assert written.shape[1] >= 5
+
+
+@pytest.mark.parametrize("recipe", mixora.recipe_names())
+def test_the_plan_is_printed_and_true_on_every_kind(recipe):
+    for make, _, batch in KINDS.values():
+        plan = mixora.plan(make(), mixora.recipe(recipe))
+        assert f"trainable {plan.parameters:,}, active {plan.active_parameters:,} parameters" in str(plan)
+        model = get_peft_model(make(), mixora.recipe(recipe))
+        assert sum(p.numel() for p in model.parameters() if p.requires_grad) == plan.parameters
+        sites = mixora.inspect(model, batch)
+        assert {site["path"] for site in sites} == {site.path for site in plan.sites}
+
+
+# tiny Llama, two layers of q, k, v, o: 32 wide, of which k and v give 16
+COUNTS = {
+    # rank 16: q, o 16 * 64; k, v 16 * 48
+    "lora": (2 * 2 * (1024 + 768), 2 * 2 * (1024 + 768)),
+    # 16 experts of rank 4, 4 of them active: 64 * 64, 64 * 48, router 16 * 32
+    "sira": (2 * 2 * (4096 + 3072 + 2 * 512), 2 * 2 * (1024 + 768 + 2 * 512)),
+    # 8 experts of rank 4, all active: 32 * 64, 32 * 48, router 8 * 32
+    "molora": (2 * 2 * (2048 + 1536 + 2 * 256), 2 * 2 * (2048 + 1536 + 2 * 256)),
+    # A 8 * 32 once; B of 4 experts of rank 8: 32 * 32, 32 * 16; router 4 * 32
+    "hydralora": (2 * 2 * (1024 + 512 + 2 * (256 + 128)), 2 * 2 * (1024 + 512 + 2 * (256 + 128))),
+    # as molora, and a threshold of 32 + 1 numbers
+    "adamole": (2 * 2 * (2048 + 1536 + 2 * (256 + 33)), 2 * 2 * (2048 + 1536 + 2 * (256 + 33))),
+    # as molora, with 8 more rows in the router, and 4 experts active at most
+    "adamoe": (2 * 2 * (2048 + 1536 + 2 * 512), 2 * 2 * (1024 + 768 + 2 * 512)),
+}
+
+
+@pytest.mark.parametrize("recipe", COUNTS)
+def test_counts_by_hand(recipe):
+    plan = mixora.plan(tiny_llama(), mixora.recipe(recipe))
+    assert (plan.parameters, plan.active_parameters) == COUNTS[recipe]
+
+
+# SmolLM2-135M: 30 layers, 576 wide, of which k and v give 192; the numbers that docs/methods/ tells
+LARGE_COUNTS = {
+    "sira": (8_478_720, 2_949_120),
+    "molora": (4_239_360, 4_239_360),
+    "hydralora": (2_304_000, 2_304_000),
+    "adamole": (4_308_600, 4_308_600),
+    "adamoe": (4_792_320, 2_949_120),
+}
+
+
+@pytest.mark.parametrize("recipe", LARGE_COUNTS)
+def test_counts_of_the_documentation(recipe):
+    sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
+    with torch.device("meta"):
+        plan = mixora.plan(tiny_llama(layers=30, **sizes), mixora.recipe(recipe))
+    assert (plan.parameters, plan.active_parameters) == LARGE_COUNTS[recipe]
+
+
+@pytest.mark.parametrize("recipe", mixora.recipe_names())
+def test_recomputation_gives_the_same_gradients(recipe):
+    found = []
+    for recomputes in (False, True):
+        model = adapt(tiny_llama(), mixora.recipe(recipe))
+        if recomputes:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.enable_input_require_grads()
+        torch.manual_seed(2)
+        model(**TEXT).loss.backward()
+        found.append(gradients(model))
+    assert found[0].keys() == found[1].keys()
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("recipe", mixora.recipe_names())
+def test_memory_is_counted_without_weights(recipe):
+    with torch.device("meta"):
+        # with its cache off, Llama looks for packed sequences in the positions, which have no values on this device
+        model = get_peft_model(tiny_llama(use_cache=True), mixora.recipe(recipe))
+    assert estimate_memory(model, batch=2, length=8).activations > 0
