@@ -34,9 +34,9 @@ def _bert_config(**changes):
     return BertConfig(vocab_size=VOCABULARY, max_position_embeddings=64, **{**sizes, **no_dropout, **changes})
 
 
-def tiny_bert(seed=0, **changes):
+def tiny_bert(layers=2, seed=0, **changes):
     torch.manual_seed(seed)
-    return BertModel(_bert_config(**changes), add_pooling_layer=False)
+    return BertModel(_bert_config(num_hidden_layers=layers, **changes), add_pooling_layer=False)
 
 
 def tiny_bert_classifier(seed=0, **changes):
@@ -44,17 +44,17 @@ def tiny_bert_classifier(seed=0, **changes):
     return BertForSequenceClassification(_bert_config(num_labels=3, **changes))
 
 
-def tiny_gpt2(seed=0):
+def tiny_gpt2(layers=2, seed=0):
     torch.manual_seed(seed)
     no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     marks = {"bos_token_id": 1, "eos_token_id": 2}
-    sizes = {"n_embd": WIDTH, "n_layer": 2, "n_head": 4, "n_positions": 64}
+    sizes = {"n_embd": WIDTH, "n_layer": layers, "n_head": 4, "n_positions": 64}
     return GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, **sizes, **marks, **no_dropout))
 
 
-def tiny_t5(seed=0):
+def tiny_t5(layers=2, seed=0):
     torch.manual_seed(seed)
-    sizes = {"d_model": WIDTH, "d_kv": 8, "d_ff": INNER, "num_layers": 2, "num_heads": 4}
+    sizes = {"d_model": WIDTH, "d_kv": 8, "d_ff": INNER, "num_layers": layers, "num_heads": 4}
     return T5ForConditionalGeneration(
         T5Config(vocab_size=VOCABULARY, **sizes, dropout_rate=0.0, decoder_start_token_id=0, pad_token_id=0)
     )

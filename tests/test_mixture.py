@@ -26,8 +26,10 @@ def inputs_of(make):
 @pytest.mark.parametrize("make", [tiny_llama, tiny_bert, tiny_gpt2, tiny_t5])
 def test_at_the_start_the_model_is_the_frozen_one_bit_for_bit(make, recipe):
     inputs = inputs_of(make)
-    plain = make().train()(**inputs)[0]
-    model = get_peft_model(make(), mixora.recipe(recipe)).train()
+    # hilo and mola have values for four groups of layers
+    # without gradients: torch multiplies by a weight that has one in another order
+    plain = make(layers=4).train().requires_grad_(False)(**inputs)[0]
+    model = get_peft_model(make(layers=4), mixora.recipe(recipe)).train()
     assert torch.equal(model(**inputs)[0], plain)
 
 
