@@ -43,7 +43,7 @@ def test_the_auxiliary_losses_change_no_value():
 @pytest.mark.parametrize("kernel", ["loop", "stacked"])
 def test_a_bfloat16_base_trains_close_to_fp32(kernel):
     def step(dtype):
-        model = adapt(tiny_llama(), sira(capacity_factor=None, kernel=kernel, rank=4, top_k=4))
+        model = adapt(tiny_llama(), sira(capacity_factor=None, kernel=kernel, rank=4, top_k=4, scale=1.0))
         model.get_base_model().to(dtype)
         for name, parameter in model.named_parameters():
             parameter.data = parameter.data.float() if "mixora" in name else parameter.data

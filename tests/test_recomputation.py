@@ -126,6 +126,8 @@ def test_other_architectures(make, use_reentrant):
     inputs = batch(0, 6)
 
     def outcome(model):
+        # in float64: T5's own rounding, times the scale of the experts, would hide what differs
+        model = model.double()
         torch.manual_seed(5)
         if make is tiny_t5:
             model(**inputs).loss.backward()

@@ -32,6 +32,7 @@ def config(order, count_slots, group, renormalise, dropout):
         num_experts=EXPERTS,
         top_k=TOP_K,
         rank=RANK,
+        scale=1.0,
         renormalise=renormalise,
         expert_dropout=DROP if dropout else 0.0,
         **{f"rules.attention.router.capacity.{name}": value for name, value in capacity.items()},

@@ -90,12 +90,14 @@ def value_at(value: Any, depth: Depth, where: str) -> int:
 
 def settle(config: C, depth: Depth, where: str) -> C:
     """`config` with one number in each field that may vary over depth."""
-    varying = [
-        name
-        for name, field in type(config).model_fields.items()
-        if any(isinstance(mark, _Varies) for mark in field.metadata)
-    ]
+    varying = [name for name in type(config).model_fields if varies(config, name)]
     return fix(config, **{name: value_at(getattr(config, name), depth, f"{where}.{name}") for name in varying})
+
+
+def varies(config: Strict, name: str) -> bool:
+    """Whether a configuration has a field of that name that may vary over depth."""
+    field = type(config).model_fields.get(name)
+    return field is not None and any(isinstance(mark, _Varies) for mark in field.metadata)
 
 
 def fix(config: C, **values: Any) -> C:

@@ -1,5 +1,6 @@
 """A saved adapter back on its base model, checked tensor by tensor."""
 
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -37,11 +38,12 @@ def from_pretrained(
     if folder.exists():
         _check_files(folder)
     try:
+        kind = PeftConfig._get_peft_type(str(adapter))
+        if kind != MIXORA:
+            raise CheckpointError(f"{adapter}: is an adapter of type {kind}; valid: {MIXORA.value}")
         config = PeftConfig.from_pretrained(str(adapter))
-    except ValueError as error:
-        raise CheckpointError(f"{adapter}: holds no adapter: {error}") from None
-    if config.peft_type != MIXORA:
-        raise CheckpointError(f"{adapter}: is an adapter of type {config.peft_type}; valid: {MIXORA}")
+    except (KeyError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{adapter}: its {CONFIG_NAME} is damaged: {error}") from None
     if not isinstance(base, PreTrainedModel):
         base, _ = load_base(base, task=_TASKS.get(str(config.task_type), "causal-lm"), **for_base)
     with warnings.catch_warnings():

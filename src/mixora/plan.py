@@ -13,7 +13,7 @@ from rich.table import Table
 from torch import nn
 
 from mixora.contracts import Expert, Shape
-from mixora.depth import depths_of, fix, settle
+from mixora.depth import depths_of, fix, settle, varies
 from mixora.errors import CheckpointError, ConfigError
 from mixora.experts import EXPERTS
 from mixora.kernels import KERNELS
@@ -273,9 +273,11 @@ def parts_of(site: Site, method: Method, plan: Plan, leader: Mixture | None) -> 
             config = getattr(method.losses, name)
             if config.coefficient > 0:
                 terms.append((name, loss(config), config.coefficient / routed))
+    # a router whose top_k is one number reads it as it stands: null experts may raise it above the experts' number
+    numbers = {"num_experts": site.num_experts, **({"top_k": site.top_k} if varies(rule.router, "top_k") else {})}
     return Parts(
         expert=EXPERTS[site.expert](fix(rule.expert, rank=max(site.ranks))),
-        router=ROUTERS[site.router](fix(rule.router, num_experts=site.num_experts, top_k=site.top_k)),
+        router=ROUTERS[site.router](fix(rule.router, **numbers)),
         kernel=KERNELS[site.kernel](site.ranks),
         shape=site.shape,
         stream=site.stream,

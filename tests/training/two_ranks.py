@@ -25,6 +25,7 @@ def main(folder):
     gradients["ratio"] = torch.tensor(checked.ratio)
     if dist.get_rank() == 0:
         torch.save(gradients, f"{folder}/gradients.pt")
+    dist.barrier()
     dist.destroy_process_group()
 
 
