@@ -21,7 +21,7 @@ from mixora.method import Method, Rule
 from mixora.mixture import Mixture, Parts
 from mixora.passes import Stream
 from mixora.routers import ROUTERS
-from mixora.sites import Linear, linears_of, match
+from mixora.sites import GROUPS, WHOLE, Block, Linear, check_block, match, names_by_group, places_of
 
 
 @dataclass(frozen=True)
@@ -169,24 +169,39 @@ def _row(sites: list[Site]) -> dict[str, Any]:
 
 def make_plan(model: nn.Module, method: Method) -> Plan:
     """The plan of `method` on `model`, which may stand on the meta device; `ConfigError` where the two do not fit."""
-    linears = linears_of(model)
-    if not linears:
-        raise ConfigError(f"{type(model).__name__} has no linear modules to adapt")
-    rule_of: dict[str, str] = {}
-    for name, rule in method.rules.items():
-        for linear in match(rule.targets, linears, model, f"rules.{name}.targets"):
-            if linear.path in rule_of:
-                raise ConfigError(
-                    f"rules.{name}.targets: {linear.path} is already taken by rule {rule_of[linear.path]!r}"
-                )
-            rule_of[linear.path] = name
+    places = places_of(model)
+    rule_of = _assign_rules(model, method, places)
     leaders: dict[tuple[str, ...], str] = {}
     sites = [
         _make_site(linear, rule_of[linear.path], method.rules[rule_of[linear.path]], leaders)
-        for linear in linears
+        for linear in places
         if linear.path in rule_of
     ]
     return Plan(tuple(sites), tuple(_notes(method)))
+
+
+def _assign_rules(model: nn.Module, method: Method, places: list[Linear]) -> dict[str, str]:
+    """The rule of each adapted module, by path."""
+    linears = [place for place in places if not isinstance(place, Block)]
+    if not linears:
+        raise ConfigError(f"{type(model).__name__} has no linear modules to adapt")
+    rule_of: dict[str, str] = {}
+    # rules for whole modules first: where one takes a linear, a group of another rule makes way
+    for name, rule in sorted(method.rules.items(), key=lambda item: not _is_serial(item[1])):
+        where, serial = f"rules.{name}.targets", _is_serial(rule)
+        groups = (*GROUPS, WHOLE) if serial else GROUPS
+        for place in match(rule.targets, places if serial else linears, model, where, groups):
+            if isinstance(place, Block):
+                check_block(model, place.path, where)
+            taken_by = rule_of.setdefault(place.path, name)
+            makes_way = _is_serial(method.rules[taken_by]) and not serial and names_by_group(rule.targets, place)
+            if taken_by != name and not makes_way:
+                raise ConfigError(f"{where}: {place.path} is already taken by rule {taken_by!r}")
+    return rule_of
+
+
+def _is_serial(rule: Rule) -> bool:
+    return EXPERTS[rule.expert.kind].reads == "output"
 
 
 def _make_site(linear: Linear, name: str, rule: Rule, leaders: dict[tuple[str, ...], str]) -> Site:

@@ -15,7 +15,7 @@ from mixora.config import did_you_mean, override, parse
 from mixora.errors import ConfigError
 from mixora.method import Method
 from mixora.mixture import PREFIX, Mixture
-from mixora.plan import Plan, make_plan, parts_of
+from mixora.plan import Plan, Site, make_plan, parts_of
 from mixora.recipes import read_recipe
 
 
@@ -106,7 +106,7 @@ class MixoraModel(BaseTuner):
         if config.plan is not None:
             new_plan.check_against(config.plan)
         config.plan = new_plan.to_list()
-        self._sites = {site.path: site for site in new_plan.sites}
+        self._roots = _group_by_root(model, new_plan)
         self._plan = new_plan
         for name in config.modules_to_save or ():
             both = [s.path for s in new_plan.sites if s.path == name or s.path.endswith("." + name)]
@@ -114,17 +114,16 @@ class MixoraModel(BaseTuner):
                 raise ConfigError(f"{both[0]}: is adapted by a rule and trained whole by modules_to_save {name!r}")
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         # PEFT's export to LoRA reads it
-        config.target_modules = set(self._sites)
+        config.target_modules = {site.path for site in new_plan.sites}
         if not hasattr(model, "_mixora_hooks"):
             model._mixora_hooks = passes.install(model)  # type: ignore[assignment]
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
         return peft_config
 
-    @staticmethod
-    def _check_target_module_exists(peft_config: PeftConfig, key: str) -> bool:
-        path = key.replace(".base_layer", "")
-        return not key.endswith(".base_layer") and any(site["path"] == path for site in peft_config.plan)
+    def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> bool:  # type: ignore[override]
+        # on the instance: what PEFT has to visit depends on the plan and on what is wrapped already
+        return not key.endswith(".base_layer") and key.replace(".base_layer", "") in self._roots
 
     def _create_and_replace(
         self,
@@ -137,17 +136,29 @@ class MixoraModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         assert isinstance(peft_config, MixoraConfig)
-        site = self._sites[current_key.replace(".base_layer", "")]
+        for site in self._roots[current_key.replace(".base_layer", "")]:
+            self._adapt(site, peft_config, adapter_name)
+
+    def _adapt(self, site: Site, config: MixoraConfig, adapter_name: str) -> None:
         leader = self.model.get_submodule(site.leader) if site.leader else None
         assert leader is None or isinstance(leader, Mixture)
-        parts = parts_of(site, peft_config.method, self._plan, leader)
+        parts = parts_of(site, config.method, self._plan, leader)
+        above, _, name = site.path.rpartition(".")
+        parent, target = self.model.get_submodule(above), self.model.get_submodule(site.path)
         if isinstance(target, Mixture):
-            target.add(adapter_name, parts, peft_config.inference_mode)
+            target.add(adapter_name, parts, config.inference_mode)
             return
         wrapped = Mixture(target, site.path)
         wrapped._active_adapter = self.active_adapters
-        wrapped.add(adapter_name, parts, peft_config.inference_mode)
-        self._replace_module(parent, target_name, wrapped, target)
+        wrapped.add(adapter_name, parts, config.inference_mode)
+        self._replace_module(parent, name, wrapped, target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if isinstance(new_module, Mixture) or isinstance(child, Mixture):
+            # PEFT's way expects a weight on the wrapped module; `add` made the tensors on the right device
+            setattr(parent.get_base_layer() if isinstance(parent, Mixture) else parent, child_name, new_module)
+            return
+        super()._replace_module(parent, child_name, new_module, child)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Refuse before the first weight is changed."""
@@ -167,9 +178,24 @@ class MixoraModel(BaseTuner):
             names = kwargs.get("adapter_names") or (args[2] if len(args) > 2 else None)
             self._check_all_static(names)
         model: Any = super()._unload_and_optionally_merge(merge, *args, **kwargs)
+        while any(isinstance(module, Mixture) for module in model.modules()):
+            # PEFT does not look inside of what it unwraps
+            model = super()._unload_and_optionally_merge(merge, *args, **kwargs)
         for handle in model.__dict__.pop("_mixora_hooks", ()):
             handle.remove()
         return model
+
+
+def _group_by_root(model: nn.Module, plan: Plan) -> dict[str, list[Site]]:
+    """The sites below each module that PEFT visits: it does not look inside of a module that is wrapped already."""
+    wrapped = [name.replace(".base_layer", "") for name, module in model.named_modules() if isinstance(module, Mixture)]
+    roots: dict[str, list[Site]] = {}
+    for site in plan.sites:
+        steps = site.path.split(".")
+        above = {".".join(steps[: n + 1]) for n in range(len(steps))}
+        root = min((path for path in wrapped if path in above), key=len, default=site.path)
+        roots.setdefault(root, []).append(site)
+    return roots
 
 
 def register() -> None:

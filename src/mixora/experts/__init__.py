@@ -1,8 +1,9 @@
 """What one expert computes."""
 
 from mixora.contracts import Expert
+from mixora.experts.bottleneck import Bottleneck
 from mixora.experts.lora import Lora
 
-EXPERTS: dict[str, type[Expert]] = {"lora": Lora}
+EXPERTS: dict[str, type[Expert]] = {"lora": Lora, "bottleneck": Bottleneck}
 
-__all__ = ["EXPERTS", "Lora"]
+__all__ = ["EXPERTS", "Bottleneck", "Lora"]

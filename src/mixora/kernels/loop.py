@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from torch import Tensor
+from torch.nn import functional as F
 
 from mixora.contracts import Kernel
 from mixora.routing import Routing
@@ -14,13 +15,14 @@ Slots = list[tuple[Tensor, Tensor]]
 class Loop(Kernel):
     """Gathers each expert's tokens, computes them, scatters the results back."""
 
-    def expand(self, x_TI: Tensor, w_RI: Tensor, routing: Routing) -> Slots:
+    def expand(self, x_TI: Tensor, w_RI: Tensor, routing: Routing, bias_R: Tensor | None = None) -> Slots:
         """Slots of tokens whose weight is not 0."""
         slots: Slots = []
-        for expert, w_rI in enumerate(w_RI.split(self.ranks)):
+        biases = [None] * len(self.ranks) if bias_R is None else bias_R.to(x_TI.dtype).split(self.ranks)
+        for expert, (w_rI, bias_r) in enumerate(zip(w_RI.split(self.ranks), biases, strict=True)):
             serves_T = ((routing.experts_TK == expert) & (routing.weights_TK != 0)).any(dim=1)
             token_n = serves_T.nonzero()[:, 0]
-            slots.append((token_n, x_TI[token_n] @ w_rI.to(x_TI.dtype).T))
+            slots.append((token_n, F.linear(x_TI[token_n], w_rI.to(x_TI.dtype), bias_r)))
         return slots
 
     def map(self, function: Callable[[Tensor], Tensor], slots: Slots) -> Slots:
