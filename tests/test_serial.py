@@ -66,16 +66,9 @@ def test_disabling_gives_the_dense_model():
 
 
 @pytest.mark.parametrize("second", [pesc(rank=5), mixora.recipe("lora", targets=["down_proj", "q_proj"], rank=2)])
-@pytest.mark.parametrize("native", [False, True], ids=["", "transformers"])
-def test_a_second_adapter_reaches_inside_a_wrapped_module(saved, second, native, tmp_path):
+def test_a_second_adapter_reaches_inside_a_wrapped_module(saved, second):
     folder, first = saved
     other = adapt(tiny_llama(), second, seed=7)
-    other.save_pretrained(tmp_path / "two", save_embedding_layers=False)
-    if native:
-        model = tiny_llama()
-        model.load_adapter(str(folder), adapter_name="one")
-        assert torch.equal(logits(model), first)
-        return
     model = PeftModel.from_pretrained(tiny_llama(), folder, adapter_name="one")
     model.add_adapter("two", second)
     assert torch.equal(logits(model), first)
@@ -108,15 +101,40 @@ def test_an_adapter_around_modules_that_are_wrapped_already():
     assert names_of(model.unload()) == names_of(tiny_llama())
 
 
-def test_two_adapters_from_disk(saved, tmp_path):
+SECOND = [pesc(rank=5), mixora.recipe("lora", targets=["all-linear"], rank=2)]
+
+
+@pytest.mark.parametrize("second", SECOND)
+def test_two_adapters_from_disk_and_back(saved, second, tmp_path):
+    """Where other adapters wrap a module does not show in an adapter's files."""
     folder, first = saved
-    other = adapt(tiny_llama(), pesc(rank=5), seed=7)
+    other = adapt(tiny_llama(), second, seed=7)
     other.save_pretrained(tmp_path / "two", save_embedding_layers=False)
     model = PeftModel.from_pretrained(tiny_llama(), folder, adapter_name="one")
     model.load_adapter(tmp_path / "two", adapter_name="two")
     assert torch.equal(logits(model), first)
     model.set_adapter("two")
     assert torch.equal(logits(model), logits(other))
+    model.save_pretrained(tmp_path / "both", save_embedding_layers=False)
+    for name, expected in (("one", first), ("two", logits(other))):
+        assert torch.equal(logits(mixora.from_pretrained(tiny_llama(), tmp_path / "both" / name)), expected)
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")
+def test_transformers_loads_a_second_adapter_of_the_same_shape_and_no_other(saved, tmp_path):
+    folder, first = saved
+    others = [adapt(tiny_llama(), second, seed=7) for second in SECOND]
+    for name, other in zip(("same", "inside"), others, strict=True):
+        other.save_pretrained(tmp_path / name, save_embedding_layers=False)
+    model = tiny_llama()
+    model.load_adapter(str(folder), adapter_name="one")
+    model.load_adapter(str(tmp_path / "same"), adapter_name="two")
+    model.set_adapter("one")
+    assert torch.equal(logits(model), first)
+    model.set_adapter("two")
+    assert torch.equal(logits(model), logits(others[0]))
+    with pytest.raises(ConfigError, match=r"layers\.0\.mlp: is wrapped by another adapter and not by this one"):
+        model.load_adapter(str(tmp_path / "inside"), adapter_name="three")
 
 
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])

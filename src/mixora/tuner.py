@@ -107,6 +107,12 @@ class MixoraModel(BaseTuner):
             new_plan.check_against(config.plan)
         config.plan = new_plan.to_list()
         self._roots = _group_by_root(model, new_plan)
+        foreign = sorted(self._roots.keys() - {site.path for site in new_plan.sites})
+        if foreign and "_plan" not in self.__dict__:
+            raise ConfigError(
+                f"{foreign[0]}: is wrapped by another adapter and not by this one, which transformers' own loading "
+                "cannot follow; valid: PeftModel.from_pretrained for the first adapter, then PeftModel.load_adapter"
+            )
         self._plan = new_plan
         for name in config.modules_to_save or ():
             both = [s.path for s in new_plan.sites if s.path == name or s.path.endswith("." + name)]
@@ -160,6 +166,22 @@ class MixoraModel(BaseTuner):
             return
         super()._replace_module(parent, child_name, new_module, child)
 
+    @classmethod
+    def _get_adapter_state_dict(cls, model: nn.Module, config: PeftConfig, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Keys as they are where this adapter is alone: other adapters may wrap modules around its sites."""
+        found = super()._get_adapter_state_dict(model, config, *args, **kwargs)
+        wrapped = {site["path"] for site in getattr(config, "plan", None) or ()}
+        return {_find_key(key, wrapped): tensor for key, tensor in found.items()}
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Keys as this model's modules are wrapped, then PEFT's own steps."""
+        wrapped = {module.path for module in model.modules() if isinstance(module, Mixture)}
+        found = {_find_key(key, wrapped): tensor for key, tensor in state_dict.items()}
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, found)
+
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Refuse before the first weight is changed."""
         self._check_all_static(adapter_names)
@@ -196,6 +218,19 @@ def _group_by_root(model: nn.Module, plan: Plan) -> dict[str, list[Site]]:
         root = min((path for path in wrapped if path in above), key=len, default=site.path)
         roots.setdefault(root, []).append(site)
     return roots
+
+
+def _find_key(key: str, wrapped: set[str]) -> str:
+    """The key of one of our tensors in a model where the modules `wrapped` are, whatever was when it was made."""
+    path, mark, rest = key.replace(".base_layer", "").partition("." + PREFIX)
+    if not mark:
+        return key
+    outside = "base_model.model." if path.startswith("base_model.model.") else ""
+    steps = path.removeprefix(outside).split(".")
+    inner = [n for n in range(1, len(steps)) if ".".join(steps[:n]) in wrapped]
+    for n in reversed(inner):
+        steps.insert(n, "base_layer")
+    return outside + ".".join(steps) + mark + rest
 
 
 def register() -> None:
