@@ -8,16 +8,17 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "mixora"
 ORDER = [
     {"errors"},
-    {"routing", "config"},
+    {"routing", "config", "folders"},
     {"contracts", "passes"},
     {"experts", "routers", "kernels", "losses"},
     {"method", "sites"},
     {"recipes", "mixture"},
     {"plan"},
     {"tuner", "memory"},
-    {"diagnostics", "bases"},
-    {"data", "evaluate", "loading"},
+    {"conversion", "diagnostics", "bases"},
+    {"data", "evaluate", "loading", "crafting"},
     {"training"},
+    {"terminal"},
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
