@@ -6,6 +6,7 @@ from peft import PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 import mixora
+from mixora.memory import estimate_memory
 from tests.models import (
     adapt,
     fill,
@@ -155,3 +156,21 @@ def test_generation_with_and_without_cache_agrees():
     settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
     with_cache, without = (model.generate(input_ids=IDS, use_cache=flag, **settings) for flag in (True, False))
     assert torch.equal(with_cache, without)
+
+
+def test_broad_experts_are_computed_one_by_one():
+    """8 experts of rank 512, two of them chosen: a breadth of 2048."""
+    kernels = {s.rule: s.kernel for s in mixora.plan(tiny_llama(), mixora.recipe("pesc")).sites}
+    assert kernels == {"ffn": "loop", "shared": "stacked"}
+    small = mixora.plan(tiny_llama(), mixora.recipe("pesc", **{"rules.ffn.expert.rank": 50})).sites
+    assert {s.kernel for s in small} == {"stacked"}
+    named = mixora.plan(tiny_llama(), mixora.recipe("pesc", **{"rules.ffn.kernel": "stacked"})).sites
+    assert {s.kernel for s in named} == {"stacked"}
+
+
+@pytest.mark.parametrize("kernel", ["loop", "stacked"])
+def test_memory_is_estimated_with_every_kernel(kernel):
+    with torch.device("meta"):
+        # as real models come; without a cache transformers looks at the values of positions
+        model = get_peft_model(tiny_llama(use_cache=True), pesc(kernel=kernel))
+    assert estimate_memory(model, batch=2, length=8).activations > 0

@@ -20,8 +20,7 @@ class Loop(Kernel):
         slots: Slots = []
         biases = [None] * len(self.ranks) if bias_R is None else bias_R.to(x_TI.dtype).split(self.ranks)
         for expert, (w_rI, bias_r) in enumerate(zip(w_RI.split(self.ranks), biases, strict=True)):
-            serves_T = ((routing.experts_TK == expert) & (routing.weights_TK != 0)).any(dim=1)
-            token_n = serves_T.nonzero()[:, 0]
+            token_n = _find_tokens(routing, expert)
             slots.append((token_n, F.linear(x_TI[token_n], w_rI.to(x_TI.dtype), bias_r)))
         return slots
 
@@ -37,3 +36,11 @@ class Loop(Kernel):
             weight_n = gates_TE[token_n, expert].to(h_nr.dtype)
             y_TO = y_TO.index_add(0, token_n, (h_nr * weight_n[:, None]) @ w_rO.to(h_nr.dtype))
         return y_TO
+
+
+def _find_tokens(routing: Routing, expert: int) -> Tensor:
+    """Indices of the tokens that an expert serves: int64 [n]."""
+    if routing.weights_TK.is_meta:
+        # memory is estimated on the meta device, where nothing has a value: an even load
+        return routing.experts_TK.new_empty(routing.experts_TK.numel() // routing.num_experts)
+    return ((routing.experts_TK == expert) & (routing.weights_TK != 0)).any(dim=1).nonzero()[:, 0]
