@@ -48,7 +48,9 @@ def test_the_seed_decides_the_experts(bases, tmp_path):  # noqa: F811
 
 
 def test_an_encoder_decoder_and_another_recipe(bases, tmp_path):  # noqa: F811
-    plan = mixora.craft(bases / "t5", tmp_path / "t5", mixora.recipe("pesc", num_experts=4, rank=3))
+    config = mixora.recipe("pesc", num_experts=4, rank=3)
+    plan = mixora.craft(bases / "t5", tmp_path / "t5", config)
+    assert (config.task_type, config.plan) == (None, None)
     assert sum(site.expert == "bottleneck" for site in plan.sites) == 4
     assert json.loads((tmp_path / "t5" / "adapter_config.json").read_text())["task_type"] == "SEQ_2_SEQ_LM"
     assert call("craft", "--recipe", "sira", "--model", bases / "llama", "--out", tmp_path / "x").exit_code == 0

@@ -1,5 +1,6 @@
 """A dense model becomes sparse: an adapter with which it computes what it did, to the bit, until it is trained."""
 
+import copy
 from pathlib import Path
 
 import torch
@@ -33,7 +34,8 @@ def craft(
     `ModelError` (PESC, arXiv 2401.02731).
     """
     folder = claim_folder(out)
-    config = config or recipe("pesc")
+    # the caller's config stays as it is: it may serve for another model
+    config = copy.copy(config or recipe("pesc"))
     if task is None:
         is_encoder_decoder = AutoConfig.from_pretrained(str(resolve_base(base))).is_encoder_decoder
         task = "seq2seq-lm" if is_encoder_decoder else "causal-lm"

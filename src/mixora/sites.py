@@ -2,6 +2,7 @@
 
 import inspect
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -89,13 +90,15 @@ def _read_by(path: str, encoder_path: str | None, causal: bool) -> tuple[Stream,
 def places_of(model: nn.Module) -> list[Linear]:
     """Every linear module, and as a `Block` every other one whose widths are known, in the model's own order."""
     linears = {linear.path: linear for linear in linears_of(model)}
+    widths = _widths_around(linears.values())
+    own_width = getattr(getattr(model, "config", None), "hidden_size", None)
     encoder_path, causal = _encoder_path(model), _is_causal(model)
     found: list[Linear] = []
     for name, _ in model.named_modules():
         path = name.replace(".base_layer", "")
         if not path or name.endswith("base_layer") or "mixora_" in name:
             continue
-        width = _width(path, linears, model)
+        width = widths.get(path, own_width)
         if path in linears:
             found.append(linears[path])
         elif width is not None:
@@ -103,12 +106,15 @@ def places_of(model: nn.Module) -> list[Linear]:
     return found
 
 
-def _width(path: str, linears: dict[str, Linear], model: nn.Module) -> int | None:
-    """What a module reads and gives: the width its linears begin and end with, or the model's own."""
-    inside = [linear for linear in linears.values() if linear.path.startswith(path + ".")]
-    if inside and inside[0].in_features == inside[-1].out_features:
-        return inside[0].in_features
-    return getattr(getattr(model, "config", None), "hidden_size", None)
+def _widths_around(linears: Iterable[Linear]) -> dict[str, int]:
+    """What modules read and give, by path: the width that their linears begin and end with, where it is one width."""
+    ends: dict[str, tuple[int, int]] = {}
+    for linear in linears:
+        steps = linear.path.split(".")
+        for n in range(1, len(steps)):
+            first, _ = ends.get(".".join(steps[:n]), (linear.in_features, 0))
+            ends[".".join(steps[:n])] = (first, linear.out_features)
+    return {path: first for path, (first, last) in ends.items() if first == last}
 
 
 def check_block(model: nn.Module, path: str, where: str) -> None:
