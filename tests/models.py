@@ -7,10 +7,20 @@ from transformers import (
     BertConfig,
     BertForSequenceClassification,
     BertModel,
+    GemmaConfig,
+    GemmaForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -20,12 +30,36 @@ WIDTH = 32
 INNER = 48
 
 
-def tiny_llama(layers=2, seed=0, **changes):
+def _decoder(model_class, config_class, layers=2, seed=0, **changes):
     """Hidden 32, 4 heads of 8 of which 2 for keys and values, feed-forward 48."""
     torch.manual_seed(seed)
     sizes = {"hidden_size": WIDTH, "intermediate_size": INNER, "num_attention_heads": 4, "num_key_value_heads": 2}
     settings = {"num_hidden_layers": layers, "max_position_embeddings": 64, "use_cache": False}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, **{**sizes, **settings, **changes}))
+    return model_class(config_class(vocab_size=VOCABULARY, **{**sizes, **settings, **changes}))
+
+
+def tiny_llama(layers=2, seed=0, **changes):
+    return _decoder(LlamaForCausalLM, LlamaConfig, layers, seed, **changes)
+
+
+def tiny_mistral(seed=0, **changes):
+    return _decoder(MistralForCausalLM, MistralConfig, seed=seed, **changes)
+
+
+def tiny_qwen2(seed=0, **changes):
+    return _decoder(Qwen2ForCausalLM, Qwen2Config, seed=seed, **changes)
+
+
+def tiny_qwen3(seed=0):
+    return _decoder(Qwen3ForCausalLM, Qwen3Config, seed=seed, head_dim=8)
+
+
+def tiny_gemma(seed=0):
+    return _decoder(GemmaForCausalLM, GemmaConfig, seed=seed, head_dim=8)
+
+
+def tiny_phi(seed=0):
+    return _decoder(PhiForCausalLM, PhiConfig, seed=seed, resid_pdrop=0.0)
 
 
 def _bert_config(**changes):

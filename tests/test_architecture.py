@@ -8,17 +8,18 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "mixora"
 ORDER = [
     {"errors"},
-    {"routing", "config"},
+    {"routing", "config", "folders"},
     {"contracts", "passes", "depth"},
     {"experts", "routers", "kernels", "losses", "allocators"},
     {"method", "sites"},
-    {"recipes", "mixture"},
+    {"recipes", "mixture", "assignment"},
     {"plan"},
     {"allocation"},
     {"tuner", "memory"},
-    {"diagnostics", "bases"},
-    {"data", "evaluate", "loading"},
+    {"conversion", "diagnostics", "bases"},
+    {"data", "evaluate", "loading", "crafting"},
     {"training"},
+    {"terminal"},
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}

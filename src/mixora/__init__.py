@@ -8,6 +8,8 @@ from mixora.recipes import recipe_names
 from mixora.tuner import MixoraConfig, allocate, plan, recipe, register
 
 if TYPE_CHECKING:
+    from mixora.conversion import convert
+    from mixora.crafting import craft
     from mixora.diagnostics.measure import inspect
     from mixora.loading import from_pretrained
     from mixora.training.gradient_check import check_router_gradient
@@ -23,6 +25,8 @@ __all__ = [
     "Trainer",
     "allocate",
     "check_router_gradient",
+    "convert",
+    "craft",
     "from_pretrained",
     "inspect",
     "plan",
@@ -36,6 +40,8 @@ _LATER = {
     "SFTTrainer": "mixora.training.sft",
     "Trainer": "mixora.training.trainers",
     "check_router_gradient": "mixora.training.gradient_check",
+    "convert": "mixora.conversion",
+    "craft": "mixora.crafting",
     "from_pretrained": "mixora.loading",
     "inspect": "mixora.diagnostics.measure",
 }

@@ -1,17 +1,28 @@
 """The command line. Heavy libraries are imported by the commands that need them, so that help is quick."""
 
-import json
 import sys
-from collections.abc import Callable
-from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from mixora.errors import MixoraError
+from mixora.terminal import (
+    AsJson,
+    Data,
+    Debug,
+    Model,
+    Out,
+    Recipe,
+    Run,
+    Settings,
+    make_console,
+    print_json,
+    print_plan,
+    read_tree,
+    reports_errors,
+)
 
 TUTORIAL = """Fine-tune Hugging Face models with mixtures of adapters.
 
@@ -25,6 +36,12 @@ A first run, on a model and rows of your own:
   mixora evaluate runs/first                      its metrics on held-out rows
   mixora inspect runs/first                       what its routers do
 
+A sparse model:
+
+\b
+  mixora craft --model DENSE --out DIR            make a dense model sparse (PESC); it computes what it did
+  mixora convert CHECKPOINT --out DIR             read a released Camelidae, Qwen2idae or Sparsetral model
+
 MODEL is a folder, a GGUF file, a hub id, or a short name such as smollm2-135m-instruct. Rows are JSON lines with
 prompt and completion; messages; text; text and label; or question, choices and answer.
 
@@ -36,80 +53,9 @@ Exit codes: 0 done, 1 a fault in mixora, 2 a mistake in what was asked.
 
 app = typer.Typer(help=TUTORIAL, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 
-Settings = Annotated[
-    list[str] | None, typer.Argument(metavar="[RUN.YAML] [KEY=VALUE]...", help="A run file, then changes to it.")
-]
-Recipe = Annotated[str | None, typer.Option(help="A method; see `mixora recipes`. Short for adapter.recipe=…")]
-Model = Annotated[str | None, typer.Option(help="The base model. Short for model.base=…")]
-Data = Annotated[str | None, typer.Option(help="A file, a folder or a hub id. Short for data.source=…")]
-Out = Annotated[str | None, typer.Option(help="Where to write. Short for out=…")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object to standard output, for machines.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-Run = Annotated[Path, typer.Argument(metavar="RUN", help="The folder that `mixora train` wrote.")]
-
-
-def _reports_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """A user's mistake ends with one message and exit code 2, a fault of ours with exit code 1."""
-
-    @wraps(command)
-    def run(**options: Any) -> None:
-        _quieten_libraries()
-        try:
-            command(**options)
-        except MixoraError as error:
-            _end("error", str(error), 2, options)
-        except KeyboardInterrupt:
-            _end("stopped", "interrupted; nothing more was written", 130, options)
-        except Exception as error:
-            _end("fault", f"{type(error).__name__}: {error}\n(--debug shows where; please report it)", 1, options)
-
-    return run
-
-
-def _end(kind: str, text: str, code: int, options: dict[str, Any]) -> None:
-    if options.get("debug"):
-        raise
-    Console(stderr=True).print(f"[bold red]{kind}:[/] ", end="")
-    Console(stderr=True).print(text, markup=False, highlight=False, soft_wrap=True)
-    raise typer.Exit(code)
-
-
-def _quieten_libraries() -> None:
-    """Our own progress and errors say what matters."""
-    import warnings
-
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    for module in ("peft", "transformers"):
-        warnings.filterwarnings("ignore", module=module)
-
-
-def _console(as_json: bool) -> Console:
-    return Console(quiet=True) if as_json else Console()
-
-
-def _read_tree(settings: list[str] | None, **short: str | None) -> dict[str, Any]:
-    """The settings of a file, then of key=value words, then of short options; later ones win."""
-    from mixora.config import put, read_assignment, read_yaml
-
-    words = list(settings or ())
-    tree = read_yaml(words.pop(0)) if words and "=" not in words[0] else {}
-    for word in words:
-        put(tree, *read_assignment(word))
-    for path, value in short.items():
-        if value is not None:
-            put(tree, path.replace("__", "."), value)
-    return tree
-
-
-def _print_json(value: Any) -> None:
-    sys.stdout.write(json.dumps(value, indent=2, default=str) + "\n")
-
 
 @app.command()
-@_reports_errors
+@reports_errors
 def recipes(
     name: Annotated[str | None, typer.Argument(help="Show one recipe whole.")] = None,
     as_json: AsJson = False,
@@ -122,11 +68,11 @@ def recipes(
 
     if name is not None:
         data = read_recipe(name).model_dump(mode="json")
-        _print_json(data) if as_json else sys.stdout.write(yaml.safe_dump(data, sort_keys=False, allow_unicode=True))
+        print_json(data) if as_json else sys.stdout.write(yaml.safe_dump(data, sort_keys=False, allow_unicode=True))
         return
     found = {known: read_recipe(known) for known in recipe_names()}
     if as_json:
-        _print_json({known: {"paper": r.paper, "about": r.about} for known, r in found.items()})
+        print_json({known: {"paper": r.paper, "about": r.about} for known, r in found.items()})
         return
     table = Table("recipe", "what it is", "paper")
     for known, recipe in found.items():
@@ -135,7 +81,7 @@ def recipes(
 
 
 @app.command()
-@_reports_errors
+@reports_errors
 def plan(
     settings: Settings = None,
     recipe: Recipe = None,
@@ -149,21 +95,18 @@ def plan(
     """Print the table of sites and an estimate of memory. Loads no weights and trains nothing."""
     from mixora.training.planning import plan_without_weights
 
-    tree = _read_tree(settings, adapter__recipe=recipe, model__base=model)
+    tree = read_tree(settings, adapter__recipe=recipe, model__base=model)
     table, memory, length = plan_without_weights(tree, batch, length)
     if as_json:
-        _print_json({"sites": table.to_list(), "notes": table.notes, "memory_bytes": memory})
+        print_json({"sites": table.to_list(), "notes": table.notes, "memory_bytes": memory})
         return
-    console = Console()
-    console.print(table.table(full))
-    for note in table.notes:
-        console.print(f"note: {note}")
+    print_plan(table, full)
     parts = ", ".join(f"{name.replace('_', ' ')} {size / 2**20:,.0f}" for name, size in memory.items())
-    console.print(f"memory of a step, {batch} rows of {length} tokens, in MiB: {parts}")
+    Console().print(f"memory of a step, {batch} rows of {length} tokens, in MiB: {parts}")
 
 
 @app.command()
-@_reports_errors
+@reports_errors
 def train(
     settings: Settings = None,
     recipe: Recipe = None,
@@ -180,23 +123,23 @@ def train(
     from mixora.training.run import fit
     from mixora.training.run_config import read_run
 
-    tree = _read_tree(settings, adapter__recipe=recipe, model__base=model, data__source=data, out=out)
+    tree = read_tree(settings, adapter__recipe=recipe, model__base=model, data__source=data, out=out)
     config = read_run(tree)
     prepare_folder(Path(config.out), overwrite)
     write_run_file(config)
-    console = _console(as_json)
+    console = make_console(as_json)
     record = fit(config, Progress(console))
     if as_json:
         from dataclasses import asdict
 
-        _print_json(asdict(record))
+        print_json(asdict(record))
         return
     for part in summarise_run(record, Path(config.out)):
         console.print(part)
 
 
 @app.command()
-@_reports_errors
+@reports_errors
 def evaluate(
     run: Run,
     settings: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the run.")] = None,
@@ -209,11 +152,11 @@ def evaluate(
     from mixora.training.progress import Progress
     from mixora.training.results import reopen
 
-    changes = _read_tree(settings, data__source=data, data__evaluation_split=split)
-    trained = reopen(run, changes, Progress(_console(as_json)))
+    changes = read_tree(settings, data__source=data, data__evaluation_split=split)
+    trained = reopen(run, changes, Progress(make_console(as_json)))
     metrics = trained.measure()
     if as_json:
-        _print_json(metrics)
+        print_json(metrics)
         return
     table = Table("metric", "value", title=f"{run} on {trained.material.evaluation_rows.origin}")
     for name, value in metrics.items():
@@ -222,7 +165,7 @@ def evaluate(
 
 
 @app.command()
-@_reports_errors
+@reports_errors
 def generate(
     run: Run,
     prompt: Annotated[
@@ -243,10 +186,10 @@ def generate(
     prompts = prompt or [line.rstrip("\n") for line in sys.stdin if line.strip()]
     if not prompts:
         raise DataError("there is no prompt; valid: --prompt TEXT, or a prompt a line on standard input")
-    trained = reopen(run, {}, Progress(_console(as_json)))
+    trained = reopen(run, {}, Progress(make_console(as_json)))
     answers = trained.answer(prompts, max_new_tokens, sample, compare)
     if as_json:
-        _print_json(answers)
+        print_json(answers)
         return
     for answer in answers:
         for name, text in answer.items():
@@ -255,7 +198,7 @@ def generate(
 
 
 @app.command()
-@_reports_errors
+@reports_errors
 def inspect(
     run: Run,
     settings: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the run.")] = None,
@@ -267,9 +210,50 @@ def inspect(
     from mixora.training.progress import Progress
     from mixora.training.results import reopen, routing_table
 
-    trained = reopen(run, _read_tree(settings, data__source=data), Progress(_console(as_json)))
+    trained = reopen(run, read_tree(settings, data__source=data), Progress(make_console(as_json)))
     sites = trained.inspect()
-    _print_json(sites) if as_json else Console().print(routing_table(sites))
+    print_json(sites) if as_json else Console().print(routing_table(sites))
+
+
+@app.command()
+@reports_errors
+def craft(
+    settings: Settings = None,
+    model: Model = None,
+    out: Annotated[str, typer.Option(help="The folder of the adapter; new or empty.")] = "runs/crafted",
+    recipe: Annotated[str, typer.Option(help="A method; see `mixora recipes`. Short for adapter.recipe=…")] = "pesc",
+    seed: Annotated[int, typer.Option(help="Of the draw of the experts.")] = 0,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Make a dense model sparse: write an adapter with which it computes what it did, until it is trained."""
+    from mixora.training.planning import craft_adapter
+
+    table = craft_adapter(read_tree(settings, adapter__recipe=recipe, model__base=model), out, seed)
+    if as_json:
+        print_json({"sites": table.to_list(), "notes": table.notes, "adapter": out})
+        return
+    print_plan(table)
+    Console().print(f"adapter  {out}")
+
+
+@app.command()
+@reports_errors
+def convert(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="The folder of a released model.")],
+    out: Annotated[Path, typer.Option(help="The folder of the base and the adapter; new or empty.")],
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Split a released Camelidae, Qwen2idae or Sparsetral checkpoint into a dense base and an adapter."""
+    from mixora.conversion import convert as split
+
+    table = split(checkpoint, out)
+    if as_json:
+        print_json({"sites": table.to_list(), "base": out / "base", "adapter": out / "adapter"})
+        return
+    print_plan(table)
+    Console().print(f"base     {out / 'base'}\nadapter  {out / 'adapter'}")
 
 
 def main() -> None:

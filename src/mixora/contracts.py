@@ -8,7 +8,7 @@ Parts keep no tensors: the site they serve does, so that PEFT can move, save and
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
@@ -38,8 +38,8 @@ class Kernel(ABC):
         self.ranks = ranks
 
     @abstractmethod
-    def expand(self, x_TI: Tensor, w_RI: Tensor, routing: Routing) -> Any:
-        """Slots that hold W_e x_t for at least the chosen experts e of each token t; in the dtype of `x_TI`."""
+    def expand(self, x_TI: Tensor, w_RI: Tensor, routing: Routing, bias_R: Tensor | None = None) -> Any:
+        """Slots that hold W_e x_t (+ b_e) for at least the chosen experts e of each token t; in the dtype of `x_TI`."""
 
     @abstractmethod
     def share(self, hidden_Tr: Tensor, routing: Routing) -> Any:
@@ -55,9 +55,14 @@ class Kernel(ABC):
 
 
 class Expert(ABC):
-    """A family of experts that all read the same tensor."""
+    """A family of experts that all read the same tensor, x.
+
+    `reads`: whether x is the frozen module's `input` (experts stand beside a linear module) or its `output` (they
+    stand behind a module of any kind, in series). Routers read the input in both cases.
+    """
 
     Config: ClassVar[type[Strict]]
+    reads: ClassVar[Literal["input", "output"]] = "input"
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -72,7 +77,10 @@ class Expert(ABC):
 
     @abstractmethod
     def delta(self, x_TI: Tensor, parameters: Parameters, routing: Routing, kernel: Kernel, training: bool) -> Tensor:
-        """What the chosen experts add to the output of the frozen module, before the scale: [T, O], dtype of `x_TI`."""
+        """What the chosen experts add to the output of the frozen module, before the scale: [T, O], dtype of `x_TI`.
+
+        With `reads = "output"`, x is [T, O].
+        """
 
     @abstractmethod
     def scale(self, shape: Shape) -> float:

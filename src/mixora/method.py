@@ -39,7 +39,8 @@ class Rule(Strict):
     """What the modules that match `targets` get.
 
     `targets`: a list of path endings (`q_proj`, `mlp.down_proj`) and of the groups `attention`, `feed-forward` and
-    `all-linear` (the linears of the repeated blocks), or one string, a regular expression for the whole path.
+    `all-linear` (the linears of the repeated blocks), or one string, a regular expression for the whole path. Experts
+    that read a module's output can adapt modules of any kind, and the group `ffn` (whole feed-forward modules).
     """
 
     targets: Annotated[str, Field(min_length=1)] | Annotated[tuple[str, ...], Field(min_length=1)]

@@ -1,6 +1,10 @@
 """The adapted module: what the frozen module computes, plus what the chosen experts add.
 
-y = W0 x + s * sum_{e in route(x)} w_e expert_e(x)
+beside a linear module:        y = W0 x + s * sum_{e in route(x)} w_e expert_e(x)
+behind a module of any kind:   y = f(x) + s * sum_{e in route(x)} w_e expert_e(f(x))
+
+In the latter f runs once and stays out of the weighted sum: the weights sum to 1 there, so nothing is lost, and the
+router's gradient is not drowned in the rounding of f(x).
 """
 
 import weakref
@@ -14,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from mixora import passes
 from mixora.contracts import Expert, Kernel, Loss, Router, Shape
-from mixora.errors import MixoraError
+from mixora.errors import MixoraError, ModelError
 from mixora.routing import Routing
 
 PREFIX = "mixora_"
@@ -66,6 +70,25 @@ class Mixture(nn.Module, BaseTunerLayer):
         self.readings: dict[str, dict[str, Tensor]] = {}
         self.auxiliary_scale = 1.0
 
+    def __getattr__(self, name: str) -> Any:
+        """Children of the frozen module keep their paths: `mlp.gate_proj`, although `mlp` is wrapped."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            frozen = self.__dict__.get("_modules", {}).get("base_layer")
+            if frozen is None or name not in frozen._modules:
+                raise
+            return frozen._modules[name]
+
+    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[Any, Any]:
+        """Those of the first weight inside, where the frozen module has none itself."""
+        for module in base_layer.modules():
+            if not isinstance(module, BaseTunerLayer):
+                device, dtype = super()._get_base_layer_device_and_dtype(module)
+                if device is not None:
+                    return device, dtype
+        return None, None
+
     def add(self, adapter: str, parts: Parts, inference_mode: bool) -> None:
         """Create the tensors of `adapter`; experts in the dtype of the frozen module, routers in fp32."""
         device, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
@@ -104,24 +127,31 @@ class Mixture(nn.Module, BaseTunerLayer):
         """The frozen module's output plus that of every active adapter: same shape and dtype as the former."""
         if self.disable_adapters and self.merged:
             self.unmerge()
-        y = self.base_layer(x, *args, **kwargs)
+        frozen = y = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters or self.merged:
             return y
+        if not isinstance(frozen, Tensor):
+            raise ModelError(
+                f"{self.path}: a {type(self.get_base_layer()).__name__} gives a {type(frozen).__name__}; "
+                "valid for an adapted module: one that gives one tensor"
+            )
         for adapter in self.active_adapters:
             if adapter in self.parts:
-                y = self._adapt(adapter, x, y)
+                y = self._adapt(adapter, x, frozen, y)
         return y
 
-    def _adapt(self, adapter: str, x: Tensor, y: Tensor) -> Tensor:
+    def _adapt(self, adapter: str, x: Tensor, frozen: Tensor, y: Tensor) -> Tensor:
         here = passes.current()
         if here is None and (seen := passes.recomputed()) is not None:
             with passes.replay(seen):
-                return self._adapt(adapter, x, y)
+                return self._adapt(adapter, x, frozen, y)
         here = here or passes.Pass()
-        parts, x_TI = self.parts[adapter], x.reshape(-1, x.shape[-1])
-        routing = self._route(adapter, x, x_TI, here)
+        parts = self.parts[adapter]
+        routing = self._route(adapter, x, x.reshape(-1, x.shape[-1]), here)
         here.record(self.path, adapter, routing)
-        delta_TO = parts.expert.delta(x_TI, self.parameters_of(adapter), routing, parts.kernel, self.training)
+        read = frozen if parts.expert.reads == "output" else x
+        read_TI = read.reshape(-1, read.shape[-1])
+        delta_TO = parts.expert.delta(read_TI, self.parameters_of(adapter), routing, parts.kernel, self.training)
         y = y + (parts.expert.scale(parts.shape) * delta_TO).to(y.dtype).reshape(y.shape)
         return self._add_losses(adapter, y, routing, here) if self.training and parts.losses else y
 
@@ -150,6 +180,11 @@ class Mixture(nn.Module, BaseTunerLayer):
     def get_delta_weight(self, adapter: str) -> Tensor:
         """What a merge adds to the frozen weight: [out, in]. Only where the routing does not depend on the input."""
         parts = self.parts[adapter]
+        if parts.expert.reads == "output":
+            raise MixoraError(
+                f"{self.path}: cannot be merged: its experts stand behind the module, with a non-linearity inside; "
+                "valid: merge adapters beside linear modules (recipe 'lora'), or keep the adapter and use unload()"
+            )
         if not parts.router.is_static:
             raise MixoraError(
                 f"{self.path}: cannot be merged: its router chooses experts by the input; "
@@ -180,7 +215,8 @@ class Mixture(nn.Module, BaseTunerLayer):
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether the adapter is a plain LoRA."""
-        return adapter_name in self.parts and self.parts[adapter_name].router.is_static
+        parts = self.parts.get(adapter_name)
+        return parts is not None and parts.router.is_static and parts.expert.reads == "input"
 
 
 class _AddGradient(torch.autograd.Function):

@@ -1,6 +1,8 @@
-"""Where in a model adapters can stand: linear modules, the groups they are named by, and what they read."""
+"""Where in a model adapters can stand: linear and whole modules, the groups they are named by, and what they read."""
 
+import inspect
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -12,6 +14,11 @@ from mixora.errors import ConfigError
 from mixora.passes import Stream
 
 GROUPS = ("attention", "feed-forward", "all-linear")
+# the group of whole feed-forward modules, for experts that stand behind a module
+WHOLE = "ffn"
+# the module of a block that gives the output of its feed-forward part, before dropout, residual and norm. BERT, OPT and
+# BART have no module of their own for this part: there it is its last linear.
+_FEED_FORWARD = re.compile(r"\.\d+\.(mlp|ffn|feed_forward|DenseReluDense|output\.dense|fc2)$")
 # linears of one block that read the same hidden states, by the names that transformers gives them
 SIBLINGS = (
     {"q_proj", "k_proj", "v_proj"},
@@ -52,6 +59,11 @@ class Linear:
         return (parent, self.stream, *known[0]) if known else None
 
 
+@dataclass(frozen=True)
+class Block(Linear):
+    """A module adapted as a whole: the widths are those of what it reads and gives."""
+
+
 def linears_of(model: nn.Module) -> list[Linear]:
     """Every linear module of `model` in its own order; modules that carry adapters count as what they wrap."""
     encoder_path = _encoder_path(model)
@@ -64,11 +76,58 @@ def linears_of(model: nn.Module) -> list[Linear]:
         features = _features(module.get_base_layer() if isinstance(module, BaseTunerLayer) else module)
         if features is None:
             continue
-        in_encoder = encoder_path is not None and path.startswith(encoder_path + ".")
-        is_source = encoder_path is None or in_encoder or bool(_CROSS_ATTENTION.search(path))
-        is_causal = causal if encoder_path is None else not is_source
-        found.append(Linear(path, *features, stream="source" if is_source else "target", is_causal=is_causal))
+        found.append(Linear(path, *features, *_read_by(path, encoder_path, causal)))
     return found
+
+
+def _read_by(path: str, encoder_path: str | None, causal: bool) -> tuple[Stream, bool]:
+    """The stream of the tokens that a module reads, and whether they are causal."""
+    in_encoder = encoder_path is not None and path.startswith(encoder_path + ".")
+    is_source = encoder_path is None or in_encoder or bool(_CROSS_ATTENTION.search(path))
+    return "source" if is_source else "target", causal if encoder_path is None else not is_source
+
+
+def places_of(model: nn.Module) -> list[Linear]:
+    """Every linear module, and as a `Block` every other one whose widths are known, in the model's own order."""
+    linears = {linear.path: linear for linear in linears_of(model)}
+    widths = _widths_around(linears.values())
+    own_width = getattr(getattr(model, "config", None), "hidden_size", None)
+    encoder_path, causal = _encoder_path(model), _is_causal(model)
+    found: list[Linear] = []
+    for name, _ in model.named_modules():
+        path = name.replace(".base_layer", "")
+        if not path or name.endswith("base_layer") or "mixora_" in name:
+            continue
+        width = widths.get(path, own_width)
+        if path in linears:
+            found.append(linears[path])
+        elif width is not None:
+            found.append(Block(path, width, width, *_read_by(path, encoder_path, causal)))
+    return found
+
+
+def _widths_around(linears: Iterable[Linear]) -> dict[str, int]:
+    """What modules read and give, by path: the width that their linears begin and end with, where it is one width."""
+    ends: dict[str, tuple[int, int]] = {}
+    for linear in linears:
+        steps = linear.path.split(".")
+        for n in range(1, len(steps)):
+            first, _ = ends.get(".".join(steps[:n]), (linear.in_features, 0))
+            ends[".".join(steps[:n])] = (first, linear.out_features)
+    return {path: first for path, (first, last) in ends.items() if first == last}
+
+
+def check_block(model: nn.Module, path: str, where: str) -> None:
+    """`ConfigError` where a module needs more than hidden states: what it gives is not its own function of them."""
+    module = model.get_submodule(path)
+    module = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    parameters = list(inspect.signature(module.forward).parameters.values())
+    more = [p.name for p in parameters[1:] if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    if more:
+        raise ConfigError(
+            f"{where}: {path} is a {type(module).__name__}, which reads {', '.join(more)} beside the hidden states; "
+            "valid: a module that reads hidden states and gives one tensor"
+        )
 
 
 def _features(module: nn.Module) -> tuple[int, int] | None:
@@ -92,18 +151,39 @@ def _is_causal(model: nn.Module) -> bool:
     return is_named_so or any(getattr(module, "is_causal", False) is True for module in model.modules())
 
 
-def match(targets: str | tuple[str, ...], linears: list[Linear], model: nn.Module, where: str) -> list[Linear]:
-    """The linears that `targets` names; `ConfigError` for an entry that names none. `where` heads its message."""
-    if isinstance(targets, str) and targets not in GROUPS:
+def match(
+    targets: str | tuple[str, ...],
+    linears: list[Linear],
+    model: nn.Module,
+    where: str,
+    groups: tuple[str, ...] = GROUPS,
+) -> list[Linear]:
+    """The linears that `targets` names; `ConfigError` for an entry that names none. `where` heads its message.
+
+    `groups`: the groups that may be named, with `ffn` where `linears` are all the places of the model.
+    """
+    if isinstance(targets, str) and targets not in (*GROUPS, WHOLE):
         return _match_expression(targets, linears, where)
     entries = (targets,) if isinstance(targets, str) else targets
     found: dict[str, Linear] = {}
     for entry in entries:
+        if entry == WHOLE and WHOLE not in groups:
+            raise ConfigError(
+                f"{where}: 'ffn' names whole modules, which an expert that reads the module's input cannot adapt; "
+                f"valid: {', '.join(GROUPS)} and path endings of linear modules"
+            )
         hits = [linear for linear in linears if _names(entry, linear)]
         if not hits:
-            raise ConfigError(_nothing(entry, linears, model, where))
+            raise ConfigError(_nothing(entry, linears, model, where, groups))
         found.update({linear.path: linear for linear in hits})
     return [linear for linear in linears if linear.path in found]
+
+
+def names_by_group(targets: str | tuple[str, ...], linear: Linear) -> bool:
+    """Whether `targets` reaches the linear by a group alone, not by its path."""
+    if isinstance(targets, str):
+        return targets in GROUPS
+    return not any(_names(entry, linear) for entry in targets if entry not in GROUPS)
 
 
 def _match_expression(pattern: str, linears: list[Linear], where: str) -> list[Linear]:
@@ -120,14 +200,17 @@ def _match_expression(pattern: str, linears: list[Linear], where: str) -> list[L
 
 
 def _names(entry: str, linear: Linear) -> bool:
+    if entry == WHOLE:
+        return _FEED_FORWARD.search(linear.path) is not None
     if entry in GROUPS:
-        return linear.group is not None and entry in (linear.group, "all-linear")
+        return not isinstance(linear, Block) and linear.group is not None and entry in (linear.group, "all-linear")
     return linear.path == entry or linear.path.endswith("." + entry)
 
 
-def _nothing(entry: str, linears: list[Linear], model: nn.Module, where: str) -> str:
+def _nothing(entry: str, linears: list[Linear], model: nn.Module, where: str, groups: tuple[str, ...]) -> str:
     others = [module for name, module in model.named_modules() if name == entry or name.endswith("." + entry)]
     if others:
-        return f"{where}: {entry!r} is a {type(others[0]).__name__}; valid here: linear modules"
+        valid = "linear modules" + (" and modules of known width" if WHOLE in groups else "")
+        return f"{where}: {entry!r} is a {type(others[0]).__name__}; valid here: {valid}"
     leaves = {linear.path.rpartition(".")[2] for linear in linears}
-    return f"{where}: {entry!r} matches no module of this model{did_you_mean(entry, {*leaves, *GROUPS})}"
+    return f"{where}: {entry!r} matches no module of this model{did_you_mean(entry, {*leaves, *groups})}"

@@ -16,7 +16,7 @@ from mixora.config import did_you_mean, override, parse
 from mixora.errors import ConfigError
 from mixora.method import Method
 from mixora.mixture import PREFIX, Mixture
-from mixora.plan import Plan, make_plan, parts_of
+from mixora.plan import Plan, Site, make_plan, parts_of
 from mixora.recipes import read_recipe
 
 
@@ -131,7 +131,13 @@ class MixoraModel(BaseTuner):
         if config.plan is not None:
             new_plan.check_against(config.plan)
         config.plan = new_plan.to_list()
-        self._sites = {site.path: site for site in new_plan.sites}
+        self._roots = _group_by_root(model, new_plan)
+        foreign = sorted(self._roots.keys() - {site.path for site in new_plan.sites})
+        if foreign and "_plan" not in self.__dict__:
+            raise ConfigError(
+                f"{foreign[0]}: is wrapped by another adapter and not by this one, which transformers' own loading "
+                "cannot follow; valid: PeftModel.from_pretrained for the first adapter, then PeftModel.load_adapter"
+            )
         self._plan = new_plan
         for name in config.modules_to_save or ():
             both = [s.path for s in new_plan.sites if s.path == name or s.path.endswith("." + name)]
@@ -139,17 +145,16 @@ class MixoraModel(BaseTuner):
                 raise ConfigError(f"{both[0]}: is adapted by a rule and trained whole by modules_to_save {name!r}")
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         # PEFT's export to LoRA reads it
-        config.target_modules = set(self._sites)
+        config.target_modules = {site.path for site in new_plan.sites}
         if not hasattr(model, "_mixora_hooks"):
             model._mixora_hooks = passes.install(model)  # type: ignore[assignment]
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
         return peft_config
 
-    @staticmethod
-    def _check_target_module_exists(peft_config: PeftConfig, key: str) -> bool:
-        path = key.replace(".base_layer", "")
-        return not key.endswith(".base_layer") and any(site["path"] == path for site in peft_config.plan)
+    def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> bool:  # type: ignore[override]
+        # on the instance: what PEFT has to visit depends on the plan and on what is wrapped already
+        return not key.endswith(".base_layer") and key.replace(".base_layer", "") in self._roots
 
     def _create_and_replace(
         self,
@@ -162,17 +167,45 @@ class MixoraModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         assert isinstance(peft_config, MixoraConfig)
-        site = self._sites[current_key.replace(".base_layer", "")]
+        for site in self._roots[current_key.replace(".base_layer", "")]:
+            self._adapt(site, peft_config, adapter_name)
+
+    def _adapt(self, site: Site, config: MixoraConfig, adapter_name: str) -> None:
         leader = self.model.get_submodule(site.leader) if site.leader else None
         assert leader is None or isinstance(leader, Mixture)
-        parts = parts_of(site, peft_config.method, self._plan, leader)
+        parts = parts_of(site, config.method, self._plan, leader)
+        above, _, name = site.path.rpartition(".")
+        parent, target = self.model.get_submodule(above), self.model.get_submodule(site.path)
         if isinstance(target, Mixture):
-            target.add(adapter_name, parts, peft_config.inference_mode)
+            target.add(adapter_name, parts, config.inference_mode)
             return
         wrapped = Mixture(target, site.path)
         wrapped._active_adapter = self.active_adapters
-        wrapped.add(adapter_name, parts, peft_config.inference_mode)
-        self._replace_module(parent, target_name, wrapped, target)
+        wrapped.add(adapter_name, parts, config.inference_mode)
+        self._replace_module(parent, name, wrapped, target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if isinstance(new_module, Mixture) or isinstance(child, Mixture):
+            # PEFT's way expects a weight on the wrapped module; `add` made the tensors on the right device
+            setattr(parent.get_base_layer() if isinstance(parent, Mixture) else parent, child_name, new_module)
+            return
+        super()._replace_module(parent, child_name, new_module, child)
+
+    @classmethod
+    def _get_adapter_state_dict(cls, model: nn.Module, config: PeftConfig, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Keys as they are where this adapter is alone: other adapters may wrap modules around its sites."""
+        found = super()._get_adapter_state_dict(model, config, *args, **kwargs)
+        wrapped = {site["path"] for site in getattr(config, "plan", None) or ()}
+        return {_find_key(key, wrapped): tensor for key, tensor in found.items()}
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Keys as this model's modules are wrapped, then PEFT's own steps."""
+        wrapped = {module.path for module in model.modules() if isinstance(module, Mixture)}
+        found = {_find_key(key, wrapped): tensor for key, tensor in state_dict.items()}
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, found)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Refuse before the first weight is changed."""
@@ -192,9 +225,37 @@ class MixoraModel(BaseTuner):
             names = kwargs.get("adapter_names") or (args[2] if len(args) > 2 else None)
             self._check_all_static(names)
         model: Any = super()._unload_and_optionally_merge(merge, *args, **kwargs)
+        while any(isinstance(module, Mixture) for module in model.modules()):
+            # PEFT does not look inside of what it unwraps
+            model = super()._unload_and_optionally_merge(merge, *args, **kwargs)
         for handle in model.__dict__.pop("_mixora_hooks", ()):
             handle.remove()
         return model
+
+
+def _group_by_root(model: nn.Module, plan: Plan) -> dict[str, list[Site]]:
+    """The sites below each module that PEFT visits: it does not look inside of a module that is wrapped already."""
+    wrapped = [name.replace(".base_layer", "") for name, module in model.named_modules() if isinstance(module, Mixture)]
+    roots: dict[str, list[Site]] = {}
+    for site in plan.sites:
+        steps = site.path.split(".")
+        above = {".".join(steps[: n + 1]) for n in range(len(steps))}
+        root = min((path for path in wrapped if path in above), key=len, default=site.path)
+        roots.setdefault(root, []).append(site)
+    return roots
+
+
+def _find_key(key: str, wrapped: set[str]) -> str:
+    """The key of one of our tensors in a model where the modules `wrapped` are, whatever was when it was made."""
+    path, mark, rest = key.replace(".base_layer", "").partition("." + PREFIX)
+    if not mark:
+        return key
+    outside = "base_model.model." if path.startswith("base_model.model.") else ""
+    steps = path.removeprefix(outside).split(".")
+    inner = [n for n in range(1, len(steps)) if ".".join(steps[:n]) in wrapped]
+    for n in reversed(inner):
+        steps.insert(n, "base_layer")
+    return outside + ".".join(steps) + mark + rest
 
 
 def register() -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from torch import Tensor
+from torch.nn import functional as F
 
 from mixora.contracts import Kernel
 from mixora.routing import Routing
@@ -14,17 +15,18 @@ Slots = list[tuple[Tensor, Tensor]]
 class Loop(Kernel):
     """Gathers each expert's tokens, computes them, scatters the results back."""
 
-    def expand(self, x_TI: Tensor, w_RI: Tensor, routing: Routing) -> Slots:
+    def expand(self, x_TI: Tensor, w_RI: Tensor, routing: Routing, bias_R: Tensor | None = None) -> Slots:
         """Slots of tokens whose weight is not 0."""
         slots: Slots = []
-        for expert, w_rI in enumerate(w_RI.split(self.ranks)):
-            token_n = _served(expert, routing)
-            slots.append((token_n, x_TI[token_n] @ w_rI.to(x_TI.dtype).T))
+        biases = [None] * len(self.ranks) if bias_R is None else bias_R.to(x_TI.dtype).split(self.ranks)
+        for expert, (w_rI, bias_r) in enumerate(zip(w_RI.split(self.ranks), biases, strict=True)):
+            token_n = _find_tokens(routing, expert)
+            slots.append((token_n, F.linear(x_TI[token_n], w_rI.to(x_TI.dtype), bias_r)))
         return slots
 
     def share(self, hidden_Tr: Tensor, routing: Routing) -> Slots:
         """Slots of tokens whose weight is not 0."""
-        tokens = [_served(expert, routing) for expert in range(len(self.ranks))]
+        tokens = [_find_tokens(routing, expert) for expert in range(len(self.ranks))]
         return [(token_n, hidden_Tr[token_n]) for token_n in tokens]
 
     def map(self, function: Callable[[Tensor], Tensor], slots: Slots) -> Slots:
@@ -41,6 +43,9 @@ class Loop(Kernel):
         return y_TO
 
 
-def _served(expert: int, routing: Routing) -> Tensor:
-    """Indices of the tokens that an expert serves: [n]."""
+def _find_tokens(routing: Routing, expert: int) -> Tensor:
+    """Indices of the tokens that an expert serves: int64 [n]."""
+    if routing.weights_TK.is_meta:
+        # memory is estimated on the meta device, where nothing has a value: an even load
+        return routing.experts_TK.new_empty(routing.experts_TK.numel() // routing.num_experts)
     return ((routing.experts_TK == expert) & (routing.weights_TK != 0)).any(dim=1).nonzero()[:, 0]

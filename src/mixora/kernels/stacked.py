@@ -17,9 +17,9 @@ from mixora.routing import Routing
 class Stacked(Kernel):
     """Slots are the hidden of all experts, [T, R]."""
 
-    def expand(self, x_TI: Tensor, w_RI: Tensor, routing: Routing) -> Tensor:
-        """W x for all experts: [T, R]."""
-        return F.linear(x_TI, w_RI.to(x_TI.dtype))
+    def expand(self, x_TI: Tensor, w_RI: Tensor, routing: Routing, bias_R: Tensor | None = None) -> Tensor:
+        """W x (+ b) for all experts: [T, R]."""
+        return F.linear(x_TI, w_RI.to(x_TI.dtype), None if bias_R is None else bias_R.to(x_TI.dtype))
 
     def share(self, hidden_Tr: Tensor, routing: Routing) -> Tensor:
         """The same hidden once per expert: [T, R]."""

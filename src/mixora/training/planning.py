@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from mixora.bases import DTYPES, Task, resolve_base
 from mixora.config import parse
+from mixora.crafting import craft
 from mixora.errors import ConfigError, ModelError
 from mixora.memory import estimate_memory
 from mixora.plan import Plan
@@ -45,3 +46,11 @@ def plan_without_weights(tree: Mapping[str, Any], batch: int, length: int | None
     length = length or min(512, longest)
     memory = estimate_memory(get_peft_model(model, adapter), batch, length)
     return table, {**vars(memory), "total": memory.total}, length
+
+
+def craft_adapter(tree: Mapping[str, Any], out: str, seed: int) -> Plan:
+    """`mixora.craft` by a run's `model` and `adapter`; of `tree`, other sections are not looked at."""
+    base = parse(ModelSection, tree.get("model", {}), "model")
+    adapter = parse(AdapterSection, tree.get("adapter", {}), "adapter").build()
+    torch.manual_seed(seed)
+    return craft(base.base, out, adapter, task=None if base.task == "auto" else base.task, dtype=base.dtype)

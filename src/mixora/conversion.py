@@ -1,0 +1,210 @@
+"""Released checkpoints of crafted models (Camelidae, Qwen2idae, Sparsetral; PESC, arXiv 2401.02731) -> base + adapter.
+
+Beside the tensors of a dense model they hold, per layer, `mlp.moe_adapter.router.weight` [E, d] and, per expert,
+`mlp.moe_adapter.experts.{e}.adapter_down.weight` [R, d] and `...adapter_up.weight` [d, R]. Their code weighs experts by
+a softmax over the kept logits, or by a softmax over all of them renormalised over the kept: the same numbers.
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import get_peft_model
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from mixora.errors import CheckpointError
+from mixora.folders import claim_folder
+from mixora.plan import Plan
+from mixora.tuner import MixoraConfig, plan, recipe
+
+# model types of released checkpoints, and those of the dense models below them
+_DENSE = {"camelidae": "llama", "qwen2idae": "qwen2", "sparsetral": "mistral"}
+_SIZES = ("adapter_dim", "moe_scaling", "num_experts", "topk")
+# settings of the released code that an ordinary configuration does not have
+_THEIRS = (*_SIZES, "auto_map", "moe_dtype", "adapter_dropout", "output_router_logits", "router_aux_loss_coef")
+_ADAPTER = re.compile(r"model\.layers\.(\d+)\.mlp\.moe_adapter\.(router|experts\.(\d+)\.adapter_(down|up))\.weight")
+# what files of old versions hold and no model reads
+_BUFFER = re.compile(r".*rotary_emb\.inv_freq")
+_COMPANIONS = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_*")
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a released configuration says of its experts: E, K, R and s."""
+
+    num_experts: int
+    top_k: int
+    rank: int
+    scale: float
+
+    def config(self) -> MixoraConfig:
+        """The recipe `pesc` of these sizes, without LoRA: released checkpoints hold it merged into the base."""
+        made = recipe("pesc", num_experts=self.num_experts, top_k=self.top_k, rank=self.rank, scale=self.scale)
+        rules = {"ffn": {**made.rules["ffn"], "targets": ["mlp"]}}
+        return MixoraConfig(recipe="pesc", rules=rules, losses=made.losses, task_type="CAUSAL_LM", inference_mode=True)
+
+    def shapes(self, config: PreTrainedConfig) -> Shapes:
+        """Name and shape of every tensor that the experts and routers must have."""
+        found: Shapes = {}
+        for layer in range(config.num_hidden_layers):
+            prefix = f"model.layers.{layer}.mlp.moe_adapter."
+            found[prefix + "router.weight"] = (self.num_experts, config.hidden_size)
+            for expert in range(self.num_experts):
+                found[f"{prefix}experts.{expert}.adapter_down.weight"] = (self.rank, config.hidden_size)
+                found[f"{prefix}experts.{expert}.adapter_up.weight"] = (config.hidden_size, self.rank)
+        return found
+
+
+def convert(checkpoint: str | Path, out: str | Path) -> Plan:
+    """Split a released checkpoint into `out/base`, an ordinary dense checkpoint, and `out/adapter`, an adapter for it.
+
+    Reads safetensors, or `.bin` files without running any code in them, in one file or sharded; one shard at a time is
+    in memory. Every tensor that is missing, unexpected or of the wrong shape stands in one `CheckpointError`, and
+    nothing is written then. `ConfigError` where `out` is not empty.
+    """
+    source = Path(checkpoint)
+    config, sizes = _read_config(source)
+    shards = _find_shards(source)
+    with torch.device("meta"):
+        dense = AutoModelForCausalLM.from_config(config)
+    _check(_read_shapes(shards), dense, sizes.shapes(config), source)
+    folder = claim_folder(out)
+    table = _write_adapter(folder, shards, dense, sizes)
+    _write_base(folder / "base", shards, config)
+    for pattern in _COMPANIONS:
+        for file in source.glob(pattern):
+            shutil.copy(file, folder / "base" / file.name)
+    return table
+
+
+def _read_config(source: Path) -> tuple[PreTrainedConfig, Sizes]:
+    try:
+        data = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{source}: has no readable config.json: {error}") from None
+    missing = [name for name in _SIZES if name not in data]
+    if missing:
+        raise CheckpointError(
+            f"{source}: config.json lacks {', '.join(missing)}; valid: a released checkpoint of a crafted model"
+        )
+    model_type = _DENSE.get(data.get("model_type"), data.get("model_type"))
+    if model_type not in _DENSE.values():
+        known = ", ".join((*_DENSE, *_DENSE.values()))
+        raise CheckpointError(f"{source}: config.json: model_type: got {data.get('model_type')!r}; valid: {known}")
+    kept = {name: value for name, value in data.items() if name not in (*_THEIRS, "model_type", "architectures")}
+    config = AutoConfig.for_model(model_type, **kept)
+    config.architectures = [{"llama": "Llama", "qwen2": "Qwen2", "mistral": "Mistral"}[model_type] + "ForCausalLM"]
+    return config, Sizes(data["num_experts"], data["topk"], data["adapter_dim"], data["moe_scaling"])
+
+
+def _find_shards(source: Path) -> list[Path]:
+    """The files that hold the tensors."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        index = source / f"{name}.index.json"
+        if index.is_file():
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            missing = [shard for shard in names if not (source / shard).is_file()]
+            if missing:
+                raise CheckpointError(f"{source}: {index.name} names files that are not there: {', '.join(missing)}")
+            return [source / shard for shard in names]
+        if (source / name).is_file():
+            return [source / name]
+    raise CheckpointError(f"{source}: holds no weights; valid: model.safetensors or pytorch_model.bin, or their shards")
+
+
+def _read(shard: Path) -> dict[str, Tensor]:
+    try:
+        if shard.suffix == ".bin":
+            # tied tensors share their memory here, which safetensors cannot say
+            return {name: t.clone() for name, t in torch.load(shard, map_location="cpu", weights_only=True).items()}
+        with safe_open(shard, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except Exception as error:
+        # torch reports a damaged or unsafe file by half a dozen kinds of error
+        raise CheckpointError(f"{shard}: is damaged or holds more than tensors: {error}") from None
+
+
+def _read_shapes(shards: list[Path]) -> Shapes:
+    found: Shapes = {}
+    for shard in shards:
+        if shard.suffix == ".bin":
+            found.update({name: tuple(tensor.shape) for name, tensor in _read(shard).items()})
+            continue
+        try:
+            with safe_open(shard, framework="pt") as file:
+                found.update({name: tuple(file.get_slice(name).get_shape()) for name in file.keys()})  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{shard}: is damaged: {error}") from None
+    return found
+
+
+def _check(found: Shapes, dense: PreTrainedModel, of_experts: Shapes, source: Path) -> None:
+    """Compare the tensors on disk with those of the dense model and its experts."""
+    expected = {name: tuple(tensor.shape) for name, tensor in dense.state_dict().items()} | of_experts
+    may_lack = {"lm_head.weight"} if dense.config.tie_word_embeddings else set()
+    problems = [f"{name}: missing, expected {list(expected[name])}" for name in expected.keys() - found - may_lack]
+    problems += [f"{name}: unexpected" for name in found.keys() - expected if not _BUFFER.fullmatch(name)]
+    for name in expected.keys() & found:
+        if found[name] != expected[name]:
+            problems.append(f"{name}: got {list(found[name])}, expected {list(expected[name])}")
+    if problems:
+        shown = "\n  ".join(sorted(problems))
+        raise CheckpointError(f"{source}: {len(problems)} tensors do not fit a crafted model:\n  {shown}")
+
+
+def _tensors_of(shards: list[Path]) -> Iterator[tuple[str, Tensor]]:
+    for shard in shards:
+        yield from _read(shard).items()
+
+
+def _write_adapter(folder: Path, shards: list[Path], dense: PreTrainedModel, sizes: Sizes) -> Plan:
+    layers: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in _tensors_of(shards):
+        match = _ADAPTER.fullmatch(name)
+        if match:
+            layers.setdefault(match[1], {})[match[2]] = tensor.clone()
+    tensors: dict[str, Tensor] = {}
+    for layer, parts in layers.items():
+        prefix = f"base_model.model.model.layers.{layer}.mlp.mixora_"
+        experts = [f"experts.{expert}.adapter_" for expert in range(sizes.num_experts)]
+        tensors[prefix + "A"] = torch.cat([parts[expert + "down"] for expert in experts])
+        tensors[prefix + "B"] = torch.cat([parts[expert + "up"].T for expert in experts])
+        tensors[prefix + "router"] = parts["router"].float()
+    config = sizes.config()
+    table = plan(dense, config)
+    # the tuner completes the configuration with the plan that loading compares with
+    saved: Any = get_peft_model(dense, config).peft_config["default"]
+    saved.inference_mode = True
+    saved.base_model_name_or_path = str(folder / "base")
+    saved.save_pretrained(folder / "adapter")
+    save_file(tensors, folder / "adapter" / "adapter_model.safetensors", metadata={"format": "pt"})
+    return table
+
+
+def _write_base(folder: Path, shards: list[Path], config: PreTrainedConfig) -> None:
+    folder.mkdir()
+    weight_map: dict[str, str] = {}
+    size = 0
+    for number, shard in enumerate(shards, start=1):
+        name = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        kept = {
+            key: tensor.contiguous()
+            for key, tensor in _read(shard).items()
+            if not _ADAPTER.fullmatch(key) and not _BUFFER.fullmatch(key)
+        }
+        save_file(kept, folder / name, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(kept, name)
+        size += sum(tensor.nbytes for tensor in kept.values())
+    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
+    config.save_pretrained(folder)

@@ -1,0 +1,96 @@
+"""What all commands share: options, settings as key=value words, errors with their exit codes, JSON."""
+
+import json
+import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from mixora.errors import MixoraError
+
+if TYPE_CHECKING:
+    from mixora.plan import Plan
+
+Settings = Annotated[
+    list[str] | None, typer.Argument(metavar="[RUN.YAML] [KEY=VALUE]...", help="A run file, then changes to it.")
+]
+Recipe = Annotated[str | None, typer.Option(help="A method; see `mixora recipes`. Short for adapter.recipe=…")]
+Model = Annotated[str | None, typer.Option(help="The base model. Short for model.base=…")]
+Data = Annotated[str | None, typer.Option(help="A file, a folder or a hub id. Short for data.source=…")]
+Out = Annotated[str | None, typer.Option(help="Where to write. Short for out=…")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object to standard output, for machines.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="The folder that `mixora train` wrote.")]
+
+
+def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
+    """A user's mistake ends with one message and exit code 2, a fault of ours with exit code 1."""
+
+    @wraps(command)
+    def run(**options: Any) -> None:
+        _quieten_libraries()
+        try:
+            command(**options)
+        except MixoraError as error:
+            _end("error", str(error), 2, options)
+        except KeyboardInterrupt:
+            _end("stopped", "interrupted; nothing more was written", 130, options)
+        except Exception as error:
+            _end("fault", f"{type(error).__name__}: {error}\n(--debug shows where; please report it)", 1, options)
+
+    return run
+
+
+def _end(kind: str, text: str, code: int, options: dict[str, Any]) -> None:
+    if options.get("debug"):
+        raise
+    Console(stderr=True).print(f"[bold red]{kind}:[/] ", end="")
+    Console(stderr=True).print(text, markup=False, highlight=False, soft_wrap=True)
+    raise typer.Exit(code)
+
+
+def _quieten_libraries() -> None:
+    """Our own progress and errors say what matters."""
+    import warnings
+
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    for module in ("peft", "transformers"):
+        warnings.filterwarnings("ignore", module=module)
+
+
+def make_console(as_json: bool) -> Console:
+    """Where people's output goes: nowhere if machines read."""
+    return Console(quiet=True) if as_json else Console()
+
+
+def read_tree(settings: list[str] | None, **short: str | None) -> dict[str, Any]:
+    """The settings of a file, then of key=value words, then of short options; later ones win."""
+    from mixora.config import put, read_assignment, read_yaml
+
+    words = list(settings or ())
+    tree = read_yaml(words.pop(0)) if words and "=" not in words[0] else {}
+    for word in words:
+        put(tree, *read_assignment(word))
+    for path, value in short.items():
+        if value is not None:
+            put(tree, path.replace("__", "."), value)
+    return tree
+
+
+def print_json(value: Any) -> None:
+    """One JSON object on standard output."""
+    sys.stdout.write(json.dumps(value, indent=2, default=str) + "\n")
+
+
+def print_plan(plan: "Plan", full: bool = False) -> None:
+    """The table of sites and the remarks below it."""
+    Console().print(plan.table(full))
+    for note in plan.notes:
+        Console().print(f"note: {note}")
