@@ -47,7 +47,7 @@ def test_starts_as_the_base_trains_reloads_and_generates(recipe, kind, tmp_path)
     assert after[0] < before[0]
 
     model.save_pretrained(tmp_path)
-    again = PeftModel.from_pretrained(make(), tmp_path, adapter_name="elsewhere")
+    again = PeftModel.from_pretrained(make(LAYERS), tmp_path, adapter_name="elsewhere")
     assert all(torch.equal(*pair) for pair in zip(outputs(again, batch), after, strict=True))
     if kind != "encoder":
         lengths = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
@@ -60,9 +60,9 @@ def test_starts_as_the_base_trains_reloads_and_generates(recipe, kind, tmp_path)
 @pytest.mark.parametrize("recipe", mixora.recipe_names())
 def test_the_plan_is_printed_and_true_on_every_kind(recipe):
     for make, _, batch in KINDS.values():
-        plan = mixora.plan(make(), mixora.recipe(recipe))
+        plan = mixora.plan(make(LAYERS), mixora.recipe(recipe))
         assert f"trainable {plan.parameters:,}, active {plan.active_parameters:,} parameters" in str(plan)
-        model = get_peft_model(make(), mixora.recipe(recipe))
+        model = get_peft_model(make(LAYERS), mixora.recipe(recipe))
         assert sum(p.numel() for p in model.parameters() if p.requires_grad) == plan.parameters
         sites = mixora.inspect(model, batch)
         assert {site["path"] for site in sites} == {site.path for site in plan.sites}

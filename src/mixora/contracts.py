@@ -63,6 +63,7 @@ class Expert(ABC):
 
     Config: ClassVar[type[Strict]]
     reads: ClassVar[Literal["input", "output"]] = "input"
+    one_rank: ClassVar[bool] = False  # the experts of a site cannot differ in rank
 
     def __init__(self, config: Any) -> None:
         self.config = config

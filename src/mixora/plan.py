@@ -192,6 +192,11 @@ def _make_site(
     objection = router.objection(linear.is_causal)
     if objection:
         raise ConfigError(f"rules.{name}.router.{objection}")
+    if expert.one_rank and len(set(ranks)) > 1:
+        raise ConfigError(
+            f"rules.{name}.expert: {rule.expert.kind!r} experts of a site have one rank, but an allocation gives "
+            f"{linear.path} the ranks {list(ranks)}; valid: no budget, or another kind of expert"
+        )
     shape = Shape(linear.in_features, linear.out_features, ranks)
     leader = None
     if getattr(rule.router, "share_router", False) and linear.siblings_key is not None:

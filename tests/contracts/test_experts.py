@@ -8,7 +8,7 @@ from mixora.experts import EXPERTS, Bottleneck
 from mixora.kernels import KERNELS
 from mixora.routing import Routing
 
-SHAPE = Shape(5, 7, (1, 4, 2, 3))
+UNEQUAL, EQUAL = Shape(5, 7, (1, 4, 2, 3)), Shape(5, 7, (3, 3, 3, 3))
 EXPERTS_TK = torch.tensor([[0, 1], [2, 3], [3, 0], [1, 2]])
 FORMS = [(name, {}) for name in EXPERTS] + [("bottleneck", {"biases": True}), ("bottleneck", {"init": "normal"})]
 
@@ -18,9 +18,14 @@ def routing_of(weights_TK):
     return Routing(EXPERTS_TK, weights_TK, assigned_TK, assigned_TK, torch.ones(4, dtype=torch.bool), 4)
 
 
+def shape_for(expert):
+    return EQUAL if expert.one_rank else UNEQUAL
+
+
 def outcome(kernel, expert, x, tensors, weights_TK):
     leaves = [x, weights_TK, *tensors.values()]
-    y_TO = expert.delta(x, tensors, routing_of(weights_TK), KERNELS[kernel](SHAPE.ranks), training=True)
+    ranks = shape_for(expert).ranks
+    y_TO = expert.delta(x, tensors, routing_of(weights_TK), KERNELS[kernel](ranks), training=True)
     assert y_TO.shape == (4, 7) and y_TO.dtype == x.dtype
     return [y_TO, *torch.autograd.grad(y_TO.sin().sum(), leaves)]
 
@@ -34,7 +39,7 @@ def test_kernels_agree_on_values_and_gradients(kernel, name, settings):
         return torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
 
     expert = EXPERTS[name](EXPERTS[name].Config(**settings))
-    tensors = {kind: draw(*shape) for kind, shape in expert.parameter_shapes(SHAPE).items()}
+    tensors = {kind: draw(*shape) for kind, shape in expert.parameter_shapes(shape_for(expert)).items()}
     x, weights_TK = draw(4, 5 if expert.reads == "input" else 7), draw(4, 2)
     found, expected = (outcome(k, expert, x, tensors, weights_TK) for k in (kernel, "loop"))
     for got, want in zip(found, expected, strict=True):
@@ -44,8 +49,8 @@ def test_kernels_agree_on_values_and_gradients(kernel, name, settings):
 @pytest.mark.parametrize(("name", "settings"), FORMS)
 def test_every_parameter_is_initialised(name, settings):
     expert = EXPERTS[name](EXPERTS[name].Config(**settings))
-    tensors = {kind: torch.full(shape, torch.nan) for kind, shape in expert.parameter_shapes(SHAPE).items()}
-    expert.initialise(tensors, SHAPE)
+    tensors = {kind: torch.full(shape, torch.nan) for kind, shape in expert.parameter_shapes(shape_for(expert)).items()}
+    expert.initialise(tensors, shape_for(expert))
     assert all(torch.isfinite(tensor).all() for tensor in tensors.values())
     is_near_identity = settings.get("init") == "normal"
     assert bool(tensors["B"].any()) == is_near_identity

@@ -6,7 +6,7 @@ from peft import PeftModel, get_peft_model
 from safetensors import safe_open
 
 import mixora
-from mixora.errors import MixoraError
+from mixora.errors import ConfigError, MixoraError
 from tests.models import OneLinear, adapt, tiny_llama, token_ids
 
 Q_0 = "base_model.model.model.layers.0.self_attn.q_proj.mixora_"
@@ -81,3 +81,11 @@ def test_with_a_single_expert_it_merges_like_lora():
     x = torch.randn(3, 6)
     expected = model(x)
     torch.testing.assert_close(model.merge_and_unload()(x), expected)
+
+
+def test_unequal_ranks_in_a_site_are_refused():
+    config = mixora.recipe(
+        "hydralora", targets=["q_proj"], allocation={"model.layers.0.self_attn.q_proj": [2, 1, 1, 1]}
+    )
+    with pytest.raises(ConfigError, match=r"'hydra' experts of a site have one rank.*\[2, 1, 1, 1\]; valid: no budget"):
+        mixora.plan(tiny_llama(layers=1), config)

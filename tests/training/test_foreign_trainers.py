@@ -64,4 +64,5 @@ def test_training_loss_of_our_trainer_is_the_task_plus_the_auxiliary_loss(tmp_pa
     model, batch = make_model(), collate(list(dataset())[:4])
     model.train()
     task = model(**batch).loss.item()
-    assert abs(float(line["loss"]) - task - 0.5 * line["load_balance"]) < 1e-4
+    assert abs(line["auxiliary_loss"] - 0.5 * line["load_balance"]) < 1e-6
+    assert abs(line["loss"] - task - line["auxiliary_loss"]) < 1e-4

@@ -23,6 +23,7 @@ class Hydra(Lora):
     """
 
     Config = HydraConfig
+    one_rank = True
 
     def parameter_shapes(self, shape: Shape) -> dict[str, tuple[int, ...]]:
         """The common A, and B of all experts, expert after expert."""

@@ -103,7 +103,7 @@ def _describe_model(model: PeftModel, table: Plan, examples: Examples, config: R
     columns = ("path", "experts_per_token", "entropy", "dropped_share", "dead_experts", "load")
     routed = [site for site in inspect(model, batches_of(examples, config)) if site["num_experts"] > 1]
     return {
-        "plan": table.rows(),
+        "plan": table.rows(full=True),
         "parameters": {"total": total, "trainable": trainable, "active": table.active_parameters + outside},
         "routing": [{name: site[name] for name in columns} for site in routed],
         "load": _load_by_group(model, examples, config),
@@ -173,9 +173,16 @@ def _load_by_group(model: Any, examples: Examples, config: RunConfig) -> dict[st
 
 
 def _history(trainer: Trainer) -> list[dict[str, float]]:
-    left_out = ("epoch", "learning_rate", "grad_norm")
+    """The task's own loss and each auxiliary term, by step."""
+    left_out = ("epoch", "learning_rate", "grad_norm", "auxiliary_loss")
     lines = [line for line in trainer.state.log_history if "loss" in line]
-    return [{key: value for key, value in line.items() if key not in left_out} for line in lines]
+    return [
+        {
+            **{key: value for key, value in line.items() if key not in left_out},
+            "loss": line["loss"] - line.get("auxiliary_loss", 0.0),
+        }
+        for line in lines
+    ]
 
 
 def _generations(examples: Examples, before: Evaluation, after: Evaluation, count: int) -> list[dict[str, str]]:

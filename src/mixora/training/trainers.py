@@ -72,7 +72,11 @@ class Terms:
 
 
 class AuxiliaryLossMixin:
-    """Mix in before a `transformers.Trainer` class: adds the auxiliary losses to the loss and logs each term."""
+    """Mix in before a `transformers.Trainer` class: adds the auxiliary losses to the loss and logs them.
+
+    Beside `loss`, which is all of it, a log line holds each term without its coefficient, and `auxiliary_loss`: their
+    weighted sum, so that `loss - auxiliary_loss` is the task's own.
+    """
 
     _terms: Terms | None = None
 
@@ -88,10 +92,10 @@ class AuxiliaryLossMixin:
         if not model.training:
             return result
         total, terms = auxiliary_loss(model, trace)
-        self._terms = self._terms or Terms()
-        self._terms.add(terms)
         if total is None:
             return result
+        self._terms = self._terms or Terms()
+        self._terms.add({**terms, "auxiliary_loss": total.detach()})
         share = total / self.current_gradient_accumulation_steps if self._is_scaled(num_items_in_batch) else total  # type: ignore[attr-defined]
         return (result[0] + share, result[1]) if return_outputs else result + share
 
