@@ -8,11 +8,11 @@ from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor, nn
+from torch import Tensor
 
 from mixora.config import Strict
-from mixora.contracts import Parameters, Router
-from mixora.routers.topk import router_logits
+from mixora.contracts import Parameters
+from mixora.routers.linear import LinearRouter, router_logits
 from mixora.routing import Routing, Tokens
 
 
@@ -40,7 +40,7 @@ class NullTopKConfig(Strict):
         return self
 
 
-class NullTopK(Router):
+class NullTopK(LinearRouter):
     """Linear router without bias, in fp32 (or float64 for float64 inputs) whatever the activations' dtype.
 
     A token that chose null experts alone keeps W0 x. Slots hold distinct experts, so there are min(K, E) of them.
@@ -62,10 +62,6 @@ class NullTopK(Router):
     def parameter_shapes(self, in_features: int) -> dict[str, tuple[int, ...]]:
         """W: [E + N, I], the rows of the null experts last."""
         return {"router": (self.num_experts + self.config.null_experts, in_features)}
-
-    def initialise(self, parameters: Parameters) -> None:
-        """Normal, mean 0."""
-        nn.init.normal_(parameters["router"], std=self.config.init_std)
 
     def route(self, x_TI: Tensor, parameters: Parameters, tokens: Tokens, training: bool) -> Routing:
         """The experts among the K most probable columns (C = E + N); padding has none."""

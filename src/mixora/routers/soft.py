@@ -7,11 +7,11 @@ from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from mixora.config import Strict
-from mixora.contracts import Parameters, Router
-from mixora.routers.topk import router_logits
+from mixora.contracts import Parameters
+from mixora.routers.linear import LinearRouter, router_logits
 from mixora.routing import Routing, Tokens
 
 
@@ -28,29 +28,11 @@ class SoftConfig(Strict):
     init_std: Annotated[float, Field(gt=0)] = 0.02
 
 
-class Soft(Router):
+class Soft(LinearRouter):
     """Linear router without bias, in fp32 (or float64 for float64 inputs) whatever the activations' dtype; K = E."""
 
     Config = SoftConfig
     config: SoftConfig
-
-    @property
-    def num_experts(self) -> int:
-        """E."""
-        return self.config.num_experts
-
-    @property
-    def top_k(self) -> int:
-        """K = E."""
-        return self.config.num_experts
-
-    def parameter_shapes(self, in_features: int) -> dict[str, tuple[int, ...]]:
-        """W: [E, I]."""
-        return {"router": (self.num_experts, in_features)}
-
-    def initialise(self, parameters: Parameters) -> None:
-        """Normal, mean 0."""
-        nn.init.normal_(parameters["router"], std=self.config.init_std)
 
     def route(self, x_TI: Tensor, parameters: Parameters, tokens: Tokens, training: bool) -> Routing:
         """Softmax weights over all experts; padding has none."""

@@ -11,8 +11,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mixora.config import Strict
-from mixora.contracts import Parameters, Router
-from mixora.routers.topk import router_logits
+from mixora.contracts import Parameters
+from mixora.routers.linear import LinearRouter, router_logits
 from mixora.routing import Routing, Tokens
 
 
@@ -29,7 +29,7 @@ class ThresholdConfig(Strict):
     init_std: Annotated[float, Field(gt=0)] = 0.02
 
 
-class Threshold(Router):
+class Threshold(LinearRouter):
     """Linear router without bias and linear threshold with one, in fp32 (or float64 for float64 inputs).
 
     The largest probability is at least 1 / E, so a token keeps an expert as long as tau stays below that; with a
@@ -40,27 +40,14 @@ class Threshold(Router):
     Config = ThresholdConfig
     config: ThresholdConfig
 
-    @property
-    def num_experts(self) -> int:
-        """E."""
-        return self.config.num_experts
-
-    @property
-    def top_k(self) -> int:
-        """K = E."""
-        return self.config.num_experts
-
     def parameter_shapes(self, in_features: int) -> dict[str, tuple[int, ...]]:
         """W: [E, I]; w_tau: [1, I]; b_tau: [1]."""
-        return {
-            "router": (self.num_experts, in_features),
-            "router_threshold": (1, in_features),
-            "router_threshold_bias": (1,),
-        }
+        threshold = {"router_threshold": (1, in_features), "router_threshold_bias": (1,)}
+        return {**super().parameter_shapes(in_features), **threshold}
 
     def initialise(self, parameters: Parameters) -> None:
         """Weights normal, mean 0; bias 0, so that tau starts near half of its maximum."""
-        nn.init.normal_(parameters["router"], std=self.config.init_std)
+        super().initialise(parameters)
         nn.init.normal_(parameters["router_threshold"], std=self.config.init_std)
         nn.init.zeros_(parameters["router_threshold_bias"])
 

@@ -3,18 +3,18 @@
 p = softmax(W x);  p~ = ExpertDropout(p);  route = TopK(p~, K);  weights = p~ on the chosen, renormalised or not
 """
 
-from contextlib import nullcontext
 from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from mixora.config import Strict
-from mixora.contracts import Parameters, Router
+from mixora.contracts import Parameters
 from mixora.depth import OverDepth
 from mixora.routers.capacity import CapacityConfig, admit
+from mixora.routers.linear import LinearRouter, router_logits
 from mixora.routing import Routing, Tokens
 
 
@@ -45,29 +45,16 @@ class TopKConfig(Strict):
         return self
 
 
-class TopK(Router):
+class TopK(LinearRouter):
     """Linear router without bias, in fp32 (or float64 for float64 inputs) whatever the activations' dtype."""
 
     Config = TopKConfig
     config: TopKConfig
 
     @property
-    def num_experts(self) -> int:
-        """E."""
-        return self.config.num_experts
-
-    @property
     def top_k(self) -> int:
         """K."""
         return min(self.config.top_k, self.num_experts) if self.config.limit_top_k else self.config.top_k
-
-    def parameter_shapes(self, in_features: int) -> dict[str, tuple[int, ...]]:
-        """W: [E, I]."""
-        return {"router": (self.num_experts, in_features)}
-
-    def initialise(self, parameters: Parameters) -> None:
-        """Normal, mean 0."""
-        nn.init.normal_(parameters["router"], std=self.config.init_std)
 
     def objection(self, is_causal: bool) -> str | None:
         """K may not exceed E, and only admission token by token keeps earlier tokens independent of later ones."""
@@ -103,13 +90,3 @@ class TopK(Router):
         return Routing(
             experts_TK, weights_TK, assigned_TK, admitted_TK, tokens.valid_T, config.num_experts, logits_TE, probs_TE
         )
-
-
-def router_logits(x_TI: Tensor, w_EI: Tensor) -> Tensor:
-    """W x in at least fp32, also under autocast: [T, E]."""
-    dtype = torch.promote_types(x_TI.dtype, torch.float32)
-    device = x_TI.device.type
-    # the meta device, on which plans are made, knows no autocast
-    off = torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
-    with off:
-        return F.linear(x_TI.to(dtype), w_EI.to(dtype))

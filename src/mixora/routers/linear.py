@@ -1,0 +1,44 @@
+"""What routers that read a linear map off the token have in common."""
+
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mixora.contracts import Parameters, Router
+
+
+class LinearRouter(Router):
+    """One linear map W without bias, started as a normal; all experts may serve a token unless a router chooses fewer.
+
+    The configuration has `num_experts` and `init_std`.
+    """
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return self.config.num_experts
+
+    @property
+    def top_k(self) -> int:
+        """K = E."""
+        return self.num_experts
+
+    def parameter_shapes(self, in_features: int) -> dict[str, tuple[int, ...]]:
+        """W: [E, I]."""
+        return {"router": (self.num_experts, in_features)}
+
+    def initialise(self, parameters: Parameters) -> None:
+        """Normal, mean 0."""
+        nn.init.normal_(parameters["router"], std=self.config.init_std)
+
+
+def router_logits(x_TI: Tensor, w_EI: Tensor) -> Tensor:
+    """W x in at least fp32 (fp64 for fp64 inputs), also under autocast: [T, E]."""
+    dtype = torch.promote_types(x_TI.dtype, torch.float32)
+    device = x_TI.device.type
+    # the meta device, on which plans are made, knows no autocast
+    off = torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+    with off:
+        return F.linear(x_TI.to(dtype), w_EI.to(dtype))
