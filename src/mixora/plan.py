@@ -85,7 +85,7 @@ class Plan:
     def table(self, full: bool = False) -> Table:
         """The table for a terminal; what all rows have in common stands above and below it."""
         rows = self.rows(full)
-        prefix = _common_prefix([row["path"] for row in rows])
+        prefix = common_prefix([row["path"] for row in rows])
         common = {name: sorted({row[name] for row in rows}) for name in ("router", "kernel")}
         # kernels never stand in the table, routers only where they differ
         for name in [name for name in common if name == "kernel" or len(common[name]) == 1]:
@@ -139,7 +139,7 @@ class Plan:
             )
 
 
-def _common_prefix(paths: list[str]) -> str:
+def common_prefix(paths: list[str]) -> str:
     """The leading segments that all paths share, before the first layer number."""
     shared = []
     for segments in zip(*(path.split(".") for path in paths), strict=False):

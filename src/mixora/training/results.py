@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 from peft import PeftModel
+from rich.box import SIMPLE_HEAD
 from rich.console import RenderableType
 from rich.table import Table
 
@@ -19,6 +20,7 @@ from mixora.diagnostics.report import RunRecord, summarise
 from mixora.errors import CheckpointError, ConfigError, DataError
 from mixora.evaluate import generate
 from mixora.loading import from_pretrained
+from mixora.plan import common_prefix
 from mixora.training.material import Material, batches_of, make_examples, read_material
 from mixora.training.progress import Progress
 from mixora.training.run import measure
@@ -128,11 +130,17 @@ def reopen(run: Path, changes: Mapping[str, Any], progress: Progress) -> Trained
 
 def routing_table(sites: list[dict[str, Any]]) -> Table:
     """What `mixora.inspect` found, for a terminal."""
-    table = Table("site", "load per expert, %", "per token", "entropy", "dropped", "dead")
+    prefix = common_prefix([site["path"] for site in sites])
+    title = f"{len(sites)} sites" + (f" in {prefix}" if prefix else "")
+    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("site", overflow="fold")
+    table.add_column("load per expert, %")
+    for column in ("per token", "entropy", "dropped", "dead"):
+        table.add_column(column, justify="right")
     for site in sites:
         load = " ".join(f"{100 * share:.0f}" for share in site["load"])
         entropy = "-" if site["entropy"] is None else f"{site['entropy']:.3f}"
         dead = ", ".join(map(str, site["dead_experts"])) or "none"
         chosen, dropped = f"{site['experts_per_token']:.2f}", f"{site['dropped_share']:.1%}"
-        table.add_row(site["path"], load, chosen, entropy, dropped, dead)
+        table.add_row(site["path"].removeprefix(prefix + "."), load, chosen, entropy, dropped, dead)
     return table
