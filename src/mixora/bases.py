@@ -36,6 +36,13 @@ from mixora.errors import ModelError
 
 Task = Literal["causal-lm", "sequence-classification", "seq2seq-lm"]
 
+# what PEFT calls the tasks
+TASK_TYPES: dict[Task, str] = {
+    "causal-lm": "CAUSAL_LM",
+    "sequence-classification": "SEQ_CLS",
+    "seq2seq-lm": "SEQ_2_SEQ_LM",
+}
+
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
 
 # Arguments that say where on the hub a file lies; the configuration and the tokenizer need them as the weights do.

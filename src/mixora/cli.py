@@ -119,16 +119,14 @@ def train(
 ) -> None:
     """Fine-tune, evaluate before and after, save the adapter, read it back, write a report."""
     from mixora.training.progress import Progress
-    from mixora.training.results import prepare_folder, summarise_run, write_run_file
+    from mixora.training.results import summarise_run
     from mixora.training.run import fit
     from mixora.training.run_config import read_run
 
     tree = read_tree(settings, adapter__recipe=recipe, model__base=model, data__source=data, out=out)
     config = read_run(tree)
-    prepare_folder(Path(config.out), overwrite)
-    write_run_file(config)
     console = make_console(as_json)
-    record = fit(config, Progress(console))
+    record = fit(config, Progress(console), overwrite)
     if as_json:
         from dataclasses import asdict
 

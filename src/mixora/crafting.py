@@ -4,19 +4,13 @@ import copy
 from pathlib import Path
 
 import torch
-from peft import TaskType, get_peft_model
+from peft import get_peft_model
 from transformers import AutoConfig
 
-from mixora.bases import Task, load_base, resolve_base
+from mixora.bases import TASK_TYPES, Task, load_base, resolve_base
 from mixora.folders import claim_folder
 from mixora.plan import Plan
 from mixora.tuner import MixoraConfig, plan, recipe
-
-_TYPES: dict[Task, TaskType] = {
-    "causal-lm": TaskType.CAUSAL_LM,
-    "seq2seq-lm": TaskType.SEQ_2_SEQ_LM,
-    "sequence-classification": TaskType.SEQ_CLS,
-}
 
 
 def craft(
@@ -39,7 +33,7 @@ def craft(
     if task is None:
         is_encoder_decoder = AutoConfig.from_pretrained(str(resolve_base(base))).is_encoder_decoder
         task = "seq2seq-lm" if is_encoder_decoder else "causal-lm"
-    config.task_type = _TYPES[task]
+    config.task_type = TASK_TYPES[task]
     dense, _ = load_base(base, task=task, dtype=dtype)
     table = plan(dense, config)
     # embeddings are not ours to save, and looking for them would ask the hub for the base

@@ -5,20 +5,17 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from peft import PeftConfig, PeftModel, TaskType
+from peft import PeftConfig, PeftModel
 from peft.utils import get_peft_model_state_dict
 from peft.utils.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
-from mixora.bases import Task, load_base
+from mixora.bases import TASK_TYPES, load_base
 from mixora.errors import CheckpointError
 from mixora.tuner import MIXORA
 
-_TASKS: dict[str, Task] = {
-    TaskType.SEQ_CLS.value: "sequence-classification",
-    TaskType.SEQ_2_SEQ_LM.value: "seq2seq-lm",
-}
+_TASKS = {kind: task for task, kind in TASK_TYPES.items()}
 
 
 def from_pretrained(

@@ -191,7 +191,7 @@ def _leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out
         _mark_outputs(output, here)
         if here.trace is not None:
             here.trace.passes += 1
-        # what outlives the pass must hold no graph: layers keep it for a recomputation, and models are copied
+        # what outlives the pass must hold no graph: the hooks on its outputs keep it for a recomputation
         here.trace = None
 
 

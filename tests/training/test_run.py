@@ -2,7 +2,6 @@
 
 import json
 import math
-from pathlib import Path
 
 import pytest
 import yaml
@@ -16,9 +15,10 @@ from mixora.diagnostics.report import read_record
 from mixora.errors import CheckpointError, ConfigError, DataError
 from mixora.training.material import read_material
 from mixora.training.progress import Progress
-from mixora.training.results import prepare_folder, reopen, write_run_file
+from mixora.training.results import reopen
 from mixora.training.run import build, fit
 from mixora.training.run_config import read_run
+from mixora.training.run_folder import check_folder, open_folder
 
 
 def quiet():
@@ -42,8 +42,6 @@ def settings(base, data, out, **changes):
 
 def run(tree):
     config = read_run(tree)
-    prepare_folder(Path(config.out), overwrite=False)
-    write_run_file(config)
     return config, fit(config, quiet())
 
 
@@ -177,16 +175,32 @@ def test_folders_are_never_replaced_by_accident(tmp_path):
     (tmp_path / "mine" / "thesis.txt").write_text("x")
     for overwrite in (False, True):
         with pytest.raises(ConfigError, match=r"mine (is not empty|was not written by mixora)"):
-            prepare_folder(tmp_path / "mine", overwrite)
+            check_folder(tmp_path / "mine", overwrite)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.yaml").write_text(yaml.safe_dump({}))
     with pytest.raises(ConfigError, match="--overwrite"):
-        prepare_folder(tmp_path / "run", overwrite=False)
-    prepare_folder(tmp_path / "run", overwrite=True)
-    assert list((tmp_path / "run").iterdir()) == []
+        check_folder(tmp_path / "run", overwrite=False)
     (tmp_path / "file").write_text("x")
+    below = read_run(settings("base", "data", tmp_path / "file" / "below"))
     with pytest.raises(ConfigError, match="cannot be written"):
-        prepare_folder(tmp_path / "file" / "below", overwrite=False)
+        open_folder(below, overwrite=False)
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    [{"data__source": "nowhere.jsonl"}, {"evaluate__metrics": ["blue"]}, {"train__arguments": {"no_such": 1}}],
+)
+def test_a_mistake_costs_no_earlier_results(mistake, bases, data, tmp_path):
+    tree = settings(bases / "llama", data / "commands", tmp_path / "out")
+    _, record = run(tree)
+    with pytest.raises((ConfigError, DataError)):
+        fit(
+            read_run(settings(bases / "llama", data / "commands", tmp_path / "out", **mistake)), quiet(), overwrite=True
+        )
+    assert read_record(tmp_path / "out") == record
+    assert reopen(tmp_path / "out", {}, quiet()).measure()["loss"] == record.after["loss"]
+    tree["train"]["steps"] = 1
+    assert len(fit(read_run(tree), quiet(), overwrite=True).history) == 1
 
 
 def test_only_a_finished_run_can_be_reopened(tmp_path):

@@ -1,12 +1,10 @@
-"""What a run leaves behind: its folder, the summary, and the trained model opened again."""
+"""What a run leaves behind: the summary, and the trained model opened again."""
 
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from peft import PeftModel
 from rich.box import SIMPLE_HEAD
 from rich.console import RenderableType
@@ -17,7 +15,7 @@ from mixora.data import render_prompt
 from mixora.diagnostics.measure import inspect
 from mixora.diagnostics.page import format_value
 from mixora.diagnostics.report import RunRecord, summarise
-from mixora.errors import CheckpointError, ConfigError, DataError
+from mixora.errors import CheckpointError, DataError
 from mixora.evaluate import generate
 from mixora.loading import from_pretrained
 from mixora.plan import common_prefix
@@ -25,32 +23,7 @@ from mixora.training.material import Material, batches_of, make_examples, read_m
 from mixora.training.progress import Progress
 from mixora.training.run import measure
 from mixora.training.run_config import RunConfig
-
-RUN_FILE = "run.yaml"
-
-
-def prepare_folder(out: Path, overwrite: bool) -> None:
-    """Make the folder of a run; `ConfigError` if it holds something and may not be replaced."""
-    if out.is_dir() and any(out.iterdir()):
-        if not overwrite:
-            raise ConfigError(
-                f"out: {out} is not empty; valid: another folder, or --overwrite to replace what is there"
-            )
-        if not (out / RUN_FILE).is_file():
-            raise ConfigError(
-                f"out: {out} was not written by mixora, so --overwrite leaves it alone; valid: another folder"
-            )
-        shutil.rmtree(out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"out: {out} cannot be written: {error}") from None
-
-
-def write_run_file(config: RunConfig) -> None:
-    """Keep the settings beside the results."""
-    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-    (Path(config.out) / RUN_FILE).write_text(text, encoding="utf-8")
+from mixora.training.run_folder import RUN_FILE
 
 
 def summarise_run(record: RunRecord, out: Path) -> Iterator[RenderableType]:

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 import transformers
-from peft import PeftModel, TaskType, get_peft_model
+from peft import PeftModel, get_peft_model
 from transformers import TrainingArguments
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from mixora.bases import Task
+from mixora.bases import TASK_TYPES
 from mixora.data import Encoded, encode
 from mixora.diagnostics.measure import inspect, load_by_group
 from mixora.diagnostics.report import RunRecord, write_report
@@ -25,31 +25,29 @@ from mixora.plan import Plan
 from mixora.training.material import Material, batches_of, make_examples, read_material, sample_batches
 from mixora.training.progress import Progress, StepProgress
 from mixora.training.run_config import RunConfig
+from mixora.training.run_folder import check_folder, open_folder
 from mixora.training.trainers import Trainer
 from mixora.tuner import MixoraConfig, allocate, plan
 
-_TASK_TYPES: dict[Task, TaskType] = {
-    "causal-lm": TaskType.CAUSAL_LM,
-    "sequence-classification": TaskType.SEQ_CLS,
-    "seq2seq-lm": TaskType.SEQ_2_SEQ_LM,
-}
 ROWS_PER_GROUP = 8
 
 
 def build(material: Material, encoded: Encoded, config: RunConfig, progress: Progress) -> tuple[MixoraConfig, Plan]:
     """The adapter's configuration, its budget allocated, and its plan on the base."""
-    adapter = config.adapter.build(task_type=_TASK_TYPES[material.task])
+    adapter = config.adapter.build(task_type=TASK_TYPES[material.task])
     with progress.task(f"allocating, {adapter.method.allocator.kind}") as advance:
         adapter = allocate(material.model, adapter, sample_batches(material, encoded, config), advance)
     return adapter, plan(material.model, adapter)
 
 
-def fit(config: RunConfig, progress: Progress) -> RunRecord:
-    """Run `config` from data to report; writes `adapter/`, `report.html` and `record.json` below `config.out`.
+def fit(config: RunConfig, progress: Progress, overwrite: bool = False) -> RunRecord:
+    """Run `config` from data to report; writes settings, adapter, report and record below `config.out`.
 
-    Returns the record that the report was made from.
+    With `overwrite` an earlier run's results there are replaced, once the data, the model and all settings have proved
+    to fit. Returns the record that the report was made from.
     """
-    started, out = time.perf_counter(), Path(config.out)
+    started = time.perf_counter()
+    check_folder(Path(config.out), overwrite)
     progress.say(f"reading {config.data.source} and {config.model.base}")
     material = read_material(config)
     assert material.train_rows is not None
@@ -62,7 +60,9 @@ def fit(config: RunConfig, progress: Progress) -> RunRecord:
     torch.manual_seed(config.train.seed)
     model = get_peft_model(material.model, adapter)
     before = measure(model, examples, config, progress, "before")
-    trainer = train(model, material, encoded, config, progress)
+    trainer = make_trainer(model, material, encoded, config, progress)
+    out = open_folder(config, overwrite)
+    trainer.train()
     after = measure(model, examples, config, progress, "after")
     seen = _describe_model(model, table, examples, config)
     save(model, material.tokenizer, out / "adapter")
@@ -110,8 +110,10 @@ def _describe_model(model: PeftModel, table: Plan, examples: Examples, config: R
     }
 
 
-def train(model: PeftModel, material: Material, encoded: Encoded, config: RunConfig, progress: Progress) -> Trainer:
-    """Train the adapter with `mixora.Trainer`; returns the trainer, whose state holds the history."""
+def make_trainer(
+    model: PeftModel, material: Material, encoded: Encoded, config: RunConfig, progress: Progress
+) -> Trainer:
+    """A `mixora.Trainer` set up as `config` says; `ConfigError` for arguments that transformers refuses."""
     settings = config.train
     defaults: dict[str, Any] = {
         "output_dir": config.out,
@@ -142,7 +144,6 @@ def train(model: PeftModel, material: Material, encoded: Encoded, config: RunCon
         callbacks=[StepProgress(progress)],
     )
     trainer.remove_callback(transformers.PrinterCallback)
-    trainer.train()
     return trainer
 
 
