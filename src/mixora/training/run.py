@@ -53,9 +53,7 @@ def fit(config: RunConfig, progress: Progress, overwrite: bool = False) -> RunRe
     assert material.train_rows is not None
     encoded = encode(material.train_rows, material.tokenizer, config.data, model_kind=material.kind)
     adapter, table = build(material, encoded, config, progress)
-    progress.show(table.table())
-    for note in table.notes:
-        progress.say(f"note: {note}")
+    _show_plan(table, progress)
     examples = make_examples(material, config)
     torch.manual_seed(config.train.seed)
     model = get_peft_model(material.model, adapter)
@@ -82,6 +80,12 @@ def fit(config: RunConfig, progress: Progress, overwrite: bool = False) -> RunRe
     )
     write_report(record, out)
     return record
+
+
+def _show_plan(table: Plan, progress: Progress) -> None:
+    progress.show(table.table())
+    for note in table.notes:
+        progress.say(f"note: {note}")
 
 
 def _describe_run(config: RunConfig, adapter: MixoraConfig) -> dict[str, Any]:
