@@ -8,6 +8,7 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "mixora"
 ORDER = [
     {"errors"},
+    {"draws"},
     {"routing", "config", "folders"},
     {"contracts", "passes", "depth"},
     {"experts", "routers", "kernels", "losses", "allocators"},
@@ -15,7 +16,7 @@ ORDER = [
     {"recipes", "mixture", "assignment"},
     {"plan"},
     {"allocation"},
-    {"tuner", "memory"},
+    {"tuner", "memory", "serving"},
     {"conversion", "diagnostics", "bases"},
     {"data", "evaluate", "loading", "crafting"},
     {"training"},

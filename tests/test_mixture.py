@@ -22,15 +22,21 @@ def inputs_of(make):
     return {"input_ids": ids, "labels": ids} if make is tiny_t5 else {"input_ids": ids}
 
 
-@pytest.mark.parametrize("recipe", mixora.recipe_names())
-@pytest.mark.parametrize("make", [tiny_llama, tiny_bert, tiny_gpt2, tiny_t5])
+# adapters of adamix start near the frozen model; queries and values of GPT-2 are one linear
+STARTS = [(make, r) for make in (tiny_llama, tiny_bert, tiny_gpt2, tiny_t5) for r in mixora.recipe_names()]
+
+
+@pytest.mark.parametrize(
+    ("make", "recipe"), [s for s in STARTS if s[1] != "adamix" and s != (tiny_gpt2, "adamix-lora")]
+)
 def test_at_the_start_the_model_is_the_frozen_one_bit_for_bit(make, recipe):
     inputs = inputs_of(make)
     # hilo and mola have values for four groups of layers
     # without gradients: torch multiplies by a weight that has one in another order
     plain = make(layers=4).train().requires_grad_(False)(**inputs)[0]
     model = get_peft_model(make(layers=4), mixora.recipe(recipe)).train()
-    assert torch.equal(model(**inputs)[0], plain)
+    with tracing(owns_losses=True):
+        assert torch.equal(model(**inputs)[0], plain)
 
 
 def test_the_auxiliary_losses_change_no_value():

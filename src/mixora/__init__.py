@@ -12,9 +12,10 @@ if TYPE_CHECKING:
     from mixora.crafting import craft
     from mixora.diagnostics.measure import inspect
     from mixora.loading import from_pretrained
+    from mixora.serving import served_by
     from mixora.training.gradient_check import check_router_gradient
     from mixora.training.sft import SFTTrainer
-    from mixora.training.trainers import AuxiliaryLossCallback, Trainer
+    from mixora.training.trainers import AuxiliaryLossCallback, Trainer, compute_loss
 
 __version__ = "0.1.0"
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "Trainer",
     "allocate",
     "check_router_gradient",
+    "compute_loss",
     "convert",
     "craft",
     "from_pretrained",
@@ -32,6 +34,7 @@ __all__ = [
     "plan",
     "recipe",
     "recipe_names",
+    "served_by",
 ]
 
 # what pulls in trainers is imported when first asked for
@@ -40,10 +43,12 @@ _LATER = {
     "SFTTrainer": "mixora.training.sft",
     "Trainer": "mixora.training.trainers",
     "check_router_gradient": "mixora.training.gradient_check",
+    "compute_loss": "mixora.training.trainers",
     "convert": "mixora.conversion",
     "craft": "mixora.crafting",
     "from_pretrained": "mixora.loading",
     "inspect": "mixora.diagnostics.measure",
+    "served_by": "mixora.serving",
 }
 
 register()

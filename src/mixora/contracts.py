@@ -7,12 +7,13 @@ Parts keep no tensors: the site they serve does, so that PEFT can move, save and
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
 from mixora.config import Strict
+from mixora.draws import Draw
 from mixora.routing import Routing, Tokens
 
 Parameters = Mapping[str, Tensor]
@@ -89,10 +90,15 @@ class Expert(ABC):
 
 
 class Router(ABC):
-    """Chooses experts for each token. Random draws come from the ambient generator: recomputation repeats them."""
+    """Chooses experts for each token. Random draws come from the ambient generator: recomputation repeats them.
+
+    A router that `draws` chooses one expert for all tokens of a pass instead, by the draw in `Tokens`. Its experts'
+    tensors stand apart, so that an optimiser leaves those alone that no pass of its step has used.
+    """
 
     Config: ClassVar[type[Strict]]
-    is_static: ClassVar[bool] = False  # the same weights for every input: the experts can be merged
+    is_static: ClassVar[bool] = False  # the same weights for every input in evaluation: the experts can be merged
+    draws: ClassVar[bool] = False
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -119,18 +125,48 @@ class Router(ABC):
     def route(self, x_TI: Tensor, parameters: Parameters, tokens: Tokens, training: bool) -> Routing:
         """The routing of T tokens."""
 
-    def objection(self, is_causal: bool) -> str | None:
-        """Why this router cannot serve such a model; None where it can."""
+    def objection(self, is_causal: bool, expert: "Expert") -> str | None:
+        """Why this router cannot serve such a model or such experts; None where it can."""
         return None
+
+    def alternatives(self, kinds: Iterable[str]) -> list[dict[str, str]]:
+        """By which names the tensors of a site are kept, per kind: one entry for each expert that a pass may draw."""
+        return [{kind: kind for kind in kinds}]
+
+    def at_once(self, shape: Shape) -> Shape:
+        """The experts of a site that its tensors, as `serve` gives them, hold."""
+        return replace(shape, ranks=shape.ranks[:1]) if self.draws else shape
+
+    def serve(self, parameters: Parameters, draw: Draw) -> Parameters:
+        """The experts' tensors that compute a pass, by kind, out of the kept ones; those of one expert if `draws`."""
+        return parameters
+
+
+def kept_shapes(expert: Expert, router: Router, shape: Shape) -> dict[str, tuple[int, ...]]:
+    """Name and shape of each tensor of a site's experts."""
+    shapes = expert.parameter_shapes(router.at_once(shape))
+    return {name: shapes[kind] for names in router.alternatives(shapes) for kind, name in names.items()}
 
 
 class Loss(ABC):
-    """An auxiliary loss on what the routers decided."""
+    """An auxiliary loss."""
 
     Config: ClassVar[type[Strict]]
 
     def __init__(self, config: Any) -> None:
         self.config = config
+
+
+class PassLoss(Loss):
+    """Compares the outputs of two forward passes over the same batch, whose routes differ."""
+
+    @abstractmethod
+    def of_items(self, first_NC: Tensor, second_NC: Tensor, is_regression: bool) -> Tensor:
+        """The loss of each of N items (examples, or supervised tokens) with C outputs: fp32 [N], no coefficient."""
+
+
+class SiteLoss(Loss):
+    """A loss on what the router of a site decided."""
 
     @abstractmethod
     def of_site(self, routing: Routing) -> Tensor | None:

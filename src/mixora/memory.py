@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from mixora.passes import tracing
+
 ADAM_BYTES = 8  # two fp32 moments per trainable number
 
 
@@ -55,7 +57,7 @@ def _count_saved(model: nn.Module, batch: int, length: int, weights: set[int]) -
     inputs = {"input_ids": ids, "labels": ids[:, 0] if _classifies(model) else ids}
     was_training = model.training
     model.train()
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with tracing(owns_losses=True), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         model(**inputs)
     model.train(was_training)
     return sum(t.untyped_storage().nbytes() for name, t in saved.items() if name not in weights)

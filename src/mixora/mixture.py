@@ -8,7 +8,7 @@ router's gradient is not drowned in the rounding of f(x).
 """
 
 import weakref
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from mixora import passes
-from mixora.contracts import Expert, Kernel, Loss, Router, Shape
-from mixora.errors import MixoraError, ModelError
+from mixora.contracts import Expert, Kernel, Parameters, PassLoss, Router, Shape, SiteLoss, kept_shapes
+from mixora.draws import MEAN, Draw
+from mixora.errors import MixoraError, ModelError, TrainingError
 from mixora.routing import Routing
 
 PREFIX = "mixora_"
@@ -28,7 +29,8 @@ PREFIX = "mixora_"
 class Parts:
     """What serves one adapter at one module; its tensors live in the module.
 
-    `losses`: name, loss and the weight of this site in the model's total (coefficient / number of routed sites).
+    `shape`: that of the experts whose tensors compute a pass. `losses`: name, loss and the weight of this site in the
+    model's total (coefficient / number of routed sites). `pass_losses`: name, loss and coefficient, at every site.
     `leader`: the module whose router is used, where linears that read the same input share one; empty otherwise.
     """
 
@@ -37,8 +39,18 @@ class Parts:
     kernel: Kernel
     shape: Shape
     stream: passes.Stream = "source"
-    losses: list[tuple[str, Loss, float]] = field(default_factory=list)
+    losses: list[tuple[str, SiteLoss, float]] = field(default_factory=list)
+    pass_losses: list[tuple[str, PassLoss, float]] = field(default_factory=list)
     leader: list["Mixture"] = field(default_factory=list)
+
+    def delta(self, read_TI: Tensor, parameters: Parameters, routing: Routing, draw: Draw, training: bool) -> Tensor:
+        """What the experts add, scale included: [T, O]. `parameters` are all of the site."""
+        kernel = self.kernel
+        if self.router.draws:
+            parameters, routing = self.router.serve(parameters, draw), Routing.even(routing.valid_T, (0,), 1)
+            kernel = type(kernel)((len(parameters["A"]),))
+        delta_TO = self.expert.delta(read_TI, parameters, routing, kernel, training)
+        return self.expert.scale(self.shape) * delta_TO
 
     def total(self, routing: Routing) -> tuple[Tensor | None, dict[str, Tensor]]:
         """This site's share of the auxiliary loss, and each term for the log (detached, without its coefficient)."""
@@ -93,13 +105,14 @@ class Mixture(nn.Module, BaseTunerLayer):
         """Create the tensors of `adapter`; experts in the dtype of the frozen module, routers in fp32."""
         device, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
         dtype = dtype if dtype is not None and dtype.is_floating_point else torch.float32
-        expert_shapes = parts.expert.parameter_shapes(parts.shape)
+        expert_shapes = kept_shapes(parts.expert, parts.router, parts.shape)
         router_shapes = {} if parts.leader else parts.router.parameter_shapes(parts.shape.in_features)
         for shapes, kind_dtype in ((expert_shapes, dtype), (router_shapes, torch.float32)):
             for kind, shape in shapes.items():
                 self._bank(kind)[adapter] = nn.Parameter(torch.empty(shape, device=device, dtype=kind_dtype))
         tensors = self.parameters_of(adapter)
-        parts.expert.initialise({kind: tensors[kind] for kind in expert_shapes}, parts.shape)
+        for names in parts.router.alternatives(parts.expert.parameter_shapes(parts.shape)):
+            parts.expert.initialise({kind: tensors[name] for kind, name in names.items()}, parts.shape)
         if router_shapes:
             parts.router.initialise({kind: tensors[kind] for kind in router_shapes})
         self.parts[adapter] = parts
@@ -145,14 +158,17 @@ class Mixture(nn.Module, BaseTunerLayer):
         if here is None and (seen := passes.recomputed()) is not None:
             with passes.replay(seen):
                 return self._adapt(adapter, x, frozen, y)
-        here = here or passes.Pass()
         parts = self.parts[adapter]
+        here = here or (passes.alone(self.training) if parts.router.draws else passes.Pass())
+        if parts.pass_losses and self.training and torch.is_grad_enabled() and not here.owns_losses:
+            raise TrainingError(_two_passes(parts))
+        draw = here.draw_at(self.path)
         routing = self._route(adapter, x, x.reshape(-1, x.shape[-1]), here)
         here.record(self.path, adapter, routing)
         read = frozen if parts.expert.reads == "output" else x
         read_TI = read.reshape(-1, read.shape[-1])
-        delta_TO = parts.expert.delta(read_TI, self.parameters_of(adapter), routing, parts.kernel, self.training)
-        y = y + (parts.expert.scale(parts.shape) * delta_TO).to(y.dtype).reshape(y.shape)
+        delta_TO = parts.delta(read_TI, self.parameters_of(adapter), routing, draw, self.training)
+        y = y + delta_TO.to(y.dtype).reshape(y.shape)
         return self._add_losses(adapter, y, routing, here) if self.training and parts.losses else y
 
     def _route(self, adapter: str, x: Tensor, x_TI: Tensor, here: passes.Pass) -> Routing:
@@ -162,7 +178,8 @@ class Mixture(nn.Module, BaseTunerLayer):
             path, made_from, routing = here.shared[adapter]
             if path == leader.path and made_from() is x:
                 return routing
-        routing = parts.router.route(x_TI, leader.parameters_of(adapter), here.tokens(parts.stream, x), self.training)
+        tokens = replace(here.tokens(parts.stream, x), draw=here.draw_at(self.path))
+        routing = parts.router.route(x_TI, leader.parameters_of(adapter), tokens, self.training)
         here.shared[adapter] = (leader.path, weakref.ref(x), routing)
         return routing
 
@@ -190,7 +207,7 @@ class Mixture(nn.Module, BaseTunerLayer):
                 f"{self.path}: cannot be merged: its router chooses experts by the input; "
                 "valid: merge adapters without routing (recipe 'lora'), or keep the adapter and use unload()"
             )
-        tensors = self.parameters_of(adapter)
+        tensors = parts.router.serve(self.parameters_of(adapter), MEAN)
         return parts.expert.scale(parts.shape) * tensors["B"].T @ tensors["A"]
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -217,6 +234,19 @@ class Mixture(nn.Module, BaseTunerLayer):
         """Whether the adapter is a plain LoRA."""
         parts = self.parts.get(adapter_name)
         return parts is not None and parts.router.is_static and parts.expert.reads == "input"
+
+
+def mixtures_of(model: nn.Module) -> list[Mixture]:
+    """The adapted modules of a model, in its order."""
+    return [module for module in model.modules() if isinstance(module, Mixture)]
+
+
+def _two_passes(parts: Parts) -> str:
+    names = ", ".join(f"losses.{name}" for name, _, _ in parts.pass_losses)
+    return (
+        f"{names}: compares two passes over each batch, which only mixora's own trainers run; valid: mixora.Trainer, "
+        "mixora.SFTTrainer, mixora.compute_loss in a loop of your own, or coefficient 0"
+    )
 
 
 class _AddGradient(torch.autograd.Function):

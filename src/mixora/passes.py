@@ -9,7 +9,7 @@ import inspect
 import logging
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from mixora.draws import MERGED, Draw, Serving, current_serving, draw_seed
 from mixora.routing import Observation, Routing, Tokens, Trace
 
 Stream = Literal["source", "target"]
@@ -33,8 +34,9 @@ class Pass:
     encoder's input of an encoder-decoder, `target` the decoder's input of the latter. positions_BS: position ids,
     which restart where another sequence begins (packing). `trace` is set while the pass runs under one, `is_observed`
     and `owns_losses` outlive it. `with_grad`: gradients were on at the entrance. `again`: this pass as recomputed
-    layers see it. `shared`: per adapter the last routing that other layers may use, with the path of the router's
-    module and the input it was made from.
+    layers see it. `seed`: what this pass's routes are drawn by, where they are; `serving`: what serves where not.
+    `shared`: per adapter the last routing that other layers may use, with the path of the router's module and the input
+    it was made from.
     """
 
     mask_BS: dict[Stream, Tensor] = field(default_factory=dict)
@@ -46,8 +48,14 @@ class Pass:
     is_replay: bool = False
     depth: int = 0
     again: "Pass | None" = None
+    seed: int | None = None
+    serving: Serving = MERGED
     shared: dict[str, tuple[str, weakref.ref[Tensor], Routing]] = field(default_factory=dict)
     _tokens: dict[tuple[Stream, torch.Size], Tokens] = field(default_factory=dict)
+
+    def draw_at(self, path: str) -> Draw:
+        """What serves the site at `path`, where its router draws."""
+        return Draw(None if self.seed is None else f"{self.seed}/{path}", self.serving.members)
 
     def tokens(self, stream: Stream, x: Tensor) -> Tokens:
         """The tokens of a layer's input `x` [..., I], flattened to T."""
@@ -155,6 +163,46 @@ def _mark_outputs(output: Any, seen: Pass) -> None:
             tensor.register_hook(partial(_begin_backward, seen))
 
 
+def alone(training: bool) -> Pass:
+    """The pass of a layer that is called outside of any model's forward."""
+    return Pass(seed=_draw_seed(training), serving=current_serving())
+
+
+def _draw_seed(training: bool) -> int | None:
+    return draw_seed(shared=training) if training or current_serving().draws else None
+
+
+def expect_draws(model: nn.Module) -> None:
+    """Have every pass that begins at an entrance of `model` draw what its routes follow from."""
+    for entrance in _entrances(model):
+        entrance._mixora_draws = True  # type: ignore[assignment]
+
+
+@contextmanager
+def followed_by(model: nn.Module, then: Callable[..., Any]) -> Iterator[None]:
+    """Hand each output of `model` to `then(model, args, kwargs, output)` while open; it gives what takes its place.
+
+    It is called when the pass is over, and may call the model: these calls are not followed by another.
+    """
+    is_busy = False
+
+    def follow(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        nonlocal is_busy
+        if is_busy:
+            return output
+        is_busy = True
+        try:
+            return then(module, args, kwargs, output)
+        finally:
+            is_busy = False
+
+    handle = model.register_forward_hook(follow, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 def install(model: nn.Module) -> list[Any]:
     """Hook the entrances of `model`; returns the handles that remove the hooks."""
     handles = []
@@ -208,6 +256,8 @@ def _read_pass(module: nn.Module, inputs: dict[str, Any]) -> Pass:
         is_observed=trace is not None,
         owns_losses=trace is not None and trace.owns_losses,
         with_grad=torch.is_grad_enabled(),
+        seed=_draw_seed(module.training) if getattr(module, "_mixora_draws", False) else None,
+        serving=current_serving(),
     )
     if inputs.get("encoder_hidden_states") is not None:
         # a decoder called by itself

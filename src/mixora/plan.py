@@ -13,7 +13,7 @@ from rich.table import Table
 from torch import nn
 
 from mixora.assignment import assign_rules, settle_rules
-from mixora.contracts import Expert, Shape
+from mixora.contracts import Expert, PassLoss, Shape, SiteLoss, kept_shapes
 from mixora.depth import fix, varies
 from mixora.errors import CheckpointError, ConfigError
 from mixora.experts import EXPERTS
@@ -182,6 +182,7 @@ def make_plan(model: nn.Module, method: Method) -> Plan:
     leaders: dict[tuple[str, ...], str] = {}
     rules = settle_rules(rule_of, method)
     sites = [_make_site(place, *rules[place.path], leaders) for place in places if place.path in rules]
+    _check_losses(sites, method)
     return Plan(tuple(sites), tuple(_notes(sites, method)))
 
 
@@ -189,20 +190,20 @@ def _make_site(
     linear: Linear, name: str, rule: Rule, ranks: tuple[int, ...], leaders: dict[tuple[str, ...], str]
 ) -> Site:
     router, expert = ROUTERS[rule.router.kind](rule.router), EXPERTS[rule.expert.kind](rule.expert)
-    objection = router.objection(linear.is_causal)
+    objection = router.objection(linear.is_causal, expert)
     if objection:
         raise ConfigError(f"rules.{name}.router.{objection}")
-    if expert.one_rank and len(set(ranks)) > 1:
+    if (expert.one_rank or router.draws) and len(set(ranks)) > 1:
         raise ConfigError(
-            f"rules.{name}.expert: {rule.expert.kind!r} experts of a site have one rank, but an allocation gives "
-            f"{linear.path} the ranks {list(ranks)}; valid: no budget, or another kind of expert"
+            f"rules.{name}: {rule.expert.kind!r} experts under router {rule.router.kind!r} have one rank, but an "
+            f"allocation gives {linear.path} the ranks {list(ranks)}; valid: no budget, or other parts"
         )
     shape = Shape(linear.in_features, linear.out_features, ranks)
-    leader = None
+    at_once, leader = router.at_once(shape), None
     if getattr(rule.router, "share_router", False) and linear.siblings_key is not None:
         first = leaders.setdefault((name, *linear.siblings_key), linear.path)
         leader = None if first == linear.path else first
-    in_experts = _count(expert.parameter_shapes(shape))
+    in_experts = _count(kept_shapes(expert, router, shape))
     in_router = 0 if leader else _count(router.parameter_shapes(linear.in_features))
     return Site(
         path=linear.path,
@@ -214,7 +215,7 @@ def _make_site(
         router=rule.router.kind,
         num_experts=router.num_experts,
         top_k=router.top_k,
-        kernel=choose_kernel(rule, sum(shape.ranks) / router.top_k),
+        kernel=choose_kernel(rule, sum(at_once.ranks) / router.top_k),
         scale=expert.scale(shape),
         stream=linear.stream,
         leader=leader,
@@ -253,21 +254,40 @@ def _notes(sites: list[Site], method: Method) -> Iterable[str]:
 def parts_of(site: Site, method: Method, plan: Plan, leader: Mixture | None) -> Parts:
     """The running parts of one site."""
     rule = method.rules[site.rule]
-    routed = sum(s.leader is None and not ROUTERS[s.router].is_static for s in plan.sites)
-    terms = []
-    if site.leader is None and not ROUTERS[site.router].is_static:
-        for name, loss in LOSSES.items():
-            config = getattr(method.losses, name)
-            if config.coefficient > 0:
-                terms.append((name, loss(config), config.coefficient / routed))
     # a router whose top_k is one number reads it as it stands: null experts may raise it above the experts' number
     numbers = {"num_experts": site.num_experts, **({"top_k": site.top_k} if varies(rule.router, "top_k") else {})}
+    router = ROUTERS[site.router](fix(rule.router, **numbers))
+    shape = router.at_once(site.shape)
+    in_force = [(name, LOSSES[name](config), config.coefficient) for name, config in _losses_in_force(method)]
+    routed = sum(_is_routed(other) for other in plan.sites)
     return Parts(
         expert=EXPERTS[site.expert](fix(rule.expert, rank=max(site.ranks))),
-        router=ROUTERS[site.router](fix(rule.router, **numbers)),
-        kernel=KERNELS[site.kernel](site.ranks),
-        shape=site.shape,
+        router=router,
+        kernel=KERNELS[site.kernel](shape.ranks),
+        shape=shape,
         stream=site.stream,
-        losses=terms,
+        losses=[(n, loss, c / routed) for n, loss, c in in_force if isinstance(loss, SiteLoss) and _is_routed(site)],
+        pass_losses=[(n, loss, c) for n, loss, c in in_force if isinstance(loss, PassLoss) and router.draws],
         leader=[leader] if leader else [],
     )
+
+
+def _is_routed(site: Site) -> bool:
+    """Whether the site has a router of its own that decides by the token."""
+    return site.leader is None and not ROUTERS[site.router].is_static
+
+
+def _losses_in_force(method: Method) -> list[tuple[str, Any]]:
+    configs = [(name, getattr(method.losses, name)) for name in LOSSES]
+    return [(name, config) for name, config in configs if config.coefficient > 0]
+
+
+def _check_losses(sites: list[Site], method: Method) -> None:
+    """`ConfigError` for a loss that no site can feel."""
+    for name, _ in _losses_in_force(method):
+        if issubclass(LOSSES[name], PassLoss):
+            felt, valid = any(ROUTERS[site.router].draws for site in sites), "a router that draws, such as 'uniform'"
+        else:
+            felt, valid = any(_is_routed(site) for site in sites), "a router that decides by the token"
+        if not felt:
+            raise ConfigError(f"losses.{name}: has no effect without {valid}; valid: coefficient 0")

@@ -3,10 +3,13 @@
 Shape letters used throughout: T tokens, K chosen per token, E experts, I in, O out, R rank (summed over experts).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+from mixora.draws import MEAN, Draw
 
 
 @dataclass(frozen=True)
@@ -14,12 +17,14 @@ class Tokens:
     """Which of T tokens are real, and which routing group (sequence) each belongs to.
 
     valid_T: bool [T], False on padding. group_T: int64 [T], equal for the tokens of one sequence, in [0, T).
-    `observed` is True while a trace is open: routers then also work out what capacity would admit.
+    `observed` is True while a trace is open: routers then also work out what capacity would admit. `draw`: the route of
+    the pass at this site, for routers that choose one for all tokens.
     """
 
     valid_T: Tensor
     group_T: Tensor
     observed: bool = False
+    draw: Draw = MEAN
 
     @classmethod
     def all_real(cls, count: int, device: torch.device) -> "Tokens":
@@ -49,6 +54,15 @@ class Routing:
     probs_TE: Tensor | None = None
     null_slots_T: Tensor | None = None
     is_soft: bool = False
+
+    @classmethod
+    def even(cls, valid_T: Tensor, experts: Sequence[int], num_experts: int) -> "Routing":
+        """Every token to all of `experts`, of equal weight. Padding passes too: without a choice it disturbs nobody."""
+        size = (len(valid_T), len(experts))
+        experts_TK = torch.tensor(experts, device=valid_T.device).expand(size)
+        weights_TK = torch.full(size, 1 / len(experts), dtype=torch.float32, device=valid_T.device)
+        assigned_TK = valid_T[:, None].expand(size)
+        return cls(experts_TK, weights_TK, assigned_TK, assigned_TK, valid_T, num_experts, is_soft=len(experts) > 1)
 
     def gates_TE(self) -> Tensor:
         """The weights as a dense [T, E] matrix, 0 for experts that were not chosen."""

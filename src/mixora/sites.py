@@ -13,12 +13,13 @@ from mixora.config import did_you_mean
 from mixora.errors import ConfigError
 from mixora.passes import Stream
 
-GROUPS = ("attention", "feed-forward", "all-linear")
+GROUPS = ("attention", "query-value", "feed-forward", "all-linear")
 # the group of whole feed-forward modules, for experts that stand behind a module
 WHOLE = "ffn"
 # the module of a block that gives the output of its feed-forward part, before dropout, residual and norm. BERT, OPT and
 # BART have no module of their own for this part: there it is its last linear.
 _FEED_FORWARD = re.compile(r"\.\d+\.(mlp|ffn|feed_forward|DenseReluDense|output\.dense|fc2)$")
+_QUERY_VALUE = {"q_proj", "v_proj", "query", "value", "q", "v", "q_lin", "v_lin"}
 # linears of one block that read the same hidden states, by the names that transformers gives them
 SIBLINGS = (
     {"q_proj", "k_proj", "v_proj"},
@@ -50,6 +51,12 @@ class Linear:
         if not re.search(r"\.\d+\.", self.path):
             return None
         return "attention" if re.search(r"attn|attention", self.path, re.IGNORECASE) else "feed-forward"
+
+    @property
+    def groups(self) -> set[str | None]:
+        """All groups it belongs to."""
+        projects = self.group == "attention" and self.path.rpartition(".")[2] in _QUERY_VALUE
+        return {self.group, "all-linear", "query-value" if projects else None}
 
     @property
     def siblings_key(self) -> tuple[str, ...] | None:
@@ -203,7 +210,7 @@ def _names(entry: str, linear: Linear) -> bool:
     if entry == WHOLE:
         return _FEED_FORWARD.search(linear.path) is not None
     if entry in GROUPS:
-        return not isinstance(linear, Block) and linear.group is not None and entry in (linear.group, "all-linear")
+        return not isinstance(linear, Block) and linear.group is not None and entry in linear.groups
     return linear.path == entry or linear.path.endswith("." + entry)
 
 

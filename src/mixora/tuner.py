@@ -18,6 +18,7 @@ from mixora.method import Method
 from mixora.mixture import PREFIX, Mixture
 from mixora.plan import Plan, Site, make_plan, parts_of
 from mixora.recipes import read_recipe
+from mixora.routers import ROUTERS
 
 
 class _PeftType(str):
@@ -148,6 +149,8 @@ class MixoraModel(BaseTuner):
         config.target_modules = {site.path for site in new_plan.sites}
         if not hasattr(model, "_mixora_hooks"):
             model._mixora_hooks = passes.install(model)  # type: ignore[assignment]
+        if any(ROUTERS[site.router].draws for site in new_plan.sites):
+            passes.expect_draws(model)
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
         return peft_config

@@ -56,13 +56,14 @@ def route(kind, settings, count=12, dtype=torch.float32, training=True):
 @pytest.mark.parametrize(("kind", "settings"), FORMS)
 def test_shapes_are_static_and_experts_distinct(kind, settings, count, training):
     router, _, routing = route(kind, settings, count, training=training)
-    size = (count, router.top_k)
+    # without a draw, the mean of all serves
+    size = (count, router.num_experts if router.draws else router.top_k)
     assert routing.num_experts == router.num_experts
     for tensor in (routing.experts_TK, routing.weights_TK, routing.assigned_TK, routing.admitted_TK):
         assert tensor.shape == size
     assert routing.experts_TK.dtype == torch.int64
     assert routing.assigned_TK.dtype == routing.admitted_TK.dtype == torch.bool
-    assert all(len(set(row)) == router.top_k for row in routing.experts_TK.tolist())
+    assert all(len(set(row)) == size[1] for row in routing.experts_TK.tolist())
     assert all(0 <= e < router.num_experts for row in routing.experts_TK.tolist() for e in row)
 
 

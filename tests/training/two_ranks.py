@@ -24,7 +24,7 @@ def main(folder):
     checked = mixora.check_router_gradient(make_trainer(mixora.Trainer, f"{folder}/check", ddp_backend="gloo"))
     gradients["ratio"] = torch.tensor(checked.ratio)
     if dist.get_rank() == 0:
-        torch.save(gradients, f"{folder}/gradients.pt")
+        torch.save(gradients, f"{folder}/found.pt")
     dist.barrier()
     dist.destroy_process_group()
 

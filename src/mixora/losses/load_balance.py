@@ -6,7 +6,7 @@ from pydantic import Field
 from torch import Tensor
 
 from mixora.config import Strict
-from mixora.contracts import Loss
+from mixora.contracts import SiteLoss
 from mixora.routing import Routing
 
 
@@ -16,7 +16,7 @@ class LoadBalanceConfig(Strict):
     coefficient: Annotated[float, Field(ge=0)] = 0.0
 
 
-class LoadBalance(Loss):
+class LoadBalance(SiteLoss):
     """E * sum_e f_e P_e over real tokens.
 
     f_e: share of the assignments (before capacity) that chose e, a constant for the gradient. P_e: mean probability of

@@ -6,7 +6,7 @@ from pydantic import Field
 from torch import Tensor
 
 from mixora.config import Strict
-from mixora.contracts import Loss
+from mixora.contracts import SiteLoss
 from mixora.routing import Routing
 
 
@@ -16,7 +16,7 @@ class ZLossConfig(Strict):
     coefficient: Annotated[float, Field(ge=0)] = 0.0
 
 
-class ZLoss(Loss):
+class ZLoss(SiteLoss):
     """mean_t (logsumexp_e logits_te)^2 over real tokens."""
 
     Config = ZLossConfig

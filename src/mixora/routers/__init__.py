@@ -6,6 +6,7 @@ from mixora.routers.single import Single
 from mixora.routers.soft import Soft
 from mixora.routers.threshold import Threshold
 from mixora.routers.topk import TopK
+from mixora.routers.uniform import Uniform
 
 ROUTERS: dict[str, type[Router]] = {
     "topk": TopK,
@@ -13,6 +14,7 @@ ROUTERS: dict[str, type[Router]] = {
     "soft": Soft,
     "threshold": Threshold,
     "null_topk": NullTopK,
+    "uniform": Uniform,
 }
 
-__all__ = ["ROUTERS", "NullTopK", "Single", "Soft", "Threshold", "TopK"]
+__all__ = ["ROUTERS", "NullTopK", "Single", "Soft", "Threshold", "TopK", "Uniform"]

@@ -2,7 +2,6 @@
 
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from mixora.config import Strict
@@ -17,7 +16,7 @@ class SingleConfig(Strict):
 
 
 class Single(Router):
-    """Weight 1 on expert 0. Padding passes too: without a choice it disturbs nobody."""
+    """Weight 1 on expert 0."""
 
     Config = SingleConfig
     is_static = True
@@ -33,8 +32,4 @@ class Single(Router):
 
     def route(self, x_TI: Tensor, parameters: Parameters, tokens: Tokens, training: bool) -> Routing:
         """All tokens to expert 0."""
-        count = len(x_TI)
-        experts_TK = torch.zeros(count, 1, dtype=torch.long, device=x_TI.device)
-        weights_TK = torch.ones(count, 1, dtype=torch.float32, device=x_TI.device)
-        assigned_TK = tokens.valid_T[:, None]
-        return Routing(experts_TK, weights_TK, assigned_TK, assigned_TK, tokens.valid_T, 1)
+        return Routing.even(tokens.valid_T, (0,), 1)

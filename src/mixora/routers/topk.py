@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mixora.config import Strict
-from mixora.contracts import Parameters
+from mixora.contracts import Expert, Parameters
 from mixora.depth import OverDepth
 from mixora.routers.capacity import CapacityConfig, admit
 from mixora.routers.linear import LinearRouter, router_logits
@@ -56,7 +56,7 @@ class TopK(LinearRouter):
         """K."""
         return min(self.config.top_k, self.num_experts) if self.config.limit_top_k else self.config.top_k
 
-    def objection(self, is_causal: bool) -> str | None:
+    def objection(self, is_causal: bool, expert: Expert) -> str | None:
         """K may not exceed E, and only admission token by token keeps earlier tokens independent of later ones."""
         if self.top_k > self.num_experts:
             return (

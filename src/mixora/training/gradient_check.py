@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from mixora.errors import TrainingError
+from mixora.mixture import mixtures_of
 from mixora.passes import tracing
-from mixora.training.trainers import AuxiliaryLossCallback, auxiliary_loss, mixtures_of
+from mixora.training.trainers import AuxiliaryLossCallback, auxiliary_loss
 
 TOLERANCE = 1e-3
 

@@ -22,6 +22,7 @@ from mixora.errors import ConfigError
 from mixora.evaluate import Evaluation, Examples, evaluate
 from mixora.loading import from_pretrained
 from mixora.plan import Plan
+from mixora.serving import served_by
 from mixora.training.material import Material, batches_of, make_examples, read_material, sample_batches
 from mixora.training.progress import Progress, StepProgress
 from mixora.training.run_config import RunConfig
@@ -154,7 +155,7 @@ def make_trainer(
 def measure(model: Any, examples: Examples, config: RunConfig, progress: Progress, when: str) -> Evaluation:
     """The metrics of `model` on the held-out rows."""
     settings = config.evaluate
-    with progress.task(f"evaluating, {when}") as advance:
+    with progress.task(f"evaluating, {when}") as advance, served_by(model, settings.served_by):
         return evaluate(model, examples, settings, advance)
 
 

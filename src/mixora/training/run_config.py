@@ -10,6 +10,7 @@ from mixora.data import EncodingConfig
 from mixora.depth import is_line
 from mixora.errors import ConfigError
 from mixora.evaluate import EvaluationConfig
+from mixora.serving import Served
 from mixora.tuner import MixoraConfig, recipe
 
 
@@ -75,9 +76,13 @@ class TrainSection(Strict):
 
 
 class EvaluateSection(EvaluationConfig):
-    """`limit`: the first rows only. `generations`: how many answers the report shows before and after."""
+    """`limit`: the first rows only. `generations`: how many answers the report shows before and after.
+
+    `served_by`: what serves where routes are drawn; see `mixora.served_by`.
+    """
 
     generations: Annotated[int, Field(ge=0)] = 3
+    served_by: Served = "merged"
 
 
 def read_run(tree: Mapping[str, Any]) -> "RunConfig":

@@ -6,6 +6,7 @@ both.
 """
 
 from collections import defaultdict
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,14 +15,10 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from mixora.errors import TrainingError
-from mixora.mixture import Mixture
+from mixora.mixture import mixtures_of
 from mixora.passes import tracing
 from mixora.routing import Trace
-
-
-def mixtures_of(model: nn.Module) -> list[Mixture]:
-    """The adapted modules of a model, in its order."""
-    return [module for module in model.modules() if isinstance(module, Mixture)]
+from mixora.training.second_pass import Pair, compare_passes, second_passes
 
 
 def auxiliary_loss(model: nn.Module, trace: Trace) -> tuple[Tensor | None, dict[str, Tensor]]:
@@ -51,6 +48,35 @@ def auxiliary_loss(model: nn.Module, trace: Trace) -> tuple[Tensor | None, dict[
             terms[name].append(term)
     passes = len({o.pass_index for o in seen})
     return None if total is None else total / passes, {name: torch.stack(t).mean() for name, t in terms.items()}
+
+
+def sum_losses(
+    model: nn.Module, trace: Trace, pairs: list[Pair], labels: Tensor | None, share: float = 1.0, tokens: Any = None
+) -> tuple[Tensor | None, dict[str, Tensor]]:
+    """All auxiliary losses of a micro-batch, by its `share` of the accumulated step.
+
+    `pairs`: the logits of compared passes. `tokens`: those of the whole step, by which losses over tokens are divided.
+    Returns the weighted sum with its graph, None where no loss is in force, and each term for the log.
+    """
+    total, terms = auxiliary_loss(model, trace)
+    total = None if total is None else total * share
+    for name, (value, coefficient) in compare_passes(model, pairs, labels, tokens).items():
+        of_step = value * share if tokens is None else value
+        total = of_step * coefficient if total is None else total + of_step * coefficient
+        terms[name] = of_step.detach() / share
+    return total, terms
+
+
+def compute_loss(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of one batch with all auxiliary losses in it, for training loops of your own.
+
+    `batch`: what the model's forward takes, labels included. Runs the second pass where a loss needs it. Returns the
+    loss, a scalar with its graph, and each auxiliary term detached and without its coefficient. Raises `TrainingError`.
+    """
+    with tracing(owns_losses=True) as trace, second_passes(model) as pairs:
+        outputs = model(**batch)
+    total, terms = sum_losses(model, trace, pairs, batch.get("labels")) if model.training else (None, {})
+    return outputs.loss if total is None else outputs.loss + total, terms
 
 
 class Terms:
@@ -85,19 +111,30 @@ class AuxiliaryLossMixin:
     ) -> Any:
         """The trainer's own loss plus the auxiliary ones, each micro-batch by its share of the accumulated step."""
         host: Any = super()
-        with tracing(owns_losses=True) as trace:
+        # label smoothing takes them out of the inputs
+        labels = inputs.get("labels")
+        with tracing(owns_losses=True) as trace, second_passes(model) as pairs:
             result = host.compute_loss(
                 model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch, **kwargs
             )
         if not model.training:
             return result
-        total, terms = auxiliary_loss(model, trace)
+        is_scaled = self._is_scaled(num_items_in_batch)
+        share = 1 / self.current_gradient_accumulation_steps if is_scaled else 1.0  # type: ignore[attr-defined]
+        tokens = self._tokens_of_step(num_items_in_batch) if is_scaled else None
+        total, terms = sum_losses(model, trace, pairs, labels, share, tokens)
         if total is None:
             return result
         self._terms = self._terms or Terms()
-        self._terms.add({**terms, "auxiliary_loss": total.detach()})
-        share = total / self.current_gradient_accumulation_steps if self._is_scaled(num_items_in_batch) else total  # type: ignore[attr-defined]
-        return (result[0] + share, result[1]) if return_outputs else result + share
+        self._terms.add({**terms, "auxiliary_loss": total.detach() / share})
+        return (result[0] + total, result[1]) if return_outputs else result + total
+
+    def _tokens_of_step(self, num_items_in_batch: Any) -> Any:
+        """By how many tokens the accumulated step divides; the trainer multiplies by the ranks that it counted over."""
+        trainer: Any = self
+        if num_items_in_batch is None or not trainer.args.average_tokens_across_devices:
+            return num_items_in_batch
+        return num_items_in_batch / trainer.accelerator.num_processes
 
     def _is_scaled(self, num_items_in_batch: Any) -> bool:
         """Whether the loss is already normalised over the accumulated batch, so that the trainer will not divide it."""

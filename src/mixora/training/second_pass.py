@@ -1,0 +1,126 @@
+"""A second forward pass over each batch, with routes of its own, and the losses that compare the two (AdaMix)."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mixora.contracts import PassLoss
+from mixora.errors import TrainingError
+from mixora.mixture import mixtures_of
+from mixora.passes import followed_by
+
+IGNORED = -100
+Pair = tuple[Tensor | None, Tensor | None]
+"""The logits of both passes, as the model gives them; None where it gives none."""
+
+
+def pass_losses(model: nn.Module) -> list[tuple[str, PassLoss, float]]:
+    """Name, loss and coefficient of the losses that compare passes, of the active adapters."""
+    found = {
+        name: (name, loss, coefficient)
+        for layer in mixtures_of(model)
+        for adapter in layer.active_adapters
+        if adapter in layer.parts
+        for name, loss, coefficient in layer.parts[adapter].pass_losses
+    }
+    return list(found.values())
+
+
+@contextmanager
+def second_passes(model: nn.Module) -> Iterator[list[Pair]]:
+    """Have each forward pass of `model` followed by a second one while open, where a loss in force compares the two.
+
+    Gives the list that both passes' logits are added to. The second pass runs inside of the first one's call and hangs
+    on its output, so that wrappers for data-parallel training see one forward pass that leads to all parameters in use.
+    """
+    pairs: list[Pair] = []
+
+    def run_second(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        # an encoder-decoder makes its decoder's input from the labels
+        dropped = {"num_items_in_batch", *(() if module.config.is_encoder_decoder else ("labels",))}  # type: ignore[union-attr]
+        second = module(*args, **{name: value for name, value in kwargs.items() if name not in dropped})
+        pairs.append((output.get("logits"), second.get("logits")))
+        if all(logits is not None for logits in pairs[-1]):
+            output["logits"] = _Hang.apply(*pairs[-1])
+        return output
+
+    if not model.training or not pass_losses(model):
+        yield pairs
+        return
+    with followed_by(_base_of(model), run_second):
+        yield pairs
+
+
+class _Hang(torch.autograd.Function):
+    """The identity on `first`, from which the graph of `second` can be reached too."""
+
+    @staticmethod
+    def forward(ctx: Any, first: Tensor, second: Tensor) -> Tensor:
+        return first.view_as(first)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
+def compare_passes(
+    model: nn.Module, pairs: list[Pair], labels: Tensor | None, tokens: Any = None
+) -> dict[str, tuple[Tensor, float]]:
+    """Each loss on the agreement of two passes, by name, with its coefficient: an fp32 scalar with its graph.
+
+    It is the mean over examples, or over supervised tokens; with `tokens`, the sum over these divided by that number.
+    Raises `TrainingError` where the outputs cannot be compared.
+    """
+    compared = {}
+    for name, loss, coefficient in pass_losses(model) if pairs else ():
+        ((first, second),) = pairs
+        if first is None or second is None:
+            raise TrainingError(
+                f"losses.{name}: needs the model's logits, which its output lacks; valid: coefficient 0"
+            )
+        items = _select_items(_base_of(model), first, second, labels, name)
+        value_N = loss.of_items(*items)
+        is_over_tokens = tokens is not None and labels is not None and labels.dim() > 1
+        compared[name] = (value_N.sum() / (tokens if is_over_tokens else max(len(value_N), 1)), coefficient)
+    return compared
+
+
+def _select_items(
+    base: Any, first: Tensor, second: Tensor, labels: Tensor | None, name: str
+) -> tuple[Tensor, Tensor, bool]:
+    """The outputs of both passes for each item, [N, C], and whether they are numbers rather than logits."""
+    if labels is None:
+        raise TrainingError(f"losses.{name}: the batch has no labels, which tell the supervised tokens; valid: labels")
+    if first.dim() == 2:
+        problem = base.config.problem_type
+        if problem == "multi_label_classification":
+            raise TrainingError(
+                f"losses.{name}: compares distributions over classes, and this model's labels are independent of each "
+                "other; valid: single-label classification, regression, or coefficient 0"
+            )
+        return first, second, problem == "regression" or first.shape[-1] == 1
+    if first.dim() != 3 or labels.dim() != 2:
+        raise TrainingError(
+            f"losses.{name}: cannot compare outputs of shape {list(first.shape)} with labels of shape "
+            f"{list(labels.shape)}; valid: one distribution for each row or token"
+        )
+    if _predicts_the_next(base):
+        first, second, labels = first[:, :-1], second[:, :-1], labels[:, 1:]
+    kept = labels != IGNORED
+    return first[kept], second[kept], False
+
+
+def _predicts_the_next(base: Any) -> bool:
+    """Whether the output at a token is about the one behind it, as in causal language models."""
+    is_token_classifier = "TokenClassification" in type(base).__name__
+    return not base.config.is_encoder_decoder and not is_token_classifier and "MaskedLM" not in type(base).__name__
+
+
+def _base_of(model: Any) -> Any:
+    """The model of transformers inside of wrappers."""
+    while hasattr(model, "module"):
+        model = model.module
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
