@@ -165,7 +165,7 @@ class Mixture(nn.Module, BaseTunerLayer):
         """The active adapter whose experts go through the whole feed-forward part: no other can act inside of it."""
         active = [adapter for adapter in self.active_adapters if adapter in self.parts]
         spanning = [adapter for adapter in active if self.parts[adapter].firsts]
-        others = [adapter for adapter in (*active, *self.merged_adapters) if adapter not in spanning[:1]]
+        others = dict.fromkeys(adapter for adapter in (*active, *self.merged_adapters) if adapter not in spanning[:1])
         if spanning and others:
             raise ModelError(
                 f"{self.path}: the experts of adapter {spanning[0]!r} go through the whole feed-forward part, in which "
