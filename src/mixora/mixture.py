@@ -2,8 +2,9 @@
 
 beside a linear module:        y = W0 x + s * sum_{e in route(x)} w_e expert_e(x)
 behind a module of any kind:   y = f(x) + s * sum_{e in route(x)} w_e expert_e(f(x))
+in all linears of a part:      y = sum_{e in route(x)} w_e FFN_e(x), with the linears W0 + s B_e A_e (see `slots`)
 
-In the latter f runs once and stays out of the weighted sum: the weights sum to 1 there, so nothing is lost, and the
+In the second f runs once and stays out of the weighted sum: the weights sum to 1 there, so nothing is lost, and the
 router's gradient is not drowned in the rounding of f(x).
 """
 
@@ -126,7 +127,10 @@ class Mixture(nn.Module, BaseTunerLayer):
         return any(tensors[kind].requires_grad for kind in tensors if kind.startswith("router"))
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The frozen module's output plus that of every active adapter: same shape and dtype as the former."""
+        """The frozen module's output plus that of every active adapter: same shape and dtype as the former.
+
+        Between the linears of a feed-forward part that experts go through, K times as many rows as in the frozen model.
+        """
         if self.disable_adapters and self.merged:
             self.unmerge()
         if not self.disable_adapters and (spanning := self._find_spanning()) is not None:

@@ -242,9 +242,10 @@ def _count_active(expert: Expert, shape: Shape, top_k: int) -> int:
 
 
 def choose_kernel(rule: Rule, breadth: float) -> str:
-    """The kernel a rule names. `auto` follows from `breadth`, the ranks of all experts over the number that
-    one row is given to: K, or 1 where each choice of a token has a row of its own.
+    """The kernel a rule names.
 
+    `auto` follows from `breadth`, the ranks of all experts over K, or over 1 where each choice of a token is computed
+    as a token of its own.
     `stacked` computes them all at once and was faster than `loop` up to a breadth of about 200 (2026-11-21, one CPU
     thread, fp32, widths 576 and 2048); at 2048, the preset of PESC, it took 2.0 to 2.6 times as long.
     """
