@@ -15,6 +15,10 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     PhiConfig,
     PhiForCausalLM,
     Qwen2Config,
@@ -23,6 +27,8 @@ from transformers import (
     Qwen3ForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
+    ViTConfig,
+    ViTForImageClassification,
 )
 
 VOCABULARY = 64
@@ -62,6 +68,25 @@ def tiny_phi(seed=0):
     return _decoder(PhiForCausalLM, PhiConfig, seed=seed, resid_pdrop=0.0)
 
 
+def tiny_phi3(seed=0):
+    return _decoder(Phi3ForCausalLM, Phi3Config, seed=seed, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+
+
+def tiny_opt(seed=0):
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": WIDTH, "ffn_dim": INNER, "word_embed_proj_dim": WIDTH, "num_attention_heads": 4}
+    settings = {"num_hidden_layers": 2, "max_position_embeddings": 64, "dropout": 0.0, "use_cache": False}
+    return OPTForCausalLM(OPTConfig(vocab_size=VOCABULARY, **sizes, **settings))
+
+
+def tiny_vit(seed=0):
+    """Images of 8 x 8 in patches of 4: five tokens."""
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": WIDTH, "intermediate_size": INNER, "num_attention_heads": 4, "num_hidden_layers": 2}
+    no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return ViTForImageClassification(ViTConfig(image_size=8, patch_size=4, num_labels=3, **sizes, **no_dropout))
+
+
 def _bert_config(**changes):
     sizes = {"hidden_size": WIDTH, "intermediate_size": INNER, "num_attention_heads": 4, "num_hidden_layers": 2}
     no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -86,11 +111,11 @@ def tiny_gpt2(layers=2, seed=0):
     return GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, **sizes, **marks, **no_dropout))
 
 
-def tiny_t5(layers=2, seed=0):
+def tiny_t5(layers=2, seed=0, **changes):
     torch.manual_seed(seed)
     sizes = {"d_model": WIDTH, "d_kv": 8, "d_ff": INNER, "num_layers": layers, "num_heads": 4}
     return T5ForConditionalGeneration(
-        T5Config(vocab_size=VOCABULARY, **sizes, dropout_rate=0.0, decoder_start_token_id=0, pad_token_id=0)
+        T5Config(vocab_size=VOCABULARY, **sizes, dropout_rate=0.0, decoder_start_token_id=0, pad_token_id=0, **changes)
     )
 
 

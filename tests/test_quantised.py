@@ -44,7 +44,7 @@ def logits(model):
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
-@pytest.mark.parametrize("recipe", ["pesc", "sira"])
+@pytest.mark.parametrize("recipe", ["pesc", "sira", "mixlora"])
 def test_a_quantised_base_is_trained_saved_and_read_back(quantised, recipe, tmp_path):
     dense = logits(quantised())
     config = mixora.recipe(recipe, num_experts=4, rank=4, top_k=2)

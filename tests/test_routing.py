@@ -5,7 +5,7 @@ import torch
 
 import mixora
 from mixora.passes import tracing
-from mixora.routing import Tokens
+from mixora.routing import Routing, Tokens
 from tests.models import adapt, tiny_llama, token_ids
 
 SMALL = {"num_experts": 4, "top_k": 2, "rank": 2, "targets": ["q_proj", "o_proj"], "expert_dropout": 0.0}
@@ -93,3 +93,18 @@ def test_all_real_tokens_form_one_group():
     assert tokens.valid_T.tolist() == [True] * 4
     assert tokens.group_T.tolist() == [0] * 4
     assert tokens.group_T.dtype == torch.int64
+
+
+def test_by_slot_each_choice_is_a_token_of_its_own():
+    weights_TK = torch.tensor([[0.7, 0.3], [0.6, 0.4], [0.0, 0.0]])
+    experts_TK, used_TK = torch.tensor([[2, 0], [1, 2], [0, 1]]), weights_TK > 0
+    admitted_TK = torch.tensor([[True, False], [True, True], [False, False]])
+    routing = Routing(experts_TK, weights_TK, used_TK, admitted_TK, torch.tensor([True, True, False]), 3)
+    slots = routing.by_slot()
+    assert slots.experts_TK.tolist() == [[2], [1], [0], [0], [2], [1]]
+    torch.testing.assert_close(slots.weights_TK[:, 0], torch.tensor([0.7, 0.6, 0.0, 0.3, 0.4, 0.0]))
+    assert slots.assigned_TK[:, 0].tolist() == [True, True, False] * 2
+    assert slots.admitted_TK[:, 0].tolist() == [True, True, False, False, True, False]
+    assert slots.valid_T.tolist() == [True, True, False] * 2
+    torch.testing.assert_close(slots.gates_TE().reshape(2, 3, 3).sum(dim=0), routing.gates_TE())
+    assert slots.unweighted().weights_TK[:, 0].tolist() == [1, 1, 0, 1, 1, 0]

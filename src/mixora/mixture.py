@@ -2,8 +2,9 @@
 
 beside a linear module:        y = W0 x + s * sum_{e in route(x)} w_e expert_e(x)
 behind a module of any kind:   y = f(x) + s * sum_{e in route(x)} w_e expert_e(f(x))
+in all linears of a part:      y = sum_{e in route(x)} w_e FFN_e(x), with the linears W0 + s B_e A_e (see `slots`)
 
-In the latter f runs once and stays out of the weighted sum: the weights sum to 1 there, so nothing is lost, and the
+In the second f runs once and stays out of the weighted sum: the weights sum to 1 there, so nothing is lost, and the
 router's gradient is not drowned in the rounding of f(x).
 """
 
@@ -16,7 +17,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from mixora import passes
+from mixora import passes, slots
 from mixora.contracts import Expert, Kernel, Parameters, PassLoss, Router, Shape, SiteLoss, kept_shapes
 from mixora.draws import MEAN, Draw
 from mixora.errors import MixoraError, ModelError, TrainingError
@@ -32,6 +33,7 @@ class Parts:
     `shape`: that of the experts whose tensors compute a pass. `losses`: name, loss and the weight of this site in the
     model's total (coefficient / number of routed sites). `pass_losses`: name, loss and coefficient, at every site.
     `leader`: the module whose router is used, where linears that read the same input share one; empty otherwise.
+    `firsts`: paths of the first linears of a feed-forward part, where the experts go through all of it.
     """
 
     expert: Expert
@@ -42,6 +44,7 @@ class Parts:
     losses: list[tuple[str, SiteLoss, float]] = field(default_factory=list)
     pass_losses: list[tuple[str, PassLoss, float]] = field(default_factory=list)
     leader: list["Mixture"] = field(default_factory=list)
+    firsts: frozenset[str] = frozenset()
 
     def delta(self, read_TI: Tensor, parameters: Parameters, routing: Routing, draw: Draw, training: bool) -> Tensor:
         """What the experts add, scale included: [T, O]. `parameters` are all of the site."""
@@ -137,9 +140,16 @@ class Mixture(nn.Module, BaseTunerLayer):
         return any(tensors[kind].requires_grad for kind in tensors if kind.startswith("router"))
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The frozen module's output plus that of every active adapter: same shape and dtype as the former."""
+        """The frozen module's output plus that of every active adapter: same shape and dtype as the former.
+
+        Between the linears of a feed-forward part that experts go through, K times as many rows as in the frozen model.
+        """
         if self.disable_adapters and self.merged:
             self.unmerge()
+        if not self.disable_adapters and (spanning := self._find_spanning()) is not None:
+            with passes.entered() as here:
+                is_first = self.path in self.parts[spanning].firsts
+                return (self._enter_slots if is_first else self._leave_slots)(spanning, x, here)
         frozen = y = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters or self.merged:
             return y
@@ -154,34 +164,67 @@ class Mixture(nn.Module, BaseTunerLayer):
         return y
 
     def _adapt(self, adapter: str, x: Tensor, frozen: Tensor, y: Tensor) -> Tensor:
-        here = passes.current()
-        if here is None and (seen := passes.recomputed()) is not None:
-            with passes.replay(seen):
-                return self._adapt(adapter, x, frozen, y)
         parts = self.parts[adapter]
-        here = here or (passes.alone(self.training) if parts.router.draws else passes.Pass())
-        if parts.pass_losses and self.training and torch.is_grad_enabled() and not here.owns_losses:
-            raise TrainingError(_two_passes(parts))
-        draw = here.draw_at(self.path)
-        routing = self._route(adapter, x, x.reshape(-1, x.shape[-1]), here)
-        here.record(self.path, adapter, routing)
-        read = frozen if parts.expert.reads == "output" else x
+        with passes.entered(draws=parts.router.draws and self.training) as here:
+            if parts.pass_losses and self.training and torch.is_grad_enabled() and not here.owns_losses:
+                raise TrainingError(_two_passes(parts))
+            routing = self._route(adapter, x, here)
+            here.record(self.path, adapter, routing)
+            read = frozen if parts.expert.reads == "output" else x
+            delta_TO = self._delta(adapter, read, routing, here.draw_at(self.path))
+            y = y + delta_TO.to(y.dtype).reshape(y.shape)
+            return self._add_losses(adapter, y, routing, here) if self.training and parts.losses else y
+
+    def _delta(self, adapter: str, read: Tensor, routing: Routing, draw: Draw = MEAN) -> Tensor:
+        """s times the sum over the experts: [T, O]."""
         read_TI = read.reshape(-1, read.shape[-1])
-        delta_TO = parts.delta(read_TI, self.parameters_of(adapter), routing, draw, self.training)
-        y = y + delta_TO.to(y.dtype).reshape(y.shape)
+        return self.parts[adapter].delta(read_TI, self.parameters_of(adapter), routing, draw, self.training)
+
+    def _find_spanning(self) -> str | None:
+        """The active adapter whose experts go through the whole feed-forward part: no other can act inside of it."""
+        active = [adapter for adapter in self.active_adapters if adapter in self.parts]
+        spanning = [adapter for adapter in active if self.parts[adapter].firsts]
+        others = dict.fromkeys(adapter for adapter in (*active, *self.merged_adapters) if adapter not in spanning[:1])
+        if spanning and others:
+            raise ModelError(
+                f"{self.path}: the experts of adapter {spanning[0]!r} go through the whole feed-forward part, in which "
+                f"{', '.join(map(repr, others))} is active or merged too; valid: one adapter there"
+            )
+        return spanning[0] if spanning else None
+
+    def _enter_slots(self, adapter: str, x: Tensor, here: passes.Pass) -> Tensor:
+        """What each chosen expert of a token makes of `x` [B, ..., I], choice after choice: [K * B, ..., O]."""
+        parts, routing = self.parts[adapter], self._route(adapter, x, here)
+        if not parts.leader:
+            here.record(self.path, adapter, routing)
+        top_k = parts.router.top_k
+        delta_SO = self._delta(adapter, torch.cat([x] * top_k), routing.by_slot().unweighted())
+        y = torch.cat([self.base_layer(x)] * top_k)
+        y = y + delta_SO.to(y.dtype).reshape(y.shape)
         return self._add_losses(adapter, y, routing, here) if self.training and parts.losses else y
 
-    def _route(self, adapter: str, x: Tensor, x_TI: Tensor, here: passes.Pass) -> Routing:
+    def _leave_slots(self, adapter: str, x: Tensor, here: passes.Pass) -> Tensor:
+        """The weighted sum over what each chosen expert of a token makes of its slot in `x` [K * B, ..., I].
+
+        The weights sum to 1, so the frozen linear runs once, on the weighted slots.
+        """
+        parts = self.parts[adapter]
+        routing = slots.find_routing(here.shared.get(adapter), parts.leader[0].path, parts.firsts, self.path, x)
+        y = self.base_layer(slots.mix(x, routing))
+        delta_SO = self._delta(adapter, x, routing.by_slot())
+        return y + delta_SO.reshape(parts.router.top_k, *y.shape).sum(dim=0).to(y.dtype)
+
+    def _route(self, adapter: str, x: Tensor, here: passes.Pass) -> Routing:
         parts = self.parts[adapter]
         leader = parts.leader[0] if parts.leader else self
-        if adapter in here.shared:
-            path, made_from, routing = here.shared[adapter]
-            if path == leader.path and made_from() is x:
-                return routing
-        tokens = replace(here.tokens(parts.stream, x), draw=here.draw_at(self.path))
-        routing = parts.router.route(x_TI, leader.parameters_of(adapter), tokens, self.training)
-        here.shared[adapter] = (leader.path, weakref.ref(x), routing)
-        return routing
+        shared = here.shared.get(adapter)
+        if shared is None or shared.path != leader.path or shared.made_from() is not x:
+            tokens = replace(here.tokens(parts.stream, x), draw=here.draw_at(self.path))
+            x_TI = x.reshape(-1, x.shape[-1])
+            routing = parts.router.route(x_TI, leader.parameters_of(adapter), tokens, self.training)
+            shared = here.shared[adapter] = passes.Shared(leader.path, weakref.ref(x), routing)
+        shared.readers.add(self.path)
+        return shared.routing
 
     def _add_losses(self, adapter: str, y: Tensor, routing: Routing, here: passes.Pass) -> Tensor:
         """Let the auxiliary loss reach the router in backward, unless a trainer adds it to the loss itself."""
@@ -197,9 +240,10 @@ class Mixture(nn.Module, BaseTunerLayer):
     def get_delta_weight(self, adapter: str) -> Tensor:
         """What a merge adds to the frozen weight: [out, in]. Only where the routing does not depend on the input."""
         parts = self.parts[adapter]
-        if parts.expert.reads == "output":
+        if parts.expert.reads == "output" or parts.firsts:
+            place = "go through the feed-forward part" if parts.firsts else "stand behind the module"
             raise MixoraError(
-                f"{self.path}: cannot be merged: its experts stand behind the module, with a non-linearity inside; "
+                f"{self.path}: cannot be merged: its experts {place}, with a non-linearity inside; "
                 "valid: merge adapters beside linear modules (recipe 'lora'), or keep the adapter and use unload()"
             )
         if not parts.router.is_static:
@@ -233,7 +277,7 @@ class Mixture(nn.Module, BaseTunerLayer):
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether the adapter is a plain LoRA."""
         parts = self.parts.get(adapter_name)
-        return parts is not None and parts.router.is_static and parts.expert.reads == "input"
+        return parts is not None and parts.router.is_static and parts.expert.reads == "input" and not parts.firsts
 
 
 def mixtures_of(model: nn.Module) -> list[Mixture]:

@@ -27,6 +27,19 @@ logger = logging.getLogger("mixora")
 
 
 @dataclass
+class Shared:
+    """A routing that several layers use.
+
+    `path`: the router's module. `made_from`: the input it read. `readers`: paths of the layers that read it too.
+    """
+
+    path: str
+    made_from: weakref.ref[Tensor]
+    routing: Routing
+    readers: set[str] = field(default_factory=set)
+
+
+@dataclass
 class Pass:
     """The tokens of one forward pass.
 
@@ -35,8 +48,7 @@ class Pass:
     which restart where another sequence begins (packing). `trace` is set while the pass runs under one, `is_observed`
     and `owns_losses` outlive it. `with_grad`: gradients were on at the entrance. `again`: this pass as recomputed
     layers see it. `seed`: what this pass's routes are drawn by, where they are; `serving`: what serves where not.
-    `shared`: per adapter the last routing that other layers may use, with the path of the router's module and the input
-    it was made from.
+    `shared`: per adapter the last routing, which other layers may use.
     """
 
     mask_BS: dict[Stream, Tensor] = field(default_factory=dict)
@@ -50,7 +62,7 @@ class Pass:
     again: "Pass | None" = None
     seed: int | None = None
     serving: Serving = MERGED
-    shared: dict[str, tuple[str, weakref.ref[Tensor], Routing]] = field(default_factory=dict)
+    shared: dict[str, Shared] = field(default_factory=dict)
     _tokens: dict[tuple[Stream, torch.Size], Tokens] = field(default_factory=dict)
 
     def draw_at(self, path: str) -> Draw:
@@ -140,6 +152,21 @@ def replay(seen: Pass) -> Iterator[None]:
         _state.stack.pop()
 
 
+@contextmanager
+def entered(draws: bool = False) -> Iterator[Pass]:
+    """The pass that a layer runs in: the open one, the one that it is recomputed for, or one of its own.
+
+    `draws`: whether the layer is in training and its routes are drawn.
+    """
+    here, seen = current(), recomputed()
+    if here is None and seen is not None:
+        with replay(seen):
+            assert seen.again is not None
+            yield seen.again
+    else:
+        yield here or Pass(seed=_draw_seed(draws), serving=current_serving())
+
+
 class _Backward:
     """The pass whose gradients autograd is working on: it goes through the passes one by one, the latest first."""
 
@@ -161,11 +188,6 @@ def _mark_outputs(output: Any, seen: Pass) -> None:
     for tensor in tree_leaves(output):
         if isinstance(tensor, Tensor) and tensor.requires_grad:
             tensor.register_hook(partial(_begin_backward, seen))
-
-
-def alone(training: bool) -> Pass:
-    """The pass of a layer that is called outside of any model's forward."""
-    return Pass(seed=_draw_seed(training), serving=current_serving())
 
 
 def _draw_seed(training: bool) -> int | None:

@@ -76,6 +76,15 @@ def test_admitted_slots_are_assigned_ones_of_real_tokens(kind, settings):
 
 
 @pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(("kind", "settings"), FORMS)
+def test_weights_sum_to_one_or_are_all_zero_where_the_router_says_so(kind, settings, training):
+    router, _, routing = route(kind, settings, training=training)
+    if router.sums_to_one:
+        is_empty_T = (routing.weights_TK == 0).all(dim=1)
+        torch.testing.assert_close(routing.weights_TK.sum(dim=1), torch.where(is_empty_T, 0.0, 1.0))
+
+
+@pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize(("kind", "settings"), LEARNED)
 def test_padding_and_refused_slots_weigh_nothing(kind, settings, training):
     _, tokens, routing = route(kind, settings, training=training)
