@@ -147,13 +147,10 @@ def test_a_training_step_changes_the_model_and_files_keep_every_bit(make, tmp_pa
     assert torch.equal(logits(mixora.from_pretrained(make(), tmp_path), base), after)
 
 
-@pytest.mark.parametrize("make", MAKERS)
+@pytest.mark.parametrize("make", [make for make in MAKERS if make not in (tiny_t5, gated_t5, tiny_vit)])
 def test_what_stands_on_padding_does_not_matter(make):
     """A padded row and the same row alone: logits of real tokens, balance losses."""
-    base, model = make(), adapt(make(), mixlora()).eval()
-    inputs = batch(base)
-    if "attention_mask" not in inputs or getattr(base.config, "is_encoder_decoder", False):
-        pytest.skip("no padding in what it reads")
+    model = adapt(make(), mixlora()).eval()
     with torch.no_grad(), tracing() as padded:
         together = model(input_ids=IDS, attention_mask=MASK).logits[1]
     with torch.no_grad(), tracing() as alone:
