@@ -58,12 +58,14 @@ class Expert(ABC):
     """A family of experts that all read the same tensor, x.
 
     `reads`: whether x is the frozen module's `input` (experts stand beside a linear module) or its `output` (they
-    stand behind a module of any kind, in series). Routers read the input in both cases.
+    stand behind a module of any kind, in series). Routers read the input in both cases. `spans_ffn`: an expert goes
+    through all linears of a feed-forward part, with the model's own non-linearity inside and one router for all.
     """
 
     Config: ClassVar[type[Strict]]
     reads: ClassVar[Literal["input", "output"]] = "input"
     one_rank: ClassVar[bool] = False  # the experts of a site cannot differ in rank
+    spans_ffn: ClassVar[bool] = False
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -118,6 +120,11 @@ class Router(ABC):
     @abstractmethod
     def route(self, x_TI: Tensor, parameters: Parameters, tokens: Tokens, training: bool) -> Routing:
         """The routing of T tokens."""
+
+    @property
+    def sums_to_one(self) -> bool:
+        """Whether the weights of a token always sum to 1, or are all 0: then experts may hold the frozen module."""
+        return False
 
     def objection(self, is_causal: bool) -> str | None:
         """Why this router cannot serve such a model; None where it can."""

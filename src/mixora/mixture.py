@@ -16,7 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from mixora import passes
+from mixora import passes, slots
 from mixora.contracts import Expert, Kernel, Loss, Router, Shape
 from mixora.errors import MixoraError, ModelError
 from mixora.routing import Routing
@@ -30,6 +30,7 @@ class Parts:
 
     `losses`: name, loss and the weight of this site in the model's total (coefficient / number of routed sites).
     `leader`: the module whose router is used, where linears that read the same input share one; empty otherwise.
+    `firsts`: paths of the first linears of a feed-forward part, where the experts go through all of it.
     """
 
     expert: Expert
@@ -39,6 +40,7 @@ class Parts:
     stream: passes.Stream = "source"
     losses: list[tuple[str, Loss, float]] = field(default_factory=list)
     leader: list["Mixture"] = field(default_factory=list)
+    firsts: frozenset[str] = frozenset()
 
     def total(self, routing: Routing) -> tuple[Tensor | None, dict[str, Tensor]]:
         """This site's share of the auxiliary loss, and each term for the log (detached, without its coefficient)."""
@@ -127,6 +129,10 @@ class Mixture(nn.Module, BaseTunerLayer):
         """The frozen module's output plus that of every active adapter: same shape and dtype as the former."""
         if self.disable_adapters and self.merged:
             self.unmerge()
+        if not self.disable_adapters and (spanning := self._find_spanning()) is not None:
+            with passes.entered() as here:
+                is_first = self.path in self.parts[spanning].firsts
+                return (self._enter_slots if is_first else self._leave_slots)(spanning, x, here)
         frozen = y = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters or self.merged:
             return y
@@ -141,30 +147,64 @@ class Mixture(nn.Module, BaseTunerLayer):
         return y
 
     def _adapt(self, adapter: str, x: Tensor, frozen: Tensor, y: Tensor) -> Tensor:
-        here = passes.current()
-        if here is None and (seen := passes.recomputed()) is not None:
-            with passes.replay(seen):
-                return self._adapt(adapter, x, frozen, y)
-        here = here or passes.Pass()
         parts = self.parts[adapter]
-        routing = self._route(adapter, x, x.reshape(-1, x.shape[-1]), here)
-        here.record(self.path, adapter, routing)
-        read = frozen if parts.expert.reads == "output" else x
-        read_TI = read.reshape(-1, read.shape[-1])
+        with passes.entered() as here:
+            routing = self._route(adapter, x, here)
+            here.record(self.path, adapter, routing)
+            delta_TO = self._delta(adapter, frozen if parts.expert.reads == "output" else x, routing)
+            y = y + delta_TO.to(y.dtype).reshape(y.shape)
+            return self._add_losses(adapter, y, routing, here) if self.training and parts.losses else y
+
+    def _delta(self, adapter: str, read: Tensor, routing: Routing) -> Tensor:
+        """s times the sum over the experts: [T, O]."""
+        parts, read_TI = self.parts[adapter], read.reshape(-1, read.shape[-1])
         delta_TO = parts.expert.delta(read_TI, self.parameters_of(adapter), routing, parts.kernel, self.training)
-        y = y + (parts.expert.scale(parts.shape) * delta_TO).to(y.dtype).reshape(y.shape)
+        return parts.expert.scale(parts.shape) * delta_TO
+
+    def _find_spanning(self) -> str | None:
+        """The active adapter whose experts go through the whole feed-forward part: no other can act inside of it."""
+        active = [adapter for adapter in self.active_adapters if adapter in self.parts]
+        spanning = [adapter for adapter in active if self.parts[adapter].firsts]
+        others = [adapter for adapter in (*active, *self.merged_adapters) if adapter not in spanning[:1]]
+        if spanning and others:
+            raise ModelError(
+                f"{self.path}: the experts of adapter {spanning[0]!r} go through the whole feed-forward part, in which "
+                f"{', '.join(map(repr, others))} is active or merged too; valid: one adapter there"
+            )
+        return spanning[0] if spanning else None
+
+    def _enter_slots(self, adapter: str, x: Tensor, here: passes.Pass) -> Tensor:
+        """What each chosen expert of a token makes of `x` [B, ..., I], choice after choice: [K * B, ..., O]."""
+        parts, routing = self.parts[adapter], self._route(adapter, x, here)
+        if not parts.leader:
+            here.record(self.path, adapter, routing)
+        top_k = parts.router.top_k
+        delta_SO = self._delta(adapter, torch.cat([x] * top_k), routing.by_slot().unweighted())
+        y = torch.cat([self.base_layer(x)] * top_k)
+        y = y + delta_SO.to(y.dtype).reshape(y.shape)
         return self._add_losses(adapter, y, routing, here) if self.training and parts.losses else y
 
-    def _route(self, adapter: str, x: Tensor, x_TI: Tensor, here: passes.Pass) -> Routing:
+    def _leave_slots(self, adapter: str, x: Tensor, here: passes.Pass) -> Tensor:
+        """The weighted sum over what each chosen expert of a token makes of its slot in `x` [K * B, ..., I].
+
+        The weights sum to 1, so the frozen linear runs once, on the weighted slots.
+        """
+        parts = self.parts[adapter]
+        routing = slots.find_routing(here.shared.get(adapter), parts.leader[0].path, parts.firsts, self.path, x)
+        y = self.base_layer(slots.mix(x, routing))
+        delta_SO = self._delta(adapter, x, routing.by_slot())
+        return y + delta_SO.reshape(parts.router.top_k, *y.shape).sum(dim=0).to(y.dtype)
+
+    def _route(self, adapter: str, x: Tensor, here: passes.Pass) -> Routing:
         parts = self.parts[adapter]
         leader = parts.leader[0] if parts.leader else self
-        if adapter in here.shared:
-            path, made_from, routing = here.shared[adapter]
-            if path == leader.path and made_from() is x:
-                return routing
-        routing = parts.router.route(x_TI, leader.parameters_of(adapter), here.tokens(parts.stream, x), self.training)
-        here.shared[adapter] = (leader.path, weakref.ref(x), routing)
-        return routing
+        shared = here.shared.get(adapter)
+        if shared is None or shared.path != leader.path or shared.made_from() is not x:
+            x_TI, tokens = x.reshape(-1, x.shape[-1]), here.tokens(parts.stream, x)
+            routing = parts.router.route(x_TI, leader.parameters_of(adapter), tokens, self.training)
+            shared = here.shared[adapter] = passes.Shared(leader.path, weakref.ref(x), routing)
+        shared.readers.add(self.path)
+        return shared.routing
 
     def _add_losses(self, adapter: str, y: Tensor, routing: Routing, here: passes.Pass) -> Tensor:
         """Let the auxiliary loss reach the router in backward, unless a trainer adds it to the loss itself."""
@@ -180,9 +220,10 @@ class Mixture(nn.Module, BaseTunerLayer):
     def get_delta_weight(self, adapter: str) -> Tensor:
         """What a merge adds to the frozen weight: [out, in]. Only where the routing does not depend on the input."""
         parts = self.parts[adapter]
-        if parts.expert.reads == "output":
+        if parts.expert.reads == "output" or parts.firsts:
+            place = "go through the feed-forward part" if parts.firsts else "stand behind the module"
             raise MixoraError(
-                f"{self.path}: cannot be merged: its experts stand behind the module, with a non-linearity inside; "
+                f"{self.path}: cannot be merged: its experts {place}, with a non-linearity inside; "
                 "valid: merge adapters beside linear modules (recipe 'lora'), or keep the adapter and use unload()"
             )
         if not parts.router.is_static:
@@ -216,7 +257,7 @@ class Mixture(nn.Module, BaseTunerLayer):
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether the adapter is a plain LoRA."""
         parts = self.parts.get(adapter_name)
-        return parts is not None and parts.router.is_static and parts.expert.reads == "input"
+        return parts is not None and parts.router.is_static and parts.expert.reads == "input" and not parts.firsts
 
 
 class _AddGradient(torch.autograd.Function):

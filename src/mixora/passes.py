@@ -26,6 +26,19 @@ logger = logging.getLogger("mixora")
 
 
 @dataclass
+class Shared:
+    """A routing that several layers use.
+
+    `path`: the router's module. `made_from`: the input it read. `readers`: paths of the layers that read it too.
+    """
+
+    path: str
+    made_from: weakref.ref[Tensor]
+    routing: Routing
+    readers: set[str] = field(default_factory=set)
+
+
+@dataclass
 class Pass:
     """The tokens of one forward pass.
 
@@ -33,8 +46,7 @@ class Pass:
     encoder's input of an encoder-decoder, `target` the decoder's input of the latter. positions_BS: position ids,
     which restart where another sequence begins (packing). `trace` is set while the pass runs under one, `is_observed`
     and `owns_losses` outlive it. `with_grad`: gradients were on at the entrance. `again`: this pass as recomputed
-    layers see it. `shared`: per adapter the last routing that other layers may use, with the path of the router's
-    module and the input it was made from.
+    layers see it. `shared`: per adapter the last routing, which other layers may use.
     """
 
     mask_BS: dict[Stream, Tensor] = field(default_factory=dict)
@@ -46,7 +58,7 @@ class Pass:
     is_replay: bool = False
     depth: int = 0
     again: "Pass | None" = None
-    shared: dict[str, tuple[str, weakref.ref[Tensor], Routing]] = field(default_factory=dict)
+    shared: dict[str, Shared] = field(default_factory=dict)
     _tokens: dict[tuple[Stream, torch.Size], Tokens] = field(default_factory=dict)
 
     def tokens(self, stream: Stream, x: Tensor) -> Tokens:
@@ -130,6 +142,18 @@ def replay(seen: Pass) -> Iterator[None]:
         yield
     finally:
         _state.stack.pop()
+
+
+@contextmanager
+def entered() -> Iterator[Pass]:
+    """The pass that a layer runs in: the open one, the one that it is recomputed for, or one of its own."""
+    here, seen = current(), recomputed()
+    if here is None and seen is not None:
+        with replay(seen):
+            assert seen.again is not None
+            yield seen.again
+    else:
+        yield here or Pass()
 
 
 class _Backward:

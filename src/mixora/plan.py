@@ -17,6 +17,7 @@ from mixora.contracts import Expert, Shape
 from mixora.depth import fix, varies
 from mixora.errors import CheckpointError, ConfigError
 from mixora.experts import EXPERTS
+from mixora.feed_forward import Role, check_rules, find_roles
 from mixora.kernels import KERNELS
 from mixora.losses import LOSSES
 from mixora.method import Method, Rule
@@ -33,6 +34,7 @@ class Site:
     """One adapted module. `ranks`: rank of each expert. `leader`: path of the site whose router this one uses.
 
     `parameters`: trainable numbers, the router's included; `active_parameters`: those a token is computed with.
+    `role`: place in the feed-forward part, where experts go through all of it.
     """
 
     path: str
@@ -50,6 +52,7 @@ class Site:
     leader: str | None
     parameters: int
     active_parameters: int
+    role: Literal["first", "last"] | None = None
 
     @property
     def shape(self) -> Shape:
@@ -181,12 +184,19 @@ def make_plan(model: nn.Module, method: Method) -> Plan:
     rule_of = assign_rules(model, method, places)
     leaders: dict[tuple[str, ...], str] = {}
     rules = settle_rules(rule_of, method)
-    sites = [_make_site(place, *rules[place.path], leaders) for place in places if place.path in rules]
+    roles = find_roles(places, rule_of, method)
+    check_rules(roles, rules)
+    sites = [_make_site(p, *rules[p.path], leaders, roles.get(p.path)) for p in places if p.path in rules]
     return Plan(tuple(sites), tuple(_notes(sites, method)))
 
 
 def _make_site(
-    linear: Linear, name: str, rule: Rule, ranks: tuple[int, ...], leaders: dict[tuple[str, ...], str]
+    linear: Linear,
+    name: str,
+    rule: Rule,
+    ranks: tuple[int, ...],
+    leaders: dict[tuple[str, ...], str],
+    role: Role | None,
 ) -> Site:
     router, expert = ROUTERS[rule.router.kind](rule.router), EXPERTS[rule.expert.kind](rule.expert)
     objection = router.objection(linear.is_causal)
@@ -198,10 +208,10 @@ def _make_site(
             f"{linear.path} the ranks {list(ranks)}; valid: no budget, or another kind of expert"
         )
     shape = Shape(linear.in_features, linear.out_features, ranks)
-    leader = None
+    first = role.leader if role else linear.path
     if getattr(rule.router, "share_router", False) and linear.siblings_key is not None:
         first = leaders.setdefault((name, *linear.siblings_key), linear.path)
-        leader = None if first == linear.path else first
+    leader = None if first == linear.path else first
     in_experts = _count(expert.parameter_shapes(shape))
     in_router = 0 if leader else _count(router.parameter_shapes(linear.in_features))
     return Site(
@@ -214,12 +224,13 @@ def _make_site(
         router=rule.router.kind,
         num_experts=router.num_experts,
         top_k=router.top_k,
-        kernel=choose_kernel(rule, sum(shape.ranks) / router.top_k),
+        kernel=choose_kernel(rule, sum(shape.ranks) / (1 if role else router.top_k)),
         scale=expert.scale(shape),
         stream=linear.stream,
         leader=leader,
         parameters=in_experts + in_router,
         active_parameters=_count_active(expert, shape, router.top_k) + in_router,
+        role=None if role is None else "last" if role.is_last else "first",
     )
 
 
@@ -231,7 +242,8 @@ def _count_active(expert: Expert, shape: Shape, top_k: int) -> int:
 
 
 def choose_kernel(rule: Rule, breadth: float) -> str:
-    """The kernel a rule names. `auto` follows from `breadth`, the ranks of all experts over K.
+    """The kernel a rule names. `auto` follows from `breadth`, the ranks of all experts over the number that
+    one row is given to: K, or 1 where each choice of a token has a row of its own.
 
     `stacked` computes them all at once and was faster than `loop` up to a breadth of about 200 (2026-11-21, one CPU
     thread, fp32, widths 576 and 2048); at 2048, the preset of PESC, it took 2.0 to 2.6 times as long.
@@ -248,6 +260,11 @@ def _notes(sites: list[Site], method: Method) -> Iterable[str]:
         chooses_one = any(site.top_k == 1 < site.num_experts for site in sites if site.rule == name)
         if getattr(rule.router, "renormalise", False) and chooses_one:
             yield f"rules.{name}: with top_k 1 and renormalised weights the task gives the router no gradient"
+
+
+def _part_of(site: Site) -> str | None:
+    """What the sites of one feed-forward part have in common; None for others."""
+    return None if site.role is None else site.leader or site.path
 
 
 def parts_of(site: Site, method: Method, plan: Plan, leader: Mixture | None) -> Parts:
@@ -270,4 +287,5 @@ def parts_of(site: Site, method: Method, plan: Plan, leader: Mixture | None) -> 
         stream=site.stream,
         losses=terms,
         leader=[leader] if leader else [],
+        firsts=frozenset(s.path for s in plan.sites if s.role == "first" and _part_of(s) == _part_of(site)),
     )

@@ -3,7 +3,7 @@
 Shape letters used throughout: T tokens, K chosen per token, E experts, I in, O out, R rank (summed over experts).
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -54,6 +54,21 @@ class Routing:
         """The weights as a dense [T, E] matrix, 0 for experts that were not chosen."""
         gates_TE = self.weights_TK.new_zeros(len(self.weights_TK), self.num_experts)
         return gates_TE.scatter(1, self.experts_TK, self.weights_TK)
+
+    def by_slot(self) -> "Routing":
+        """The same choices for K * T tokens of one expert each: row k T + t is the k-th choice of token t."""
+        return Routing(
+            self.experts_TK.T.reshape(-1, 1),
+            self.weights_TK.T.reshape(-1, 1),
+            self.assigned_TK.T.reshape(-1, 1),
+            self.admitted_TK.T.reshape(-1, 1),
+            self.valid_T.repeat(self.experts_TK.shape[1]),
+            self.num_experts,
+        )
+
+    def unweighted(self) -> "Routing":
+        """The same choices with weight 1, where they have any."""
+        return replace(self, weights_TK=(self.weights_TK != 0).to(self.weights_TK.dtype))
 
     def load_E(self) -> Tensor:
         """Share of the assignments (before capacity) that went to each expert: [E], sums to 1, or all 0.

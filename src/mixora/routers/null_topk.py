@@ -63,6 +63,11 @@ class NullTopK(LinearRouter):
         """W: [E + N, I], the rows of the null experts last."""
         return {"router": (self.num_experts + self.config.null_experts, in_features)}
 
+    @property
+    def sums_to_one(self) -> bool:
+        """Renormalised without the null experts."""
+        return True
+
     def route(self, x_TI: Tensor, parameters: Parameters, tokens: Tokens, training: bool) -> Routing:
         """The experts among the K most probable columns (C = E + N); padding has none."""
         logits_TC = router_logits(x_TI, parameters["router"])

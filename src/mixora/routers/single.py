@@ -31,6 +31,11 @@ class Single(Router):
     def initialise(self, parameters: Parameters) -> None:
         """Nothing to fill."""
 
+    @property
+    def sums_to_one(self) -> bool:
+        """One expert of weight 1."""
+        return True
+
     def route(self, x_TI: Tensor, parameters: Parameters, tokens: Tokens, training: bool) -> Routing:
         """All tokens to expert 0."""
         count = len(x_TI)

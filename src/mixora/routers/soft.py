@@ -34,6 +34,11 @@ class Soft(LinearRouter):
     Config = SoftConfig
     config: SoftConfig
 
+    @property
+    def sums_to_one(self) -> bool:
+        """A softmax over all experts."""
+        return True
+
     def route(self, x_TI: Tensor, parameters: Parameters, tokens: Tokens, training: bool) -> Routing:
         """Softmax weights over all experts; padding has none."""
         logits_TE = router_logits(x_TI, parameters["router"])

@@ -51,6 +51,11 @@ class Threshold(LinearRouter):
         nn.init.normal_(parameters["router_threshold"], std=self.config.init_std)
         nn.init.zeros_(parameters["router_threshold_bias"])
 
+    @property
+    def sums_to_one(self) -> bool:
+        """What exceeds the threshold is renormalised."""
+        return True
+
     def route(self, x_TI: Tensor, parameters: Parameters, tokens: Tokens, training: bool) -> Routing:
         """The experts above the token's threshold; padding has none."""
         logits_TE = router_logits(x_TI, parameters["router"])

@@ -56,6 +56,11 @@ class TopK(LinearRouter):
         """K."""
         return min(self.config.top_k, self.num_experts) if self.config.limit_top_k else self.config.top_k
 
+    @property
+    def sums_to_one(self) -> bool:
+        """Only renormalised, and where no capacity limit takes an expert away."""
+        return self.config.renormalise and self.config.capacity.capacity_factor is None
+
     def objection(self, is_causal: bool) -> str | None:
         """K may not exceed E, and only admission token by token keeps earlier tokens independent of later ones."""
         if self.top_k > self.num_experts:
