@@ -45,7 +45,7 @@ A sparse model:
 An adapter of other code:
 
 \b
-  mixora convert ADAPTER --model MODEL --out DIR  read a MoLA adapter of MoE-PEFT
+  mixora convert ADAPTER --model MODEL --out DIR  read a MoLA or MixLoRA adapter of MoE-PEFT
 
 MODEL is a folder, a GGUF file, a hub id, or a short name such as smollm2-135m-instruct. Rows are JSON lines with
 prompt and completion; messages; text; text and label; or question, choices and answer.
@@ -251,7 +251,7 @@ def convert(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Read a checkpoint of other code: a released Camelidae, Qwen2idae or Sparsetral model, or MoE-PEFT's MoLA."""
+    """Read a released Camelidae, Qwen2idae or Sparsetral model, or a MoLA or MixLoRA adapter of MoE-PEFT."""
     from mixora.conversion import convert as convert_checkpoint
 
     table = convert_checkpoint(checkpoint, out, model)

@@ -18,7 +18,7 @@ from tests.models import tiny_gpt2
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "moe_peft"
 BASE = FIXTURE / "base"
-METHODS = ["mola"]
+METHODS = ["mola", "mixlora"]
 THEIRS = load_file(FIXTURE / "logits.safetensors")
 INPUTS = {name: THEIRS[name] for name in ("input_ids", "attention_mask")}
 REAL = INPUTS["attention_mask"].bool()
@@ -124,6 +124,40 @@ def test_all_tensors_that_do_not_fit_stand_in_one_error(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_experts_and_attention_have_settings_of_their_own(tmp_path):
+    table = mixora.convert(FIXTURE / "mixlora", tmp_path, model=BASE)
+    sites = {site.path.removeprefix("model.layers.1."): site for site in table.sites}
+    assert (sites["mlp.up_proj"].ranks, sites["mlp.up_proj"].scale) == ((3,) * 5, 5 / 3)
+    assert (sites["self_attn.k_proj"].ranks, sites["self_attn.k_proj"].scale) == ((2,), 3 / 2)
+    rules = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["rules"]
+    assert {name: rule["expert"]["dropout"] for name, rule in rules.items()} == {"ffn": 0.1, "attention": 0.05}
+
+
+def test_mixlora_on_feed_forward_parts_alone(tmp_path):
+    """Experts take the settings of the adapter where they have none of their own."""
+    own = {"r": 3, "lora_alpha": 5, "expert_lora": None, "act_fn": None, "jitter_noise": 0.0}
+    folder = changed(tmp_path / "theirs", "mixlora", target_modules=["up_proj", "down_proj", "gate_proj"], **own)
+    tensors = torch.load(folder / "adapter_model.bin", weights_only=True)
+    kept = {name: tensor for name, tensor in tensors.items() if "self_attn" not in name}
+    torch.save(kept, folder / "adapter_model.bin")
+    table = mixora.convert(folder, tmp_path / "out", model=BASE)
+    assert {(site.expert, site.scale) for site in table.sites} == {("ffn_lora", 5 / 3)}
+    assert len(load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")) == 2 * (3 * 2 + 1)
+
+
+def test_the_router_and_the_attention_of_mixlora_are_looked_for(tmp_path):
+    folder = changed(tmp_path / "theirs", "mixlora")
+    tensors = torch.load(folder / "adapter_model.bin", weights_only=True)
+    del tensors["mixlora.layers.0.mlp.moe_gate.weight"]
+    del tensors["mixlora.layers.1.self_attn.k_proj.lora_B.weight"]
+    torch.save(tensors, folder / "adapter_model.bin")
+    with pytest.raises(CheckpointError) as caught:
+        mixora.convert(folder, tmp_path / "out", model=BASE)
+    assert caught.match("2 tensors do not fit a MIXLORA adapter on")
+    assert caught.match(r"mixlora\.layers\.0\.mlp\.moe_gate\.weight: missing, expected \[5, 32\]")
+    assert caught.match(r"mixlora\.layers\.1\.self_attn\.k_proj\.lora_B\.weight: missing, expected \[16, 2\]")
+
+
 class Harmful:
     def __reduce__(self):
         return (exec, ("raise SystemExit",))
@@ -144,23 +178,36 @@ def test_a_folder_without_weights(tmp_path):
         mixora.convert(folder, tmp_path / "out", model=BASE)
 
 
+MOLA_SETTINGS = [
+    ({"peft_type": "LORA"}, "peft_type: got 'LORA'; valid: MOLA, MIXLORA"),
+    ({"peft_type": None}, "peft_type: got None; valid: MOLA, MIXLORA"),
+    ({"use_dora": True}, "use_dora: got True; valid: False"),
+    ({"bias": "all"}, "bias: got 'all'; valid: 'none'"),
+    ({"routing_strategy": "loramoe"}, "routing_strategy: got 'loramoe'; valid: 'mola'"),
+    ({"task_type": "SEQ_CLS"}, "task_type: got 'SEQ_CLS'; valid: 'CAUSAL_LM' or 'QUESTION_ANS'"),
+    ({"target_modules": ["q_proj", "fc1"]}, "target_modules.1: got 'fc1'; valid: 'q_proj', 'k_proj'"),
+    ({"target_modules": []}, "target_modules: got .*; valid: "),
+    ({"jitter_noise": 0.1}, r"jitter_noise: unknown key.*known: .*lora_alpha"),
+    ({"r": 0, "num_experts": 2.5}, r"(?s)r: got 0; valid: .*num_experts: got 2\.5; valid: "),
+]
+MIXLORA_SETTINGS = [
+    ({"routing_strategy": "mixlora-switch"}, "routing_strategy: got 'mixlora-switch'; valid: 'mixlora'"),
+    ({"routing_strategy": "mixlora-dynamic", "top_p": 0.8}, r"(?s)got 'mixlora-dynamic'; valid: 'mixlora'.*top_p: unk"),
+    ({"jitter_noise": 0.01}, r"jitter_noise: got 0\.01; valid: less than or equal to 0"),
+    ({"act_fn": "gelu_new"}, "act_fn: got 'gelu_new'; valid: that of the base, 'silu'"),
+    ({"target_modules": ["q_proj", "up_proj"]}, "leaves out gate_proj, down_proj; valid for MIXLORA: all of gate_proj"),
+    ({"expert_lora": {"use_dora": True}}, r"expert_lora\.use_dora: got True; valid: False"),
+    ({"expert_lora": {"rank": 3}}, r"expert_lora\.rank: unknown key"),
+    ({"use_dora": True}, "use_dora: got True; valid: False"),
+]
+
+
 @pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"peft_type": "LORA"}, "peft_type: got 'LORA'; valid: MOLA"),
-        ({"peft_type": None}, "peft_type: got None; valid: MOLA"),
-        ({"use_dora": True}, "use_dora: got True; valid: False"),
-        ({"bias": "all"}, "bias: got 'all'; valid: 'none'"),
-        ({"routing_strategy": "loramoe"}, "routing_strategy: got 'loramoe'; valid: 'mola'"),
-        ({"task_type": "SEQ_CLS"}, "task_type: got 'SEQ_CLS'; valid: 'CAUSAL_LM' or 'QUESTION_ANS'"),
-        ({"target_modules": ["q_proj", "fc1"]}, "target_modules.1: got 'fc1'; valid: 'q_proj', 'k_proj'"),
-        ({"target_modules": []}, "target_modules: got .*; valid: "),
-        ({"jitter_noise": 0.1}, r"jitter_noise: unknown key.*known: .*lora_alpha"),
-        ({"r": 0, "num_experts": 2.5}, r"(?s)r: got 0; valid: .*num_experts: got 2\.5; valid: "),
-    ],
+    ("method", "settings", "message"),
+    [("mola", *case) for case in MOLA_SETTINGS] + [("mixlora", *case) for case in MIXLORA_SETTINGS],
 )
-def test_settings_that_cannot_be_met(tmp_path, settings, message):
-    folder = changed(tmp_path / "theirs", "mola", **settings)
+def test_settings_that_cannot_be_met(tmp_path, method, settings, message):
+    folder = changed(tmp_path / "theirs", method, **settings)
     with pytest.raises(CheckpointError, match=message):
         mixora.convert(folder, tmp_path / "out", model=BASE)
     assert not (tmp_path / "out").exists()
