@@ -27,6 +27,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     GgufConfig,
+    PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -118,6 +119,11 @@ def load_base(
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     model.name_or_path = model.config._name_or_path = tokenizer.name_or_path = str(name)
     return model.eval(), tokenizer
+
+
+def read_base_config(name: str | Path) -> PreTrainedConfig:
+    """The configuration of what `load_base` would load; no weights are read. Raises `ModelError`."""
+    return _read(AutoConfig, resolve_base(name), name, {})
 
 
 def resolve_base(name: str | Path) -> Path | str:

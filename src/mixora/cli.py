@@ -42,6 +42,11 @@ A sparse model:
   mixora craft --model DENSE --out DIR            make a dense model sparse (PESC); it computes what it did
   mixora convert CHECKPOINT --out DIR             read a released Camelidae, Qwen2idae or Sparsetral model
 
+An adapter of other code:
+
+\b
+  mixora convert ADAPTER --model MODEL --out DIR  read a MoLA or MixLoRA adapter of MoE-PEFT
+
 MODEL is a folder, a GGUF file, a hub id, or a short name such as smollm2-135m-instruct. Rows are JSON lines with
 prompt and completion; messages; text; text and label; or question, choices and answer.
 
@@ -238,20 +243,25 @@ def craft(
 @app.command()
 @reports_errors
 def convert(
-    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="The folder of a released model.")],
-    out: Annotated[Path, typer.Option(help="The folder of the base and the adapter; new or empty.")],
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="The folder of a model or an adapter.")],
+    out: Annotated[Path, typer.Option(help="The folder of what is written; new or empty.")],
+    model: Annotated[
+        str | None, typer.Option(help="The base of a MoE-PEFT adapter, where it is not the one that the adapter names.")
+    ] = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Split a released Camelidae, Qwen2idae or Sparsetral checkpoint into a dense base and an adapter."""
-    from mixora.conversion import convert as split
+    """Read a released Camelidae, Qwen2idae or Sparsetral model, or a MoLA or MixLoRA adapter of MoE-PEFT."""
+    from mixora.conversion import convert as convert_checkpoint
 
-    table = split(checkpoint, out)
+    table = convert_checkpoint(checkpoint, out, model)
+    # an adapter of MoE-PEFT comes without its base
+    base = out / "base" if (out / "base").is_dir() else None
     if as_json:
-        print_json({"sites": table.to_list(), "base": out / "base", "adapter": out / "adapter"})
+        print_json({"sites": table.to_list(), "base": base, "adapter": out / "adapter"})
         return
     print_plan(table)
-    Console().print(f"base     {out / 'base'}\nadapter  {out / 'adapter'}")
+    Console().print(f"base     {base or 'not written: it stays where it is'}\nadapter  {out / 'adapter'}")
 
 
 def main() -> None:

@@ -247,7 +247,12 @@ def drop(*names):
     [
         (drop("topk", "adapter_dim"), r"config\.json lacks adapter_dim, topk; valid: a released checkpoint"),
         (drop("model_type"), r"model_type: got None; valid: camelidae, qwen2idae, sparsetral, llama"),
-        (lambda f: (f / "config.json").unlink(), r"has no readable config\.json"),
+        (
+            lambda f: (f / "config.json").unlink(),
+            r"has neither config\.json nor adapter_config\.json; valid: the folder of",
+        ),
+        (lambda f: (f / "config.json").write_text("{"), r"has no readable config\.json"),
+        (lambda f: (f / "config.json").write_text("[]"), r"config\.json: got list; valid: an object of settings"),
         (lambda f: (f / "part-1.safetensors").unlink(), r"names files that are not there: part-1\.safetensors"),
         (lambda f: (f / "part-1.safetensors").write_bytes(b"no"), r"part-1\.safetensors: is damaged"),
         (lambda f: (f / "model.safetensors.index.json").unlink(), r"holds no weights; valid: model\.safetensors"),
@@ -270,6 +275,12 @@ def test_code_in_a_bin_file_is_not_run(tmp_path):
     torch.save({"model.norm.weight": Harmful()}, folder / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match="is damaged or holds more than tensors"):
         mixora.convert(folder, tmp_path / "out")
+
+
+def test_the_base_comes_with_the_checkpoint(tmp_path):
+    folder, _ = write(tmp_path / "released")
+    with pytest.raises(ConfigError, match=r"model: got 'other', but .*released holds its own base; valid: no model"):
+        mixora.convert(folder, tmp_path / "out", model="other")
 
 
 def test_more_experts_kept_than_there_are(tmp_path):

@@ -11,15 +11,21 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from peft import get_peft_model
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from mixora.conversion.tensors import (
+    Shapes,
+    check_shapes,
+    read_json,
+    read_shapes,
+    read_tensors,
+    shapes_of,
+    write_adapter,
+)
 from mixora.errors import CheckpointError
 from mixora.folders import claim_folder
 from mixora.plan import Plan
@@ -34,8 +40,6 @@ _ADAPTER = re.compile(r"model\.layers\.(\d+)\.mlp\.moe_adapter\.(router|experts\
 # what files of old versions hold and no model reads
 _BUFFER = re.compile(r".*rotary_emb\.inv_freq")
 _COMPANIONS = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_*")
-
-Shapes = dict[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -65,19 +69,16 @@ class Sizes:
         return found
 
 
-def convert(checkpoint: str | Path, out: str | Path) -> Plan:
+def convert_crafted(source: Path, out: str | Path) -> Plan:
     """Split a released checkpoint into `out/base`, an ordinary dense checkpoint, and `out/adapter`, an adapter for it.
 
-    Reads safetensors, or `.bin` files without running any code in them, in one file or sharded; one shard at a time is
-    in memory. Every tensor that is missing, unexpected or of the wrong shape stands in one `CheckpointError`, and
-    nothing is written then. `ConfigError` where `out` is not empty.
+    Reads safetensors or `.bin` files, in one file or sharded; one shard at a time is in memory.
     """
-    source = Path(checkpoint)
     config, sizes = _read_config(source)
     shards = _find_shards(source)
     with torch.device("meta"):
         dense = AutoModelForCausalLM.from_config(config)
-    _check(_read_shapes(shards), dense, sizes.shapes(config), source)
+    _check(read_shapes(shards), dense, sizes.shapes(config), source)
     folder = claim_folder(out)
     table = _write_adapter(folder, shards, dense, sizes)
     _write_base(folder / "base", shards, config)
@@ -88,16 +89,14 @@ def convert(checkpoint: str | Path, out: str | Path) -> Plan:
 
 
 def _read_config(source: Path) -> tuple[PreTrainedConfig, Sizes]:
-    try:
-        data = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{source}: has no readable config.json: {error}") from None
+    data = read_json(source / "config.json")
     missing = [name for name in _SIZES if name not in data]
     if missing:
         raise CheckpointError(
             f"{source}: config.json lacks {', '.join(missing)}; valid: a released checkpoint of a crafted model"
         )
-    model_type = _DENSE.get(data.get("model_type"), data.get("model_type"))
+    named = str(data.get("model_type"))
+    model_type = _DENSE.get(named, named)
     if model_type not in _DENSE.values():
         known = ", ".join((*_DENSE, *_DENSE.values()))
         raise CheckpointError(f"{source}: config.json: model_type: got {data.get('model_type')!r}; valid: {known}")
@@ -122,49 +121,18 @@ def _find_shards(source: Path) -> list[Path]:
     raise CheckpointError(f"{source}: holds no weights; valid: model.safetensors or pytorch_model.bin, or their shards")
 
 
-def _read(shard: Path) -> dict[str, Tensor]:
-    try:
-        if shard.suffix == ".bin":
-            # tied tensors share their memory here, which safetensors cannot say
-            return {name: t.clone() for name, t in torch.load(shard, map_location="cpu", weights_only=True).items()}
-        with safe_open(shard, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except Exception as error:
-        # torch reports a damaged or unsafe file by half a dozen kinds of error
-        raise CheckpointError(f"{shard}: is damaged or holds more than tensors: {error}") from None
-
-
-def _read_shapes(shards: list[Path]) -> Shapes:
-    found: Shapes = {}
-    for shard in shards:
-        if shard.suffix == ".bin":
-            found.update({name: tuple(tensor.shape) for name, tensor in _read(shard).items()})
-            continue
-        try:
-            with safe_open(shard, framework="pt") as file:
-                found.update({name: tuple(file.get_slice(name).get_shape()) for name in file.keys()})  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{shard}: is damaged: {error}") from None
-    return found
-
-
 def _check(found: Shapes, dense: PreTrainedModel, of_experts: Shapes, source: Path) -> None:
     """Compare the tensors on disk with those of the dense model and its experts."""
-    expected = {name: tuple(tensor.shape) for name, tensor in dense.state_dict().items()} | of_experts
-    may_lack = {"lm_head.weight"} if dense.config.tie_word_embeddings else set()
-    problems = [f"{name}: missing, expected {list(expected[name])}" for name in expected.keys() - found - may_lack]
-    problems += [f"{name}: unexpected" for name in found.keys() - expected if not _BUFFER.fullmatch(name)]
-    for name in expected.keys() & found:
-        if found[name] != expected[name]:
-            problems.append(f"{name}: got {list(found[name])}, expected {list(expected[name])}")
-    if problems:
-        shown = "\n  ".join(sorted(problems))
-        raise CheckpointError(f"{source}: {len(problems)} tensors do not fit a crafted model:\n  {shown}")
+    expected = shapes_of(dense.state_dict()) | of_experts
+    if dense.config.tie_word_embeddings and "lm_head.weight" not in found:
+        del expected["lm_head.weight"]
+    kept = {name: shape for name, shape in found.items() if not _BUFFER.fullmatch(name)}
+    check_shapes(kept, expected, source, "a crafted model")
 
 
 def _tensors_of(shards: list[Path]) -> Iterator[tuple[str, Tensor]]:
     for shard in shards:
-        yield from _read(shard).items()
+        yield from read_tensors(shard).items()
 
 
 def _write_adapter(folder: Path, shards: list[Path], dense: PreTrainedModel, sizes: Sizes) -> Plan:
@@ -182,12 +150,7 @@ def _write_adapter(folder: Path, shards: list[Path], dense: PreTrainedModel, siz
         tensors[prefix + "router"] = parts["router"].float()
     config = sizes.config()
     table = plan(dense, config)
-    # the tuner completes the configuration with the plan that loading compares with
-    saved: Any = get_peft_model(dense, config).peft_config["default"]
-    saved.inference_mode = True
-    saved.base_model_name_or_path = str(folder / "base")
-    saved.save_pretrained(folder / "adapter")
-    save_file(tensors, folder / "adapter" / "adapter_model.safetensors", metadata={"format": "pt"})
+    write_adapter(folder / "adapter", dense, config, str(folder / "base"), tensors)
     return table
 
 
@@ -199,7 +162,7 @@ def _write_base(folder: Path, shards: list[Path], config: PreTrainedConfig) -> N
         name = f"model-{number:05}-of-{len(shards):05}.safetensors"
         kept = {
             key: tensor.contiguous()
-            for key, tensor in _read(shard).items()
+            for key, tensor in read_tensors(shard).items()
             if not _ADAPTER.fullmatch(key) and not _BUFFER.fullmatch(key)
         }
         save_file(kept, folder / name, metadata={"format": "pt"})

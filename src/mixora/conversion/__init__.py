@@ -1,0 +1,34 @@
+"""Checkpoints of other code -> adapters of ours: crafted models, and MoLA and MixLoRA adapters of MoE-PEFT."""
+
+from pathlib import Path
+
+from peft.utils.constants import CONFIG_NAME
+
+from mixora.conversion.crafted import convert_crafted
+from mixora.conversion.moe_peft import convert_moe_peft
+from mixora.errors import CheckpointError, ConfigError
+from mixora.plan import Plan
+
+
+def convert(checkpoint: str | Path, out: str | Path, model: str | Path | None = None) -> Plan:
+    """Write the adapter in the folder `checkpoint` to `out/adapter`, as mixora reads it; returns its plan.
+
+    A released Camelidae, Qwen2idae or Sparsetral checkpoint holds its base too, which becomes `out/base`. A MoLA or
+    MixLoRA adapter of MoE-PEFT names its base; `model`, which is for these only, names another one of the same shape,
+    as `mixora.bases.load_base` takes it. Of a base that is named, no weights are read.
+
+    Every tensor that is missing, unexpected or of the wrong shape stands in one `CheckpointError`, as do settings that
+    cannot be met exactly; nothing is written then. No code in a file is run. `ConfigError` where `out` is not empty,
+    `ModelError` for a base that cannot be read.
+    """
+    source = Path(checkpoint)
+    if (source / "config.json").is_file():
+        if model is not None:
+            raise ConfigError(f"model: got {str(model)!r}, but {source} holds its own base; valid: no model")
+        return convert_crafted(source, out)
+    if (source / CONFIG_NAME).is_file():
+        return convert_moe_peft(source, out, model)
+    raise CheckpointError(
+        f"{source}: has neither config.json nor {CONFIG_NAME}; valid: the folder of a released Camelidae, Qwen2idae or "
+        "Sparsetral checkpoint, or of a MoLA or MixLoRA adapter of MoE-PEFT"
+    )
