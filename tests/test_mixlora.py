@@ -1,13 +1,11 @@
-"""The recipe `mixlora` on every family of bases: its plan, the start at the base, training, files, what it refuses."""
+"""The recipe `mixlora` on every family of bases: its plan, the start at the base, training, files."""
 
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from torch import nn
-from transformers import AlbertConfig, AlbertForSequenceClassification
+from transformers import AlbertConfig, AlbertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 import mixora
-from mixora.errors import ConfigError, MixoraError, ModelError
 from mixora.passes import tracing
 from mixora.training.trainers import auxiliary_loss, mixtures_of
 from tests.models import (
@@ -26,11 +24,8 @@ from tests.models import (
     tiny_qwen3,
     tiny_t5,
     tiny_vit,
-    token_ids,
 )
-
-IDS = token_ids(2, 8)
-MASK = torch.tensor([[1] * 8, [1] * 5 + [0] * 3])
+from tests.parts import IDS, MASK, batch, logits, mixlora
 
 
 def gated_t5():
@@ -67,36 +62,6 @@ FAMILIES = [
 ]
 MAKERS = [family[0] for family in FAMILIES]
 DECODERS = [tiny_llama, tiny_gpt2, tiny_phi3, tiny_opt]
-
-
-def mixlora(**changes):
-    return mixora.recipe("mixlora", **{"num_experts": 4, "rules.ffn.expert.rank": 3, **changes})
-
-
-def ffn_only(**changes):
-    """The rule for the feed-forward parts alone."""
-    config = mixlora(**changes)
-    return mixora.MixoraConfig(rules={"ffn": config.rules["ffn"]}, losses=config.losses)
-
-
-def with_router(router, kind="ffn_lora"):
-    rule = {"targets": ["feed-forward"], "expert": {"kind": kind, "rank": 3}, "router": router}
-    return mixora.MixoraConfig(rules={"ffn": rule})
-
-
-def batch(base):
-    if base.main_input_name == "pixel_values":
-        pixels = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
-        return {"pixel_values": pixels, "labels": torch.tensor([0, 2])}
-    inputs = {"input_ids": IDS, "attention_mask": MASK}
-    if "SequenceClassification" in type(base).__name__:
-        return {**inputs, "labels": torch.tensor([0, 2])}
-    return {**inputs, "labels": IDS.masked_fill(MASK == 0, -100)}
-
-
-def logits(model, base):
-    with torch.no_grad():
-        return model.eval()(**batch(base)).logits
 
 
 def test_the_recipe_is_as_specified():
@@ -162,8 +127,6 @@ def test_what_stands_on_padding_does_not_matter(make):
 
 def test_numbers_of_the_7b_model():
     """Per rank and expert 2 (4096 + 11008) + 11008 + 4096 in each part; attention 4 * 2 * 4096 per rank."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     with torch.device("meta"):
         model = LlamaForCausalLM(LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32))
     plan = mixora.plan(model, mixora.recipe("mixlora"))
@@ -261,244 +224,3 @@ def test_it_starts_as_the_base_in_low_precision(form):
         base, model = base.to(torch.bfloat16), model.to(torch.bfloat16)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=form == "autocast"):
         assert torch.equal(logits(model, base), logits(base, base))
-
-
-@pytest.mark.parametrize("kernel", ["loop", "stacked"])
-def test_an_empty_batch(kernel):
-    model = adapt(Part(), ffn_only(kernel=kernel))
-    x_BSI = torch.zeros(0, 5, 6, requires_grad=True)
-    y_BSO = model(x_BSI)
-    assert y_BSO.shape == (0, 5, 6)
-    y_BSO.sum().backward()
-    assert x_BSI.grad.shape == (0, 5, 6)
-
-
-def test_a_token_whose_experts_are_all_dropped_keeps_the_frozen_part():
-    model, base = adapt(Part(), ffn_only(expert_dropout=0.97)), Part()
-    x_BSI = torch.randn(4, 50, 6, generator=torch.Generator().manual_seed(2))
-    with tracing() as trace:
-        y_BSO = model(x_BSI)
-    (routing,) = trace.of("layers.0.gate_proj")
-    is_left = (routing.weights_TK == 0).all(dim=1).reshape(4, 50)
-    assert 0 < is_left.sum() < 200
-    torch.testing.assert_close(y_BSO[is_left], base(x_BSI)[is_left])
-    assert ((y_BSO - base(x_BSI)).abs().amax(dim=-1)[~is_left] > 1e-4).all()
-
-
-def test_disabled_it_is_the_base_and_unloading_gives_the_base_back():
-    base, model = tiny_llama(), adapt(tiny_llama(), mixlora())
-    with model.disable_adapter():
-        assert torch.equal(logits(model, base), logits(base, base))
-    assert not torch.equal(logits(model, base), logits(base, base))
-    assert torch.equal(logits(model.unload(), base), logits(base, base))
-
-
-@pytest.mark.parametrize("merge", ["merge_adapter", "merge_and_unload"])
-def test_merging_is_refused_before_a_weight_is_changed(merge):
-    base, model = tiny_llama(), adapt(tiny_llama(), mixlora())
-    before = logits(model, base)
-    message = r"mlp\.gate_proj: cannot be merged: its experts go through the feed-forward part, with a non-linearity"
-    with pytest.raises(MixoraError, match=message):
-        getattr(model, merge)()
-    assert torch.equal(logits(model, base), before)
-
-
-def test_merging_a_single_expert_is_refused_too():
-    model = adapt(Part(), with_router({"kind": "single"}))
-    assert not model.base_model.model.layers[0].gate_proj.supports_lora_conversion()
-    with pytest.raises(MixoraError, match="cannot be merged"):
-        model.merge_and_unload()
-
-
-def test_a_single_expert_is_plain_lora():
-    kinds = ("ffn_lora", "lora")
-    one, other = (adapt(tiny_llama(), with_router({"kind": "single"}, kind)) for kind in kinds)
-    torch.testing.assert_close(logits(one, tiny_llama()), logits(other, tiny_llama()))
-
-
-def test_two_active_adapters_of_which_one_spans_the_part_are_refused():
-    model = adapt(tiny_llama(), mixlora())
-    model.add_adapter("second", mixora.recipe("lora", targets=["down_proj"]))
-    # one at a time they work
-    model.set_adapter("second")
-    logits(model, tiny_llama())
-    model.set_adapter("default")
-    logits(model, tiny_llama())
-    model.base_model.set_adapter(["default", "second"])
-    message = (
-        r"layers\.0\.mlp\.down_proj: the experts of adapter 'default' go through .* 'second' is active or merged too"
-    )
-    with pytest.raises(ModelError, match=message):
-        logits(model, tiny_llama())
-
-
-def test_adapters_elsewhere_may_be_active_too():
-    model = adapt(tiny_llama(), ffn_only())
-    model.add_adapter("second", mixora.recipe("lora"))
-    model.base_model.set_adapter(["default", "second"])
-    fill(model)
-    both = logits(model, tiny_llama())
-    for name in ("default", "second"):
-        model.set_adapter(name)
-        assert not torch.equal(logits(model, tiny_llama()), both)
-
-
-def test_an_adapter_merged_into_the_part_is_refused():
-    model = adapt(tiny_llama(), mixora.recipe("lora", targets=["up_proj"]))
-    model.add_adapter("second", mixlora())
-    model.set_adapter("second")
-    model.merge_adapter(["default"])
-    with pytest.raises(ModelError, match=r"adapter 'second' go through .* 'default' is active or merged too"):
-        logits(model, tiny_llama())
-
-
-def test_pesc_around_the_part_works_together_with_it():
-    rules = {"whole": mixora.recipe("pesc", rank=3).rules["ffn"], "ffn": mixlora().rules["ffn"]}
-    base, config = tiny_llama(), mixora.MixoraConfig(rules=rules)
-    model = get_peft_model(tiny_llama(), config)
-    assert torch.equal(logits(model, base), logits(base, base))
-    fill(model).train()(**batch(base)).loss.backward()
-    assert len(gradients(model)) == sum(p.requires_grad for p in model.parameters())
-
-
-class Part(nn.Module):
-    """One gated feed-forward part, run in ways that a model may choose."""
-
-    def __init__(self, run=lambda b, x: b.down_proj(torch.tanh(b.gate_proj(x)) * b.up_proj(x))):
-        super().__init__()
-        torch.manual_seed(0)
-        linears = {"gate_proj": nn.Linear(6, 9), "up_proj": nn.Linear(6, 9), "down_proj": nn.Linear(9, 6)}
-        self.layers = nn.ModuleList([nn.ModuleDict(linears)])
-        self.run = run
-
-    def forward(self, x):
-        block = self.layers[0]
-        return self.run(_Names(block), x)
-
-
-class _Names:
-    def __init__(self, block):
-        self.block = block
-
-    def __getattr__(self, name):
-        return self.block[name]
-
-
-def test_the_order_in_which_the_first_linears_run_does_not_matter():
-    x_BSI = torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(2))
-    found = []
-    for run in (
-        lambda b, x: b.down_proj(torch.tanh(b.gate_proj(x)) * b.up_proj(x)),
-        lambda b, x: b.down_proj(b.up_proj(x) * torch.tanh(b.gate_proj(x))),
-    ):
-        torch.manual_seed(1)
-        model = adapt(Part(run), ffn_only(expert_dropout=0.3, dropout=0.0))
-        torch.manual_seed(2)
-        with tracing() as trace:
-            y_BSO = model(x_BSI)
-        assert [o.path for o in trace.observations] == ["layers.0.gate_proj"]
-        y_BSO.square().sum().backward()
-        found.append((y_BSO, *gradients(model).values()))
-    for one, other in zip(*found, strict=True):
-        assert torch.equal(one, other)
-
-
-BROKEN = [
-    # the last linear alone, one of the first ones missing, two inputs, a hidden state that lost tokens
-    (lambda b, x: b.down_proj(torch.cat([x, x[..., :3]], dim=-1)), "ends a feed-forward part, but layers.0.gate_proj"),
-    (lambda b, x: b.down_proj(b.gate_proj(x)), "did not all read one input before it in this pass"),
-    (lambda b, x: b.down_proj(b.gate_proj(x) * b.up_proj(x + 1)), "did not all read one input before it in this pass"),
-    (lambda b, x: b.down_proj((b.gate_proj(x) * b.up_proj(x))[:, 1:]), r"shape \[4, 4, 9\], .* began with 2 slots for"),
-]
-
-
-@pytest.mark.parametrize(("run", "message"), BROKEN)
-def test_models_that_do_not_run_the_part_as_one(run, message):
-    with pytest.raises(ModelError, match=message):
-        adapt(Part(run), ffn_only())(torch.randn(2, 5, 6))
-
-
-def test_a_linear_called_outside_of_a_pass_says_so():
-    model = adapt(tiny_llama(), mixlora())
-    with pytest.raises(ModelError, match="valid: a forward pass of the whole model"):
-        model.base_model.model.model.layers[0].mlp(torch.randn(1, 3, 32))
-
-
-class Odd(nn.Module):
-    """Blocks whose linears are no feed-forward part."""
-
-    def __init__(self, *sizes):
-        super().__init__()
-        self.layers = nn.ModuleList([nn.ModuleList([nn.Linear(*size) for size in sizes])])
-
-
-MISTAKES = [
-    (
-        tiny_llama,
-        {"rules.ffn.targets": ["up_proj", "down_proj"]},
-        r"leaves out model\.layers\.0\.mlp\.gate_proj; valid: ",
-    ),
-    (tiny_llama, {"rules.ffn.targets": r".*\.1\.mlp\.(gate|up)_proj"}, r"leaves out model\.layers\.1\.mlp\.down_proj"),
-    (tiny_llama, {"rules.ffn.targets": ["lm_head"]}, r"rules\.ffn\.targets: lm_head belongs to no feed-forward part"),
-    (
-        tiny_llama,
-        {"rules.ffn.targets": ["all-linear"], "rules.attention.targets": ["lm_head"]},
-        r"rules\.ffn\.targets: model\.layers\.0\.self_attn\.q_proj belongs to no feed-forward part",
-    ),
-    (tiny_llama, {"renormalise": False}, r"rules\.ffn\.router: got a 'topk' router whose weights need not sum to 1"),
-    (tiny_llama, {"capacity_factor": 1.5}, r"valid: 'topk' with renormalise and without capacity_factor"),
-    (tiny_llama, {"share_router": True}, r"rules\.ffn\.router\.share_router: got true, but experts of kind 'ffn_lora'"),
-]
-
-
-@pytest.mark.parametrize(("make", "changes", "message"), MISTAKES)
-def test_rules_that_cannot_be_met(make, changes, message):
-    with pytest.raises(ConfigError, match=message):
-        mixora.plan(make(), mixlora(**changes))
-
-
-@pytest.mark.parametrize(
-    "sizes",
-    [
-        [(6, 9)],  # no last linear
-        [(6, 9), (9, 5)],  # the last does not give back what the first reads
-        [(6, 9), (9, 6), (6, 1)],  # a gate beside it
-        [(6, 9), (9, 6), (6, 9), (9, 6)],  # two parts in one block
-        [(6, 9), (5, 9), (9, 6)],  # the first linears read two inputs
-    ],
-)
-def test_blocks_without_the_structure(sizes):
-    listed = ", ".join(f"{n} {i} x {o}" for n, (i, o) in enumerate(sizes))
-    with pytest.raises(
-        ConfigError, match=rf"layers\.0 has no feed-forward part .*: {listed}; valid: linears that read"
-    ):
-        mixora.plan(Odd(*sizes), ffn_only())
-
-
-@pytest.mark.parametrize(
-    ("sizes", "roles"),
-    [
-        ([(6, 9), (9, 6), (6, 9)], ["first", "last", "first"]),  # the last linear is not the last one of the model
-        ([(6, 6), (6, 6), (6, 6)], ["first", "first", "last"]),  # widths tell nothing: the order does
-        ([(6, 18), (9, 6)], ["first", "last"]),
-    ],
-)
-def test_roles_by_widths(sizes, roles):
-    assert [site.role for site in mixora.plan(Odd(*sizes), ffn_only()).sites] == roles
-
-
-def test_one_part_has_one_number_of_experts():
-    names = ("gate_proj", "up_proj", "down_proj")
-    ranks = {f"layers.0.{name}": (2, 2, 2) if name == "up_proj" else (2, 2) for name in names}
-    config = mixora.MixoraConfig(rules=ffn_only().rules, allocation=ranks)
-    with pytest.raises(
-        ConfigError, match=r"gives layers\.0\.up_proj 3 experts, where the first linear .* has 2; valid"
-    ):
-        mixora.plan(Part(), config)
-
-
-def test_broad_experts_are_computed_one_by_one():
-    """Each choice of a token has a row of its own: the breadth is the sum of ranks."""
-    for rank, kernel in ((25, "stacked"), (26, "loop")):
-        sites = mixora.plan(tiny_llama(), mixora.recipe("mixlora", **{"rules.ffn.expert.rank": rank})).sites
-        assert {site.kernel for site in sites if site.rule == "ffn"} == {kernel}
