@@ -75,7 +75,7 @@ def tiny_bert(layers=2, seed=0, **changes):
 
 def tiny_bert_classifier(layers=2, seed=0, **changes):
     torch.manual_seed(seed)
-    return BertForSequenceClassification(_bert_config(num_hidden_layers=layers, num_labels=3, **changes))
+    return BertForSequenceClassification(_bert_config(num_hidden_layers=layers, **{"num_labels": 3, **changes}))
 
 
 def tiny_gpt2(layers=2, seed=0):

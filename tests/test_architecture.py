@@ -8,7 +8,7 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "mixora"
 ORDER = [
     {"errors"},
-    {"routing", "config", "folders"},
+    {"routing", "config", "folders", "low_rank"},
     {"contracts", "passes", "depth"},
     {"experts", "routers", "kernels", "losses", "allocators"},
     {"method", "sites"},
@@ -18,8 +18,10 @@ ORDER = [
     {"tuner", "memory"},
     {"conversion", "diagnostics", "bases"},
     {"data", "evaluate", "loading", "crafting"},
+    {"merging"},
     {"training"},
     {"terminal"},
+    {"commands"},
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}

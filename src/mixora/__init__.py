@@ -12,12 +12,14 @@ if TYPE_CHECKING:
     from mixora.crafting import craft
     from mixora.diagnostics.measure import inspect
     from mixora.loading import from_pretrained
+    from mixora.merging import Approximation, merge
     from mixora.training.gradient_check import check_router_gradient
     from mixora.training.sft import SFTTrainer
     from mixora.training.trainers import AuxiliaryLossCallback, Trainer
 
 __version__ = "0.1.0"
 __all__ = [
+    "Approximation",
     "AuxiliaryLossCallback",
     "MixoraConfig",
     "Plan",
@@ -29,6 +31,7 @@ __all__ = [
     "craft",
     "from_pretrained",
     "inspect",
+    "merge",
     "plan",
     "recipe",
     "recipe_names",
@@ -36,6 +39,7 @@ __all__ = [
 
 # what pulls in trainers is imported when first asked for
 _LATER = {
+    "Approximation": "mixora.merging",
     "AuxiliaryLossCallback": "mixora.training.trainers",
     "SFTTrainer": "mixora.training.sft",
     "Trainer": "mixora.training.trainers",
@@ -44,6 +48,7 @@ _LATER = {
     "craft": "mixora.crafting",
     "from_pretrained": "mixora.loading",
     "inspect": "mixora.diagnostics.measure",
+    "merge": "mixora.merging",
 }
 
 register()

@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from mixora.commands import convert, craft, merge
 from mixora.terminal import (
     AsJson,
     Data,
@@ -41,6 +42,11 @@ A sparse model:
 \b
   mixora craft --model DENSE --out DIR            make a dense model sparse (PESC); it computes what it did
   mixora convert CHECKPOINT --out DIR             read a released Camelidae, Qwen2idae or Sparsetral model
+
+A mixture as an ordinary LoRA adapter, or with --dense as a dense model:
+
+\b
+  mixora merge runs/first --out DIR               exact where nothing is routed by the input; else --approximate
 
 MODEL is a folder, a GGUF file, a hub id, or a short name such as smollm2-135m-instruct. Rows are JSON lines with
 prompt and completion; messages; text; text and label; or question, choices and answer.
@@ -213,45 +219,8 @@ def inspect(
     print_json(sites) if as_json else Console().print(routing_table(sites))
 
 
-@app.command()
-@reports_errors
-def craft(
-    settings: Settings = None,
-    model: Model = None,
-    out: Annotated[str, typer.Option(help="The folder of the adapter; new or empty.")] = "runs/crafted",
-    recipe: Annotated[str, typer.Option(help="A method; see `mixora recipes`. Short for adapter.recipe=…")] = "pesc",
-    seed: Annotated[int, typer.Option(help="Of the draw of the experts.")] = 0,
-    as_json: AsJson = False,
-    debug: Debug = False,
-) -> None:
-    """Make a dense model sparse: write an adapter with which it computes what it did, until it is trained."""
-    from mixora.training.planning import craft_adapter
-
-    table = craft_adapter(read_tree(settings, adapter__recipe=recipe, model__base=model), out, seed)
-    if as_json:
-        print_json({"sites": table.to_list(), "notes": table.notes, "adapter": out})
-        return
-    print_plan(table)
-    Console().print(f"adapter  {out}")
-
-
-@app.command()
-@reports_errors
-def convert(
-    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="The folder of a released model.")],
-    out: Annotated[Path, typer.Option(help="The folder of the base and the adapter; new or empty.")],
-    as_json: AsJson = False,
-    debug: Debug = False,
-) -> None:
-    """Split a released Camelidae, Qwen2idae or Sparsetral checkpoint into a dense base and an adapter."""
-    from mixora.conversion import convert as split
-
-    table = split(checkpoint, out)
-    if as_json:
-        print_json({"sites": table.to_list(), "base": out / "base", "adapter": out / "adapter"})
-        return
-    print_plan(table)
-    Console().print(f"base     {out / 'base'}\nadapter  {out / 'adapter'}")
+for command in (craft, convert, merge):
+    app.command()(command)
 
 
 def main() -> None:

@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from mixora import passes
 from mixora.contracts import Expert, Kernel, Loss, Router, Shape
 from mixora.errors import MixoraError, ModelError
+from mixora.low_rank import LowRank
 from mixora.routing import Routing
 
 PREFIX = "mixora_"
@@ -147,13 +148,21 @@ class Mixture(nn.Module, BaseTunerLayer):
                 return self._adapt(adapter, x, frozen, y)
         here = here or passes.Pass()
         parts = self.parts[adapter]
-        routing = self._route(adapter, x, x.reshape(-1, x.shape[-1]), here)
+        delta_TO, routing = self.delta(adapter, x, frozen if parts.expert.reads == "output" else x, here)
         here.record(self.path, adapter, routing)
-        read = frozen if parts.expert.reads == "output" else x
+        y = y + delta_TO.to(y.dtype).reshape(y.shape)
+        return self._add_losses(adapter, y, routing, here) if self.training and parts.losses else y
+
+    def delta(self, adapter: str, x: Tensor, read: Tensor, here: passes.Pass) -> tuple[Tensor, Routing]:
+        """What the experts add to the output for the module's input `x`, [T, O], and the routing that chose them.
+
+        `read`: the tensor that the experts read, `x` itself or the frozen module's output.
+        """
+        parts = self.parts[adapter]
+        routing = self._route(adapter, x, x.reshape(-1, x.shape[-1]), here)
         read_TI = read.reshape(-1, read.shape[-1])
         delta_TO = parts.expert.delta(read_TI, self.parameters_of(adapter), routing, parts.kernel, self.training)
-        y = y + (parts.expert.scale(parts.shape) * delta_TO).to(y.dtype).reshape(y.shape)
-        return self._add_losses(adapter, y, routing, here) if self.training and parts.losses else y
+        return parts.expert.scale(parts.shape) * delta_TO, routing
 
     def _route(self, adapter: str, x: Tensor, x_TI: Tensor, here: passes.Pass) -> Routing:
         parts = self.parts[adapter]
@@ -177,8 +186,8 @@ class Mixture(nn.Module, BaseTunerLayer):
             return y
         return _AddGradient.apply(y, total * self.auxiliary_scale)
 
-    def get_delta_weight(self, adapter: str) -> Tensor:
-        """What a merge adds to the frozen weight: [out, in]. Only where the routing does not depend on the input."""
+    def as_low_rank(self, adapter: str) -> LowRank:
+        """What a merge adds to the frozen weight, as a pair. Only where the routing does not depend on the input."""
         parts = self.parts[adapter]
         if parts.expert.reads == "output":
             raise MixoraError(
@@ -191,21 +200,26 @@ class Mixture(nn.Module, BaseTunerLayer):
                 "valid: merge adapters without routing (recipe 'lora'), or keep the adapter and use unload()"
             )
         tensors = self.parameters_of(adapter)
-        return parts.expert.scale(parts.shape) * tensors["B"].T @ tensors["A"]
+        return LowRank(tensors["A"], tensors["B"], parts.expert.scale(parts.shape))
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """What a merge adds to the frozen weight: [out, in]."""
+        return self.as_low_rank(adapter).delta_OI()
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the active (or the named) adapters to the frozen weight."""
         for adapter in adapter_names or self.active_adapters:
             if adapter in self.parts and adapter not in self.merged_adapters:
-                self._shift_base_weight(self.get_delta_weight(adapter), safe_merge)
+                self.shift_base_weight(self.get_delta_weight(adapter), safe_merge)
                 self.merged_adapters.append(adapter)
 
     def unmerge(self) -> None:
         """Take merged adapters out of the frozen weight again (to rounding)."""
         while self.merged_adapters:
-            self._shift_base_weight(-self.get_delta_weight(self.merged_adapters.pop()), safe_merge=False)
+            self.shift_base_weight(-self.get_delta_weight(self.merged_adapters.pop()), safe_merge=False)
 
-    def _shift_base_weight(self, delta_OI: Tensor, safe_merge: bool) -> None:
+    def shift_base_weight(self, delta_OI: Tensor, safe_merge: bool) -> None:
+        """Add to the frozen weight; with `safe_merge`, `MixoraError` where the sum is not finite."""
         weight = self.get_base_weight()
         is_transposed = isinstance(self.get_base_layer(), Conv1D)
         shifted = weight + (delta_OI.T if is_transposed else delta_OI).to(weight.dtype)
