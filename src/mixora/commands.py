@@ -84,8 +84,8 @@ def merge(
     from mixora.training.merging import FIT_ROWS, merge_folder, summarise_merge
     from mixora.training.progress import Progress
 
-    if not approximate and (fit_rows is not None or data is not None):
-        raise ConfigError("fit_rows, data: an exact merge looks at no data; valid: with --approximate")
+    if fit_rows is not None and not approximate:
+        raise ConfigError("fit_rows: an exact merge looks at no rows; valid: with --approximate")
     changes = read_tree(settings, model__base=model, data__source=data)
     console = make_console(as_json)
     rows = (FIT_ROWS if fit_rows is None else fit_rows) if approximate else None

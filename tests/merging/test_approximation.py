@@ -256,6 +256,8 @@ def test_sites_without_routing_stay_exact_beside_fitted_ones(tmp_path):
 def test_batches_must_be_there_with_labels(tmp_path):
     with pytest.raises(DataError, match="held_out: has no batches; valid: one or more"):
         mixora.Approximation(batches(), [])
+    with pytest.raises(DataError, match="fit: got a generator, which can be gone through once; valid: a list"):
+        mixora.Approximation((batch for batch in batches()), batches())
     model = adapt(tiny_llama(layers=1), sira())
     blind = [{name: t for name, t in batch.items() if name != "labels"} for batch in batches()]
     with pytest.raises(DataError, match="held_out: got batches of input_ids, attention_mask; valid: with labels"):

@@ -56,7 +56,7 @@ def test_the_run_of_a_routed_mixture_is_fitted_on_its_training_rows(bases, data,
     small = {"num_experts": 4, "top_k": 2, "rank": 2}
     run = train(bases / "llama", data / "commands", tmp_path / "run", recipe="sira", **small)
     merged = merge_folder(run, tmp_path / "out", {"data": {"packing": True}}, SILENT, fit_rows=6)
-    assert merged.fitted_on == f"6 rows of {data / 'commands' / 'train.jsonl'}" and merged.fitted_batches == 2
+    assert merged.fitted_on == f"2 batches of 6 rows of {data / 'commands' / 'train.jsonl'}"
     assert {(site.method, site.rank) for site in merged.sites} == {("fitted", 4)}
     record = json.loads((run / "record.json").read_text())
     # the same rows, and the same mean over supervised tokens, as the run measured
@@ -100,6 +100,8 @@ def test_a_saved_adapter_needs_a_base_and_rows(bare, bases, data, tmp_path):
 def test_a_dense_model_comes_with_its_tokenizer(bare, bases, tmp_path):
     adapter = bare("lora", rank=4)
     model = {"model": {"base": str(bases / "llama")}}
+    with pytest.raises(ConfigError, match="data: an exact merge looks at no rows; valid: with --approximate"):
+        merge_folder(adapter, tmp_path / "out", {**model, "data": {"source": "rows.jsonl"}}, SILENT)
     merge_folder(adapter, tmp_path / "out", model, SILENT, dense=True)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     found = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), tokenizer)

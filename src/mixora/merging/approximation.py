@@ -1,7 +1,7 @@
 """The nearest single LoRA of a routed mixture, on data: one pass over the batches for each group of sites."""
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -25,19 +25,24 @@ FLOAT64 = 8
 class Approximation:
     """What the nearest LoRA is fitted and measured on.
 
-    `fit` and `held_out`: batches that the model's forward takes, labels included; `held_out` must be other rows.
+    `fit` and `held_out`: batches that the model's forward takes, with labels in the latter, which must be other rows.
+    `fit` is gone through once for each group of sites, and is a list or a `DataLoader`.
     `origin`: what the model card calls the data. `memory`: bytes that the sums of one group of sites may take; a
     site whose sums are larger makes a group of its own.
     """
 
-    fit: Sequence[Batch]
-    held_out: Sequence[Batch]
+    fit: Collection[Batch]
+    held_out: Collection[Batch]
     origin: str = "batches of the caller"
     memory: int = 2 * 2**30
 
     def __post_init__(self) -> None:
         for name in ("fit", "held_out"):
-            if not len(getattr(self, name)):
+            batches = getattr(self, name)
+            if not hasattr(batches, "__len__"):
+                kind = type(batches).__name__
+                raise DataError(f"{name}: got a {kind}, which can be gone through once; valid: a list or a DataLoader")
+            if not len(batches):
                 raise DataError(f"{name}: has no batches; valid: one or more")
 
 
@@ -60,7 +65,7 @@ def approximate(
     Runs in evaluation mode over the real tokens of `material.fit`, padding left out. `advance` is told
     (batches done, batches in all).
     """
-    groups = _group(_readers(model, modules, material.fit[0]), adapter, material.memory)
+    groups = _group(_readers(model, modules, next(iter(material.fit))), adapter, material.memory)
     found: dict[str, tuple[LowRank, float]] = {}
     total = len(groups) * len(material.fit)
     for number, group in enumerate(groups):

@@ -40,7 +40,7 @@ def _how(merged: Merged) -> Iterator[str]:
     for method in dict.fromkeys(site.method for site in merged.sites):
         yield f"- {method}: {_METHODS[method]}."
     if merged.fitted_on is not None:
-        yield f"- Fitted on {merged.fitted_batches} batches of {merged.fitted_on}."
+        yield f"- Fitted on {merged.fitted_on}."
     yield from ("", "| sites | number | method | rank | mean error | largest error |", "|---|---|---|---|---|---|")
     for row in merged.rows():
         errors = f"{row['mean_error']:.3g} | {row['largest_error']:.3g}"

@@ -1,6 +1,6 @@
 """What merging changes: the mixture and its merged form on the same held-out batches."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +34,7 @@ class Comparison:
 
 
 def compare(
-    model: PeftModel, modules: Sequence[Mixture], pairs: Pairs, batches: Sequence[Batch], advance: Advance
+    model: PeftModel, modules: Sequence[Mixture], pairs: Pairs, batches: Collection[Batch], advance: Advance
 ) -> Comparison:
     """Run `model` as it is, and with the pairs in place of the experts of `modules`. Changes nothing."""
 

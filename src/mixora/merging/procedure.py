@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Literal
 
 import torch
 from peft import PeftConfig, PeftModel
@@ -15,12 +14,12 @@ from mixora.low_rank import LowRank
 from mixora.merging.approximation import Advance, Approximation, active_rank, approximate
 from mixora.merging.card import write_card
 from mixora.merging.comparison import Comparison, compare
-from mixora.merging.export import name_base, write_dense, write_lora
+from mixora.merging.export import Pairs, name_base, write_dense, write_lora
 from mixora.merging.result import Merged, MergedSite
 from mixora.mixture import Mixture
 from mixora.tuner import MIXORA, MixoraConfig
 
-Task = Callable[[str], AbstractContextManager[Advance]]
+Stage = Callable[[str], AbstractContextManager[Advance]]
 Found = dict[str, tuple[LowRank, MergedSite]]
 
 
@@ -37,7 +36,7 @@ def merge(
     dense: bool = False,
     approximation: Approximation | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    task: Task = _silently,
+    progress: Stage = _silently,
 ) -> Merged:
     """Write the active adapter of `model` to the folder `out` as an ordinary PEFT LoRA adapter, with a model card.
 
@@ -47,52 +46,34 @@ def merge(
     have at any site), and loss and logits are compared on its `held_out` batches.
 
     `dense`: write the base with the change added to its weights instead; `model` is used up then. `tokenizer` is
-    written beside either. `task` shows progress: it is told what is done and gives a context with a function of
-    (done, total).
+    written beside either. `progress` is told what is being done and gives a context with a function of (done, total).
 
     Raises `ConfigError` where the routing depends on the input and there is no `approximation`, where there is one
     and nothing to approximate, and where `out` is not empty; `MixoraError` for experts behind modules.
     """
     adapter, modules = _read_sites(model)
     routed = [module for module in modules if not module.parts[adapter].router.is_static]
-    _check(model, adapter, routed, rank, approximation)
-    found = _merge_static([module for module in modules if module not in routed], adapter, rank)
+    _check(model.peft_config[adapter], adapter, modules, routed, rank, approximation)
     folder = claim_folder(out)
+    found = {module.path: _cut(module, adapter, rank) for module in modules if module not in routed}
     if approximation is not None:
-        found |= _fit(model, routed, adapter, approximation, rank or active_rank(routed, adapter), task)
+        found |= _fit(model, routed, adapter, approximation, rank, progress)
     pairs = {module.path: found[module.path][0] for module in modules}
-    changes = None
-    if approximation is not None:
-        with task("comparing on held-out batches") as advance:
-            changes = compare(model, modules, pairs, approximation.held_out, advance)
     config = model.peft_config[adapter]
-    sites = tuple(found[module.path][1] for module in modules)
-    merged = _describe(folder, "dense" if dense else "adapter", config, sites, approximation, changes)
+    merged = Merged(
+        out=folder,
+        form="dense" if dense else "adapter",
+        base=str(name_base(config.base_model_name_or_path)),
+        recipe=getattr(config, "recipe", None),
+        sites=tuple(found[module.path][1] for module in modules),
+        fitted_on=None if approximation is None else f"{len(approximation.fit)} batches of {approximation.origin}",
+        changes=None if approximation is None else _measure(model, modules, pairs, approximation, progress),
+    )
     (write_dense if dense else write_lora)(folder, model, adapter, pairs)
     if tokenizer is not None:
         tokenizer.save_pretrained(str(folder))
     write_card(merged, task_type=config.task_type)
     return merged
-
-
-def _describe(
-    folder: Path,
-    form: Literal["adapter", "dense"],
-    config: PeftConfig,
-    sites: tuple[MergedSite, ...],
-    approximation: Approximation | None,
-    changes: Comparison | None,
-) -> Merged:
-    return Merged(
-        out=folder,
-        form=form,
-        base=str(name_base(config.base_model_name_or_path)),
-        recipe=getattr(config, "recipe", None),
-        sites=sites,
-        fitted_on=approximation.origin if approximation else None,
-        fitted_batches=len(approximation.fit) if approximation else 0,
-        changes=changes,
-    )
 
 
 def _read_sites(model: PeftModel) -> tuple[str, list[Mixture]]:
@@ -108,16 +89,21 @@ def _read_sites(model: PeftModel) -> tuple[str, list[Mixture]]:
 
 
 def _check(
-    model: PeftModel, adapter: str, routed: list[Mixture], rank: int | None, approximation: Approximation | None
+    config: PeftConfig,
+    adapter: str,
+    modules: list[Mixture],
+    routed: list[Mixture],
+    rank: int | None,
+    approximation: Approximation | None,
 ) -> None:
     if rank is not None and rank < 1:
         raise ConfigError(f"rank: got {rank}; valid: 1 or more")
-    for module in routed:
-        if module.parts[adapter].expert.reads == "output":
-            # raises, with the reason
+    for module in modules:
+        if module not in routed or module.parts[adapter].expert.reads == "output":
+            # raises, with the reason, where experts stand behind the module
             module.as_low_rank(adapter)
     if routed and approximation is None:
-        raise ConfigError(_name_obstacle(model.peft_config[adapter], routed))
+        raise ConfigError(_name_obstacle(config, routed))
     if approximation is not None and not routed:
         raise ConfigError("approximate: every site of this adapter is merged exactly; valid: merge it without")
 
@@ -133,19 +119,22 @@ def _name_obstacle(config: PeftConfig, routed: list[Mixture]) -> str:
     )
 
 
-def _merge_static(modules: list[Mixture], adapter: str, rank: int | None) -> Found:
-    found: Found = {}
-    for module in modules:
-        whole = module.as_low_rank(adapter)
-        pair, error = whole.truncate(rank or whole.rank)
-        is_whole = pair is whole
-        found[module.path] = pair, MergedSite(module.path, "exact" if is_whole else "truncated", pair.rank, error)
-    return found
+def _cut(module: Mixture, adapter: str, rank: int | None) -> tuple[LowRank, MergedSite]:
+    whole = module.as_low_rank(adapter)
+    pair, error = whole.truncate(rank or whole.rank)
+    return pair, MergedSite(module.path, "exact" if pair is whole else "truncated", pair.rank, error)
 
 
 def _fit(
-    model: PeftModel, routed: list[Mixture], adapter: str, material: Approximation, rank: int, task: Task
+    model: PeftModel, routed: list[Mixture], adapter: str, material: Approximation, rank: int | None, progress: Stage
 ) -> Found:
-    with task("fitting, batches") as advance:
-        fitted = approximate(model, routed, adapter, material, rank, advance)
+    with progress("fitting, batches") as advance:
+        fitted = approximate(model, routed, adapter, material, rank or active_rank(routed, adapter), advance)
     return {path: (pair, MergedSite(path, "fitted", pair.rank, error)) for path, (pair, error) in fitted.items()}
+
+
+def _measure(
+    model: PeftModel, modules: list[Mixture], pairs: Pairs, material: Approximation, progress: Stage
+) -> Comparison:
+    with progress("comparing on held-out batches") as advance:
+        return compare(model, modules, pairs, material.held_out, advance)

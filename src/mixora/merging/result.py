@@ -24,7 +24,7 @@ class MergedSite:
 
 @dataclass(frozen=True)
 class Merged:
-    """The result of `mixora.merge`. `changes`: what was measured on held-out batches, if there were any."""
+    """The result of `mixora.merge`. `fitted_on` and `changes`: the data of an approximation, and what it changes."""
 
     out: Path
     form: Literal["adapter", "dense"]
@@ -32,7 +32,6 @@ class Merged:
     recipe: str | None
     sites: tuple[MergedSite, ...]
     fitted_on: str | None = None
-    fitted_batches: int = 0
     changes: Comparison | None = None
 
     def rows(self) -> list[dict[str, Any]]:

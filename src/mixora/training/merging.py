@@ -1,6 +1,7 @@
 """Merging from folders: the result of a run or a saved adapter, its base, and rows to fit and to measure on."""
 
 import random
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,6 @@ from mixora.errors import ConfigError
 from mixora.folders import claim_folder
 from mixora.loading import check_files, from_pretrained, task_of
 from mixora.merging import Approximation, Comparison, Merged, merge
-from mixora.mixture import PREFIX
 from mixora.training.material import Material, batches_of, make_examples, read_material, sample_batches
 from mixora.training.progress import Progress
 from mixora.training.run_config import ModelSection, RunConfig
@@ -45,6 +45,9 @@ def merge_folder(
     and the change is measured on the evaluation rows. Without, the data are not looked at.
     """
     adapter, tree = _read_settings(source, changes)
+    ineffective = sorted(changes.keys() - {"model"}) if fit_rows is None else []
+    if ineffective:
+        raise ConfigError(f"{ineffective[0]}: an exact merge looks at no rows; valid: with --approximate")
     claim_folder(out)
     progress.say(f"reading {adapter} and {tree['model']['base']}")
     approximation = None
@@ -55,7 +58,7 @@ def merge_folder(
         material = read_material(config)
         model, tokenizer = from_pretrained(material.model, adapter), material.tokenizer
         approximation = sample(material, config, fit_rows)
-    settings: dict[str, Any] = {"approximation": approximation, "tokenizer": tokenizer, "task": progress.task}
+    settings: dict[str, Any] = {"approximation": approximation, "tokenizer": tokenizer, "progress": progress.task}
     return merge(model, out, rank=rank, dense=dense, **settings)
 
 
@@ -84,8 +87,9 @@ def _load(adapter: Path, section: ModelSection) -> tuple[PeftModel, PreTrainedTo
 def _count_outputs(adapter: Path) -> int | None:
     """The number of classes of the head that was trained with the adapter."""
     with safe_open(adapter / SAFETENSORS_WEIGHTS_NAME, framework="pt") as file:
-        of_head = [name for name in file.keys() if PREFIX not in name and name.endswith(".weight")]  # noqa: SIM118
-        return file.get_slice(of_head[-1]).get_shape()[0] if of_head else None
+        # what PEFT calls the heads of classifiers; the last of several layers gives the classes
+        of_head = [name for name in file.keys() if re.search(r"\.(classifier|score)\.(.+\.)?weight$", name)]  # noqa: SIM118
+        return file.get_slice(sorted(of_head)[-1]).get_shape()[0] if of_head else None
 
 
 def sample(material: Material, config: RunConfig, fit_rows: int) -> Approximation:
