@@ -199,6 +199,7 @@ def classes(given):
 
 MODELS = {
     "llama": (tiny_llama, sira(task_type="CAUSAL_LM"), lambda b: b),
+    "bfloat16": (lambda: tiny_llama().bfloat16(), sira(task_type="CAUSAL_LM"), lambda b: b),
     "gpt2": (tiny_gpt2, sira(targets=["all-linear"], task_type="CAUSAL_LM"), lambda b: b),
     "bert": (tiny_bert_classifier, sira(task_type="SEQ_CLS", admission="token"), classes),
     "t5": (tiny_t5, sira(task_type="SEQ_2_SEQ_LM"), lambda b: b),

@@ -40,7 +40,7 @@ def compare(
 
     def replace(module: Mixture, args: tuple[Any, ...], output: Tensor) -> Tensor:
         frozen = module.base_layer(*args)
-        return frozen + pairs[module.path].apply(args[0]).to(frozen.dtype)
+        return (frozen + pairs[module.path].apply(args[0])).to(frozen.dtype)
 
     tally = _Tally()
     with inference(model) as device:
