@@ -9,7 +9,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "mixora"
 ORDER = [
     {"errors"},
     {"draws"},
-    {"routing", "config", "folders"},
+    {"routing", "config", "folders", "low_rank"},
     {"contracts", "passes", "depth"},
     {"experts", "routers", "kernels", "losses", "allocators", "slots"},
     {"method", "sites"},
@@ -19,8 +19,10 @@ ORDER = [
     {"tuner", "memory", "serving"},
     {"diagnostics", "bases"},
     {"data", "evaluate", "loading", "crafting", "conversion"},
+    {"merging"},
     {"training"},
     {"terminal"},
+    {"commands"},
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}

@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -68,3 +69,15 @@ def test_a_quantised_base_is_trained_saved_and_read_back(quantised, recipe, tmp_
     with model.disable_adapter():
         dense = logits(model)
     assert torch.equal(logits(model.unload()), dense)
+
+
+def test_a_mixture_on_a_quantised_base_becomes_an_adapter_for_it(quantised, tmp_path):
+    config = mixora.recipe("molora", num_experts=1, rank=4, task_type="CAUSAL_LM")
+    model = adapt(quantised(), config).eval()
+    batch = {"input_ids": IDS, "labels": IDS}
+    merged = mixora.merge(model, tmp_path / "out", approximation=mixora.Approximation([batch], [batch]))
+    with torch.no_grad():
+        expected = model(input_ids=IDS).logits
+        found = PeftModel.from_pretrained(quantised(), tmp_path / "out").eval()(input_ids=IDS).logits
+    assert merged.changes.loss_of_mixture > 0
+    torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02)

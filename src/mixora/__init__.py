@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from mixora.crafting import craft
     from mixora.diagnostics.measure import inspect
     from mixora.loading import from_pretrained
+    from mixora.merging import Approximation, merge
     from mixora.serving import served_by
     from mixora.training.gradient_check import check_router_gradient
     from mixora.training.sft import SFTTrainer
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "Approximation",
     "AuxiliaryLossCallback",
     "MixoraConfig",
     "Plan",
@@ -31,6 +33,7 @@ __all__ = [
     "craft",
     "from_pretrained",
     "inspect",
+    "merge",
     "plan",
     "recipe",
     "recipe_names",
@@ -39,6 +42,7 @@ __all__ = [
 
 # what pulls in trainers is imported when first asked for
 _LATER = {
+    "Approximation": "mixora.merging",
     "AuxiliaryLossCallback": "mixora.training.trainers",
     "SFTTrainer": "mixora.training.sft",
     "Trainer": "mixora.training.trainers",
@@ -48,6 +52,7 @@ _LATER = {
     "craft": "mixora.crafting",
     "from_pretrained": "mixora.loading",
     "inspect": "mixora.diagnostics.measure",
+    "merge": "mixora.merging",
     "served_by": "mixora.serving",
 }
 

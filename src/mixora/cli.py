@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from mixora.commands import convert, craft, merge
 from mixora.terminal import (
     AsJson,
     Data,
@@ -46,6 +47,11 @@ An adapter of other code:
 
 \b
   mixora convert ADAPTER --model MODEL --out DIR  read a MoLA or MixLoRA adapter of MoE-PEFT
+
+A mixture as an ordinary LoRA adapter, or with --dense as a dense model:
+
+\b
+  mixora merge runs/first --out DIR               exact where nothing is routed by the input; else --approximate
 
 MODEL is a folder, a GGUF file, a hub id, or a short name such as smollm2-135m-instruct. Rows are JSON lines with
 prompt and completion; messages; text; text and label; or question, choices and answer.
@@ -218,50 +224,8 @@ def inspect(
     print_json(sites) if as_json else Console().print(routing_table(sites))
 
 
-@app.command()
-@reports_errors
-def craft(
-    settings: Settings = None,
-    model: Model = None,
-    out: Annotated[str, typer.Option(help="The folder of the adapter; new or empty.")] = "runs/crafted",
-    recipe: Annotated[str, typer.Option(help="A method; see `mixora recipes`. Short for adapter.recipe=…")] = "pesc",
-    seed: Annotated[int, typer.Option(help="Of the draw of the experts.")] = 0,
-    as_json: AsJson = False,
-    debug: Debug = False,
-) -> None:
-    """Make a dense model sparse: write an adapter with which it computes what it did, until it is trained."""
-    from mixora.training.planning import craft_adapter
-
-    table = craft_adapter(read_tree(settings, adapter__recipe=recipe, model__base=model), out, seed)
-    if as_json:
-        print_json({"sites": table.to_list(), "notes": table.notes, "adapter": out})
-        return
-    print_plan(table)
-    Console().print(f"adapter  {out}")
-
-
-@app.command()
-@reports_errors
-def convert(
-    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="The folder of a model or an adapter.")],
-    out: Annotated[Path, typer.Option(help="The folder of what is written; new or empty.")],
-    model: Annotated[
-        str | None, typer.Option(help="The base of a MoE-PEFT adapter, where it is not the one that the adapter names.")
-    ] = None,
-    as_json: AsJson = False,
-    debug: Debug = False,
-) -> None:
-    """Read a released Camelidae, Qwen2idae or Sparsetral model, or a MoLA or MixLoRA adapter of MoE-PEFT."""
-    from mixora.conversion import convert as convert_checkpoint
-
-    table = convert_checkpoint(checkpoint, out, model)
-    # an adapter of MoE-PEFT comes without its base
-    base = out / "base" if (out / "base").is_dir() else None
-    if as_json:
-        print_json({"sites": table.to_list(), "base": base, "adapter": out / "adapter"})
-        return
-    print_plan(table)
-    Console().print(f"base     {base or 'not written: it stays where it is'}\nadapter  {out / 'adapter'}")
+for command in (craft, convert, merge):
+    app.command()(command)
 
 
 def main() -> None:

@@ -11,11 +11,14 @@ from peft.utils.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
-from mixora.bases import TASK_TYPES, load_base
+from mixora.bases import TASK_TYPES, Task, load_base
 from mixora.errors import CheckpointError
 from mixora.tuner import MIXORA
 
-_TASKS = {kind: task for task, kind in TASK_TYPES.items()}
+
+def task_of(config: PeftConfig) -> Task:
+    """The task that an adapter was made for; a causal language model where it does not say."""
+    return next((task for task, kind in TASK_TYPES.items() if kind == str(config.task_type)), "causal-lm")
 
 
 def from_pretrained(
@@ -33,7 +36,7 @@ def from_pretrained(
     """
     folder = Path(adapter)
     if folder.exists():
-        _check_files(folder)
+        check_files(folder)
     try:
         kind = PeftConfig._get_peft_type(str(adapter))
         if kind != MIXORA:
@@ -42,7 +45,7 @@ def from_pretrained(
     except (KeyError, json.JSONDecodeError) as error:
         raise CheckpointError(f"{adapter}: its {CONFIG_NAME} is damaged: {error}") from None
     if not isinstance(base, PreTrainedModel):
-        base, _ = load_base(base, task=_TASKS.get(str(config.task_type), "causal-lm"), **for_base)
+        base, _ = load_base(base, task=task_of(config), **for_base)
     with warnings.catch_warnings():
         # what PEFT warns about here is an error below
         warnings.filterwarnings("ignore", message="Some weights of|Found missing adapter keys")
@@ -58,7 +61,8 @@ def from_pretrained(
     return model
 
 
-def _check_files(folder: Path) -> None:
+def check_files(folder: Path) -> None:
+    """`CheckpointError` where a folder does not hold a whole adapter."""
     missing = [name for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME) if not (folder / name).is_file()]
     if missing:
         raise CheckpointError(

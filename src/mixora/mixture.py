@@ -21,6 +21,7 @@ from mixora import passes, slots
 from mixora.contracts import Expert, Kernel, Parameters, PassLoss, Router, Shape, SiteLoss, kept_shapes
 from mixora.draws import MEAN, Draw
 from mixora.errors import MixoraError, ModelError, TrainingError
+from mixora.low_rank import LowRank
 from mixora.routing import Routing
 
 PREFIX = "mixora_"
@@ -168,12 +169,18 @@ class Mixture(nn.Module, BaseTunerLayer):
         with passes.entered(draws=parts.router.draws and self.training) as here:
             if parts.pass_losses and self.training and torch.is_grad_enabled() and not here.owns_losses:
                 raise TrainingError(_two_passes(parts))
-            routing = self._route(adapter, x, here)
+            delta_TO, routing = self.delta(adapter, x, frozen if parts.expert.reads == "output" else x, here)
             here.record(self.path, adapter, routing)
-            read = frozen if parts.expert.reads == "output" else x
-            delta_TO = self._delta(adapter, read, routing, here.draw_at(self.path))
             y = y + delta_TO.to(y.dtype).reshape(y.shape)
             return self._add_losses(adapter, y, routing, here) if self.training and parts.losses else y
+
+    def delta(self, adapter: str, x: Tensor, read: Tensor, here: passes.Pass) -> tuple[Tensor, Routing]:
+        """What the experts add to the output for the module's input `x`, [T, O], and the routing that chose them.
+
+        `read`: the tensor that the experts read, `x` itself or the frozen module's output.
+        """
+        routing = self._route(adapter, x, here)
+        return self._delta(adapter, read, routing, here.draw_at(self.path)), routing
 
     def _delta(self, adapter: str, read: Tensor, routing: Routing, draw: Draw = MEAN) -> Tensor:
         """s times the sum over the experts: [T, O]."""
@@ -237,8 +244,8 @@ class Mixture(nn.Module, BaseTunerLayer):
             return y
         return _AddGradient.apply(y, total * self.auxiliary_scale)
 
-    def get_delta_weight(self, adapter: str) -> Tensor:
-        """What a merge adds to the frozen weight: [out, in]. Only where the routing does not depend on the input."""
+    def as_low_rank(self, adapter: str) -> LowRank:
+        """What a merge adds to the frozen weight, as a pair. Only where the routing does not depend on the input."""
         parts = self.parts[adapter]
         if parts.expert.reads == "output" or parts.firsts:
             place = "go through the feed-forward part" if parts.firsts else "stand behind the module"
@@ -252,21 +259,26 @@ class Mixture(nn.Module, BaseTunerLayer):
                 "valid: merge adapters without routing (recipe 'lora'), or keep the adapter and use unload()"
             )
         tensors = parts.router.serve(self.parameters_of(adapter), MEAN)
-        return parts.expert.scale(parts.shape) * tensors["B"].T @ tensors["A"]
+        return LowRank(tensors["A"], tensors["B"], parts.expert.scale(parts.shape))
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """What a merge adds to the frozen weight: [out, in]."""
+        return self.as_low_rank(adapter).delta_OI()
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the active (or the named) adapters to the frozen weight."""
         for adapter in adapter_names or self.active_adapters:
             if adapter in self.parts and adapter not in self.merged_adapters:
-                self._shift_base_weight(self.get_delta_weight(adapter), safe_merge)
+                self.shift_base_weight(self.get_delta_weight(adapter), safe_merge)
                 self.merged_adapters.append(adapter)
 
     def unmerge(self) -> None:
         """Take merged adapters out of the frozen weight again (to rounding)."""
         while self.merged_adapters:
-            self._shift_base_weight(-self.get_delta_weight(self.merged_adapters.pop()), safe_merge=False)
+            self.shift_base_weight(-self.get_delta_weight(self.merged_adapters.pop()), safe_merge=False)
 
-    def _shift_base_weight(self, delta_OI: Tensor, safe_merge: bool) -> None:
+    def shift_base_weight(self, delta_OI: Tensor, safe_merge: bool) -> None:
+        """Add to the frozen weight; with `safe_merge`, `MixoraError` where the sum is not finite."""
         weight = self.get_base_weight()
         is_transposed = isinstance(self.get_base_layer(), Conv1D)
         shifted = weight + (delta_OI.T if is_transposed else delta_OI).to(weight.dtype)

@@ -5,7 +5,6 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 import peft.mapping
-import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
@@ -216,12 +215,11 @@ class MixoraModel(BaseTuner):
         super().merge_adapter(adapter_names, safe_merge)
 
     def _check_all_static(self, adapter_names: list[str] | None) -> None:
-        with torch.no_grad():
-            for module in self.model.modules():
-                if isinstance(module, Mixture):
-                    for adapter in adapter_names or module.active_adapters:
-                        if adapter in module.parts:
-                            module.get_delta_weight(adapter)
+        for module in self.model.modules():
+            if isinstance(module, Mixture):
+                for adapter in adapter_names or module.active_adapters:
+                    if adapter in module.parts:
+                        module.as_low_rank(adapter)
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
         if merge:

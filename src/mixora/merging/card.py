@@ -1,0 +1,75 @@
+"""The model card of a merged adapter: what it is, how it was made, what was measured, how to load it."""
+
+from collections.abc import Iterator
+
+from mixora.merging.result import Merged
+
+_CLASSES = {
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+}
+_METHODS = {
+    "exact": "computes what the mixture's experts compute, up to rounding",
+    "truncated": "the change of the weight, cut to its largest singular values; the error is relative, of that change",
+    "fitted": "nearest LoRA by least squares over real tokens; the error is relative, of what the experts add there",
+}
+
+
+def write_card(merged: Merged, task_type: str | None) -> None:
+    """Write `README.md` to the folder of the result."""
+    (merged.out / "README.md").write_text("\n".join(_lines(merged, task_type)) + "\n", encoding="utf-8")
+
+
+def _lines(merged: Merged, task_type: str | None) -> Iterator[str]:
+    library = "peft" if merged.form == "adapter" else "transformers"
+    yield from ("---", f"base_model: {merged.base}", f"library_name: {library}", "tags: [lora, mixora]", "---", "")
+    recipe = f"recipe `{merged.recipe}`" if merged.recipe else "rules of its own"
+    what = "One LoRA adapter" if merged.form == "adapter" else "A dense model"
+    yield f"# {what}, merged from a mixture of adapters"
+    yield ""
+    yield f"Made by mixora from an adapter with {recipe} on the base `{merged.base}`."
+    yield ""
+    yield from _how(merged)
+    if merged.changes:
+        yield from ("", *_changes(merged))
+    yield from ("", "## Load", "", "```python", *_loading(merged, task_type), "```")
+
+
+def _how(merged: Merged) -> Iterator[str]:
+    yield from ("## How it was merged", "")
+    for method in dict.fromkeys(site.method for site in merged.sites):
+        yield f"- {method}: {_METHODS[method]}."
+    if merged.fitted_on is not None:
+        yield f"- Fitted on {merged.fitted_on}."
+    yield from ("", "| sites | number | method | rank | mean error | largest error |", "|---|---|---|---|---|---|")
+    for row in merged.rows():
+        errors = f"{row['mean_error']:.3g} | {row['largest_error']:.3g}"
+        yield f"| `{row['sites']}` | {row['count']} | {row['method']} | {row['rank']} | {errors} |"
+
+
+def _changes(merged: Merged) -> Iterator[str]:
+    changes = merged.changes
+    assert changes is not None
+    yield from (
+        "## What changed",
+        "",
+        f"Measured over {changes.predictions} held-out predictions, none of them fitted.",
+    )
+    yield from ("", "| | |", "|---|---|")
+    yield f"| loss of the mixture | {changes.loss_of_mixture:.6g} |"
+    yield f"| loss after merging | {changes.loss_of_merged:.6g} |"
+    yield f"| difference of a logit, mean | {changes.mean_difference:.3g} |"
+    yield f"| difference of a logit, largest | {changes.max_difference:.3g} |"
+    if changes.divergence is not None:
+        yield f"| KL divergence from the mixture, nats | {changes.divergence:.3g} |"
+
+
+def _loading(merged: Merged, task_type: str | None) -> Iterator[str]:
+    auto = _CLASSES.get(str(task_type), "AutoModelForCausalLM")
+    yield f"from transformers import {auto}"
+    if merged.form == "dense":
+        yield from ("", f'model = {auto}.from_pretrained("{merged.out}")')
+        return
+    yield from ("from peft import PeftModel", "")
+    yield f'base = {auto}.from_pretrained("{merged.base}")'
+    yield f'model = PeftModel.from_pretrained(base, "{merged.out}")'

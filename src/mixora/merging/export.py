@@ -1,0 +1,138 @@
+"""Pairs of thin matrices as an ordinary PEFT LoRA adapter, or added to the weights of a dense checkpoint."""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel
+from peft.utils import get_peft_model_state_dict
+from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from mixora.bases import resolve_base
+from mixora.errors import ModelError
+from mixora.low_rank import LowRank
+from mixora.mixture import PREFIX
+
+Pairs = Mapping[str, LowRank]
+
+
+def write_lora(folder: Path, model: PeftModel, adapter: str, pairs: Pairs) -> None:
+    """Write `pairs`, by path, and what else the adapter trained (`modules_to_save`) for plain PEFT to read."""
+    base = model.get_base_model()
+    config, scaled = _configure(pairs)
+    source = model.peft_config[adapter]
+    config.target_modules = shortest_names(pairs, _module_names(base))
+    config.fan_in_fan_out = any(isinstance(_frozen(base, path), Conv1D) for path in pairs)
+    config.task_type = source.task_type
+    config.base_model_name_or_path = name_base(source.base_model_name_or_path)
+    config.revision = source.revision
+    config.modules_to_save = getattr(source, "modules_to_save", None)
+    config.inference_mode = True
+    # embeddings are never changed here, and looking for them would ask the hub for the base
+    state = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+    tensors = {name: tensor for name, tensor in state.items() if PREFIX not in name}
+    for path, pair in scaled.items():
+        tensors[f"base_model.model.{path}.lora_A.weight"] = pair.A_rI
+        tensors[f"base_model.model.{path}.lora_B.weight"] = pair.B_rO.T
+    save_file(dict(_storable(tensors)), folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+    config.save_pretrained(str(folder))
+
+
+def write_dense(folder: Path, model: PeftModel, adapter: str, pairs: Pairs) -> None:
+    """Add `pairs` to the frozen weights and write the model without adapters; `model` is used up."""
+    base = model.get_base_model()
+    embeddings = base.get_input_embeddings()  # type: ignore[operator]
+    modules: dict[str, Any] = {path: base.get_submodule(path) for path in pairs}
+    for path, module in modules.items():
+        if embeddings is not None and getattr(module.get_base_layer(), "weight", None) is embeddings.weight:
+            raise ModelError(f"{path}: shares its weight with the embeddings; valid: write an adapter, without dense")
+    with torch.no_grad():
+        for path, module in modules.items():
+            module.shift_base_weight(pairs[path].delta_OI(), safe_merge=True)
+    dense: PreTrainedModel = model.unload()
+    dense.save_pretrained(str(folder))
+
+
+def name_base(name: str | None) -> str | None:
+    """What transformers alone can read, where `name` is a short name or a GGUF file that only mixora resolves."""
+    try:
+        return str(resolve_base(name)) if name else name
+    except ModelError:
+        return name
+
+
+def shortest_names(paths: Iterable[str], modules: Iterable[str]) -> list[str]:
+    """For PEFT's `target_modules`: the shortest endings of `paths` that name no other one of `modules`.
+
+    An ending never holds a number, which would say the layer: where no such ending will do, the whole path stands.
+    """
+    adapted, others = set(paths), set(modules)
+    others -= adapted
+    names: set[str] = set()
+    for path in adapted:
+        endings = (
+            ending for ending in _endings(path) if not any(f".{other}".endswith(f".{ending}") for other in others)
+        )
+        names.add(next(endings, path))
+    return sorted(names)
+
+
+def _endings(path: str) -> Iterator[str]:
+    """The endings of a path in whole steps, the shortest first, as far as the first number."""
+    steps = path.split(".")
+    for first in range(len(steps) - 1, -1, -1):
+        if steps[first].isdigit():
+            return
+        yield ".".join(steps[first:])
+
+
+def _module_names(base: nn.Module) -> Iterator[str]:
+    """Names of the modules as they are without adapters; PEFT targets none inside of one that is trained whole."""
+    for name, _ in base.named_modules():
+        inside = "original_module" in name or "modules_to_save" in name or PREFIX in name
+        if name and not inside and not name.endswith("base_layer"):
+            yield name.replace(".base_layer", "")
+
+
+def _frozen(base: nn.Module, path: str) -> nn.Module:
+    module: Any = base.get_submodule(path)
+    return module.get_base_layer()
+
+
+def _configure(pairs: Pairs) -> tuple[LoraConfig, dict[str, LowRank]]:
+    """The ranks and alphas of a configuration, and pairs that stand for the same changes under it.
+
+    PEFT scales by alpha / rank, one alpha where all ranks are equal. Where that cannot say the scales of the pairs as
+    a whole number, B is scaled and alpha is the rank.
+    """
+    ranks = {path: pair.rank for path, pair in pairs.items()}
+    alphas = {path: pair.scale * pair.rank for path, pair in pairs.items()}
+    uniform = len(set(ranks.values())) == 1
+    if not all(alpha.is_integer() for alpha in alphas.values()) or (uniform and len(set(alphas.values())) > 1):
+        alphas = {path: float(rank) for path, rank in ranks.items()}
+        pairs = {path: LowRank(pair.A_rI, pair.B_rO.float() * pair.scale) for path, pair in pairs.items()}
+    rank, alpha = Counter(ranks.values()).most_common(1)[0][0], int(Counter(alphas.values()).most_common(1)[0][0])
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        rank_pattern={_expression(path): r for path, r in ranks.items() if r != rank},
+        alpha_pattern={_expression(path): int(a) for path, a in alphas.items() if int(a) != alpha},
+    )
+    return config, dict(pairs)
+
+
+def _expression(path: str) -> str:
+    """PEFT takes the keys of patterns for regular expressions of what a path ends with; this one means one path."""
+    return "^" + path.replace(".", r"\.")
+
+
+def _storable(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """safetensors writes no views and no shared memory."""
+    for name, tensor in tensors.items():
+        yield name, tensor.detach().cpu().clone(memory_format=torch.contiguous_format)

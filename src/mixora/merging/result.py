@@ -1,0 +1,58 @@
+"""What a merge did, as plain data."""
+
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from mixora.merging.comparison import Comparison
+
+
+@dataclass(frozen=True)
+class MergedSite:
+    """One site. `rank`: of its pair of matrices. `error`: relative, in the Frobenius norm; 0 where `exact`.
+
+    Of the weight's change where `truncated`, of what the experts add to the outputs over the fitted tokens where
+    `fitted`.
+    """
+
+    path: str
+    method: Literal["exact", "truncated", "fitted"]
+    rank: int
+    error: float
+
+
+@dataclass(frozen=True)
+class Merged:
+    """The result of `mixora.merge`. `fitted_on` and `changes`: the data of an approximation, and what it changes."""
+
+    out: Path
+    form: Literal["adapter", "dense"]
+    base: str
+    recipe: str | None
+    sites: tuple[MergedSite, ...]
+    fitted_on: str | None = None
+    changes: Comparison | None = None
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A line for the sites that differ only in their layer: ranks, mean and largest error."""
+        groups: dict[tuple[str, str], list[MergedSite]] = {}
+        for site in self.sites:
+            groups.setdefault((re.sub(r"\.\d+\.", ".*.", site.path, count=1), site.method), []).append(site)
+        return [_row(kind, method, sites) for (kind, method), sites in groups.items()]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, for JSON."""
+        return {**asdict(self), "out": str(self.out)}
+
+
+def _row(kind: str, method: str, sites: list[MergedSite]) -> dict[str, Any]:
+    ranks, errors = sorted({site.rank for site in sites}), [site.error for site in sites]
+    return {
+        "sites": kind,
+        "count": len(sites),
+        "method": method,
+        "rank": str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}-{ranks[-1]}",
+        "mean_error": sum(errors) / len(errors),
+        "largest_error": max(errors),
+    }

@@ -1,0 +1,135 @@
+"""Merging from folders: the result of a run or a saved adapter, its base, and rows to fit and to measure on."""
+
+import random
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from peft import PeftConfig, PeftModel
+from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME
+from rich.box import SIMPLE_HEAD
+from rich.console import RenderableType
+from rich.table import Table
+from safetensors import safe_open
+from transformers import PreTrainedTokenizerBase
+
+from mixora.bases import load_base
+from mixora.config import parse, read_yaml
+from mixora.data import Rows, encode
+from mixora.errors import ConfigError
+from mixora.folders import claim_folder
+from mixora.loading import check_files, from_pretrained, task_of
+from mixora.merging import Approximation, Comparison, Merged, merge
+from mixora.training.material import Material, batches_of, make_examples, read_material, sample_batches
+from mixora.training.progress import Progress
+from mixora.training.run_config import ModelSection, RunConfig
+from mixora.training.run_folder import RUN_FILE
+
+FIT_ROWS = 256
+
+
+def merge_folder(
+    source: Path,
+    out: Path,
+    changes: Mapping[str, Any],
+    progress: Progress,
+    *,
+    rank: int | None = None,
+    dense: bool = False,
+    fit_rows: int | None = None,
+) -> Merged:
+    """`mixora.merge` for the folder of a run, or of a saved adapter; `changes` are settings of a run.
+
+    With `fit_rows`, sites routed by the input get the nearest LoRA on as many training rows, drawn by the run's seed,
+    and the change is measured on the evaluation rows. Without, the data are not looked at.
+    """
+    adapter, tree = _read_settings(source, changes)
+    ineffective = sorted(changes.keys() - {"model"}) if fit_rows is None else []
+    if ineffective:
+        raise ConfigError(f"{ineffective[0]}: an exact merge looks at no rows; valid: with --approximate")
+    claim_folder(out)
+    progress.say(f"reading {adapter} and {tree['model']['base']}")
+    approximation = None
+    if fit_rows is None:
+        model, tokenizer = _load(adapter, parse(ModelSection, tree["model"], "model"))
+    else:
+        config = parse(RunConfig, tree)
+        material = read_material(config)
+        model, tokenizer = from_pretrained(material.model, adapter), material.tokenizer
+        approximation = sample(material, config, fit_rows)
+    settings: dict[str, Any] = {"approximation": approximation, "tokenizer": tokenizer, "progress": progress.task}
+    return merge(model, out, rank=rank, dense=dense, **settings)
+
+
+def _read_settings(source: Path, changes: Mapping[str, Any]) -> tuple[Path, dict[str, Any]]:
+    """The folder of the adapter, and the settings of its run as far as they are known."""
+    tree: dict[str, Any] = {}
+    adapter = source
+    if (source / RUN_FILE).is_file():
+        tree, adapter = read_yaml(source / RUN_FILE), source / "adapter"
+    check_files(adapter)
+    for section, values in changes.items():
+        tree[section] = {**tree.get(section, {}), **values} if isinstance(values, Mapping) else values
+    model = {"base": PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path, **tree.get("model", {})}
+    if not model["base"]:
+        raise ConfigError(f"model.base: {adapter} does not name its base; valid: --model BASE")
+    return adapter, {**tree, "model": model}
+
+
+def _load(adapter: Path, section: ModelSection) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+    task = task_of(PeftConfig.from_pretrained(str(adapter)))
+    outputs = _count_outputs(adapter) if task == "sequence-classification" else None
+    base, tokenizer = load_base(section.base, task=task, num_labels=outputs, dtype=section.dtype)
+    return from_pretrained(base, adapter), tokenizer
+
+
+def _count_outputs(adapter: Path) -> int | None:
+    """The number of classes of the head that was trained with the adapter."""
+    with safe_open(adapter / SAFETENSORS_WEIGHTS_NAME, framework="pt") as file:
+        # what PEFT calls the heads of classifiers; the last of several layers gives the classes
+        of_head = [name for name in file.keys() if re.search(r"\.(classifier|score)\.(.+\.)?weight$", name)]  # noqa: SIM118
+        return file.get_slice(sorted(of_head)[-1]).get_shape()[0] if of_head else None
+
+
+def sample(material: Material, config: RunConfig, fit_rows: int) -> Approximation:
+    """Batches of training rows to fit on, drawn by the run's seed, and of all evaluation rows to measure on."""
+    rows = material.train_rows
+    assert rows is not None
+    if fit_rows < 1:
+        raise ConfigError(f"fit_rows: got {fit_rows}; valid: 1 or more")
+    chosen = random.Random(config.train.seed).sample(range(len(rows)), min(fit_rows, len(rows)))
+    drawn = Rows(tuple(rows[n] for n in chosen), rows.form, rows.labels, rows.origin)
+    encoding = config.data.model_copy(update={"packing": False})
+    encoded = encode(drawn, material.tokenizer, encoding, model_kind=material.kind)
+    examples = make_examples(material, config)
+    return Approximation(
+        fit=list(sample_batches(material, encoded, config)),
+        held_out=batches_of(examples, config, range(len(examples.rows))),
+        origin=f"{len(drawn)} rows of {rows.origin}",
+    )
+
+
+def summarise_merge(merged: Merged) -> Iterator[RenderableType]:
+    """What was merged and what it changed, for a terminal."""
+    table = Table(title=f"{len(merged.sites)} sites", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("site", overflow="fold")
+    for column in ("number", "method", "rank", "mean error", "largest error"):
+        table.add_column(column, justify="right")
+    for row in merged.rows():
+        errors = f"{row['mean_error']:.3g}", f"{row['largest_error']:.3g}"
+        table.add_row(row["sites"], str(row["count"]), row["method"], row["rank"], *errors)
+    yield table
+    if merged.changes:
+        yield _tabulate(merged.changes)
+    yield f"{merged.form}  {merged.out}"
+
+
+def _tabulate(changes: Comparison) -> Table:
+    table = Table("", "mixture", "merged", title=f"{changes.predictions} held-out predictions")
+    table.add_row("loss", f"{changes.loss_of_mixture:.4f}", f"{changes.loss_of_merged:.4f}")
+    table.add_row("difference of a logit, mean", "", f"{changes.mean_difference:.4g}")
+    table.add_row("difference of a logit, largest", "", f"{changes.max_difference:.4g}")
+    if changes.divergence is not None:
+        table.add_row("KL divergence, nats", "", f"{changes.divergence:.4g}")
+    return table
