@@ -1,7 +1,7 @@
 """Commands that make one folder of weights from another: craft, convert, merge."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -74,6 +74,9 @@ def merge(
         int | None, typer.Option(help="Of the LoRA; what it has, or for routed sites the ranks a token uses.")
     ] = None,
     dense: Annotated[bool, typer.Option("--dense", help="Write a dense model instead of an adapter.")] = False,
+    soup: Annotated[
+        bool, typer.Option("--soup", help="Where experts are drawn, average only those that lower the held-out loss.")
+    ] = False,
     approximate: Annotated[
         bool, typer.Option("--approximate", help="Where experts are routed by the input, the nearest LoRA on data.")
     ] = False,
@@ -84,7 +87,10 @@ def merge(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Turn a mixture into an ordinary LoRA adapter that plain PEFT reads, or into a dense model."""
+    """Turn a mixture into an ordinary LoRA adapter that plain PEFT reads, or into a dense model.
+
+    Where experts are drawn (AdaMix) they are averaged. An adapter behind a module becomes one of mixora's own.
+    """
     from mixora.errors import ConfigError
     from mixora.training.merging import FIT_ROWS, merge_folder, summarise_merge
     from mixora.training.progress import Progress
@@ -94,7 +100,8 @@ def merge(
     changes = read_tree(settings, model__base=model, data__source=data)
     console = make_console(as_json)
     rows = (FIT_ROWS if fit_rows is None else fit_rows) if approximate else None
-    merged = merge_folder(adapter, out, changes, Progress(console), rank=rank, dense=dense, fit_rows=rows)
+    options: dict[str, Any] = {"rank": rank, "dense": dense, "soup": soup, "fit_rows": rows}
+    merged = merge_folder(adapter, out, changes, Progress(console), **options)
     if as_json:
         print_json(merged.to_dict())
         return

@@ -244,8 +244,11 @@ class Mixture(nn.Module, BaseTunerLayer):
             return y
         return _AddGradient.apply(y, total * self.auxiliary_scale)
 
-    def as_low_rank(self, adapter: str) -> LowRank:
-        """What a merge adds to the frozen weight, as a pair. Only where the routing does not depend on the input."""
+    def as_low_rank(self, adapter: str, members: tuple[int, ...] | None = None) -> LowRank:
+        """What a merge adds to the frozen weight, as a pair. Only where the routing does not depend on the input.
+
+        `members`: the experts whose mean it is, where one is drawn for each pass; None for all.
+        """
         parts = self.parts[adapter]
         if parts.expert.reads == "output" or parts.firsts:
             place = "go through the feed-forward part" if parts.firsts else "stand behind the module"
@@ -258,7 +261,7 @@ class Mixture(nn.Module, BaseTunerLayer):
                 f"{self.path}: cannot be merged: its router chooses experts by the input; "
                 "valid: merge adapters without routing (recipe 'lora'), or keep the adapter and use unload()"
             )
-        tensors = parts.router.serve(self.parameters_of(adapter), MEAN)
+        tensors = parts.router.serve(self.parameters_of(adapter), Draw(members=members))
         return LowRank(tensors["A"], tensors["B"], parts.expert.scale(parts.shape))
 
     def get_delta_weight(self, adapter: str) -> Tensor:

@@ -113,3 +113,15 @@ def test_a_dense_model_comes_with_its_tokenizer(bare, bases, tmp_path):
 def test_what_is_no_adapter_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match=r"has no adapter_config.json and no adapter_model.safetensors"):
         merge_folder(tmp_path, tmp_path / "out", {}, SILENT)
+
+
+def test_a_soup_is_cooked_on_the_evaluation_rows(bases, data, tmp_path):
+    run = train(bases / "llama", data / "commands", tmp_path / "run", recipe="adamix-lora", num_experts=2, rank=2)
+    merged = merge_folder(run, tmp_path / "out", {}, SILENT, soup=True)
+    assert len(merged.soup.losses) == 2
+    text = io.StringIO()
+    for part in summarise_merge(merged):
+        Console(file=text, width=120).print(part)
+    assert "soup of experts" in text.getvalue()
+    with pytest.raises(ConfigError, match=r"data: an exact merge looks at no rows.*--soup"):
+        merge_folder(run, tmp_path / "more", {"data": {"packing": True}}, SILENT)

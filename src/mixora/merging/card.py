@@ -8,8 +8,14 @@ _CLASSES = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
 }
+_FORMS = {
+    "adapter": "One LoRA adapter",
+    "mixture": "Adapters with one expert",
+    "dense": "A dense model",
+}
 _METHODS = {
-    "exact": "computes what the mixture's experts compute, up to rounding",
+    "exact": "computes what the mixture computes in evaluation, up to rounding",
+    "averaged": "the mean of the experts' weights, which is what the mixture computes with in evaluation",
     "truncated": "the change of the weight, cut to its largest singular values; the error is relative, of that change",
     "fitted": "nearest LoRA by least squares over real tokens; the error is relative, of what the experts add there",
 }
@@ -21,10 +27,10 @@ def write_card(merged: Merged, task_type: str | None) -> None:
 
 
 def _lines(merged: Merged, task_type: str | None) -> Iterator[str]:
-    library = "peft" if merged.form == "adapter" else "transformers"
+    library = "transformers" if merged.form == "dense" else "peft"
     yield from ("---", f"base_model: {merged.base}", f"library_name: {library}", "tags: [lora, mixora]", "---", "")
     recipe = f"recipe `{merged.recipe}`" if merged.recipe else "rules of its own"
-    what = "One LoRA adapter" if merged.form == "adapter" else "A dense model"
+    what = _FORMS[merged.form]
     yield f"# {what}, merged from a mixture of adapters"
     yield ""
     yield f"Made by mixora from an adapter with {recipe} on the base `{merged.base}`."
@@ -39,6 +45,10 @@ def _how(merged: Merged) -> Iterator[str]:
     yield from ("## How it was merged", "")
     for method in dict.fromkeys(site.method for site in merged.sites):
         yield f"- {method}: {_METHODS[method]}."
+    if merged.soup is not None:
+        members = ", ".join(map(str, merged.soup.members))
+        yield f"- Greedy soup: the mean of the experts {members} of {len(merged.soup.losses)}, chosen on held-out data:"
+        yield f"  loss {merged.soup.loss:.6g}, with all experts {merged.soup.loss_of_all:.6g}."
     if merged.fitted_on is not None:
         yield f"- Fitted on {merged.fitted_on}."
     yield from ("", "| sites | number | method | rank | mean error | largest error |", "|---|---|---|---|---|---|")
@@ -69,6 +79,11 @@ def _loading(merged: Merged, task_type: str | None) -> Iterator[str]:
     yield f"from transformers import {auto}"
     if merged.form == "dense":
         yield from ("", f'model = {auto}.from_pretrained("{merged.out}")')
+        return
+    if merged.form == "mixture":
+        yield from ("import mixora", "")
+        yield f'base = {auto}.from_pretrained("{merged.base}")'
+        yield f'model = mixora.from_pretrained(base, "{merged.out}")'
         return
     yield from ("from peft import PeftModel", "")
     yield f'base = {auto}.from_pretrained("{merged.base}")'

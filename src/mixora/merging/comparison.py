@@ -46,9 +46,9 @@ def compare(
     with inference(model) as device:
         for done, batch in enumerate(batches, start=1):
             tensors = {name: tensor.to(device) for name, tensor in batch.items()}
-            mixed_NV, labels_N = _predict(model, tensors)
+            mixed_NV, labels_N = predict(model, tensors)
             with hooked(modules, replace):
-                merged_NV, _ = _predict(model, tensors)
+                merged_NV, _ = predict(model, tensors)
             if len(labels_N):
                 tally.add(mixed_NV, merged_NV, labels_N)
             advance(done, len(batches))
@@ -67,7 +67,7 @@ class _Tally:
     def add(self, mixed_NV: Tensor, merged_NV: Tensor, labels_N: Tensor) -> None:
         difference_NV = (mixed_NV - merged_NV).abs()
         divergence = F.kl_div(merged_NV.log_softmax(-1), mixed_NV.log_softmax(-1), reduction="sum", log_target=True)
-        losses = _loss(mixed_NV, labels_N), _loss(merged_NV, labels_N)
+        losses = sum_loss(mixed_NV, labels_N), sum_loss(merged_NV, labels_N)
         terms = (*losses, difference_NV.mean(dim=1).sum(), divergence)
         self.sums += torch.stack([term.double().cpu() for term in terms])
         self.largest = max(self.largest, float(difference_NV.max()))
@@ -81,7 +81,7 @@ class _Tally:
         return Comparison(self.count, loss_of_mixture, loss_of_merged, difference, self.largest, known)
 
 
-def _predict(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+def predict(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """The logits of every supervised prediction, fp32, and their labels."""
     if "labels" not in batch:
         raise DataError(f"held_out: got batches of {', '.join(batch)}; valid: with labels")
@@ -93,7 +93,8 @@ def _predict(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     return logits[labels != IGNORED], labels[labels != IGNORED]
 
 
-def _loss(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
+def sum_loss(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
+    """Cross-entropy in nats, or squared error where labels are numbers, summed."""
     if labels_N.is_floating_point():
         return F.mse_loss(logits_NV[:, 0], labels_N.float(), reduction="sum")
     return F.cross_entropy(logits_NV, labels_N, reduction="sum")

@@ -1,4 +1,4 @@
-"""Pairs of thin matrices as an ordinary PEFT LoRA adapter, or added to the weights of a dense checkpoint."""
+"""What a merge writes: an ordinary PEFT LoRA adapter, an adapter of ours with one expert, or a dense checkpoint."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -15,9 +15,12 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from mixora.bases import resolve_base
+from mixora.draws import Draw
 from mixora.errors import ModelError
 from mixora.low_rank import LowRank
-from mixora.mixture import PREFIX
+from mixora.mixture import PREFIX, mixtures_of
+from mixora.plan import make_plan
+from mixora.tuner import MixoraConfig
 
 Pairs = Mapping[str, LowRank]
 
@@ -26,9 +29,35 @@ def write_lora(folder: Path, model: PeftModel, adapter: str, pairs: Pairs) -> No
     """Write `pairs`, by path, and what else the adapter trained (`modules_to_save`) for plain PEFT to read."""
     base = model.get_base_model()
     config, scaled = _configure(pairs)
-    source = model.peft_config[adapter]
     config.target_modules = shortest_names(pairs, _module_names(base))
     config.fan_in_fan_out = any(isinstance(_frozen(base, path), Conv1D) for path in pairs)
+    tensors: dict[str, Tensor] = {}
+    for path, pair in scaled.items():
+        tensors[f"base_model.model.{path}.lora_A.weight"] = pair.A_rI
+        tensors[f"base_model.model.{path}.lora_B.weight"] = pair.B_rO.T
+    _write_adapter(folder, model, adapter, config, tensors)
+
+
+def write_mixture(folder: Path, model: PeftModel, adapter: str, members: tuple[int, ...] | None) -> None:
+    """Write an adapter of ours with one expert at each site, the mean of `members` where experts are drawn."""
+    source = model.peft_config[adapter]
+    assert isinstance(source, MixoraConfig)
+    rules = {name: {**rule, "router": {"kind": "single"}} for name, rule in source.rules.items()}
+    tensors: dict[str, Tensor] = {}
+    ranks: dict[str, list[int]] = {}
+    for module in mixtures_of(model):
+        if adapter in module.parts:
+            served = module.parts[adapter].router.serve(module.parameters_of(adapter), Draw(members=members))
+            ranks[module.path] = [len(served["A"])]
+            tensors |= {f"base_model.model.{module.path}.{PREFIX}{kind}": tensor for kind, tensor in served.items()}
+    config = MixoraConfig(rules=rules, allocation=ranks)
+    config.plan = make_plan(model.get_base_model(), config.method).to_list()
+    _write_adapter(folder, model, adapter, config, tensors)
+
+
+def _write_adapter(folder: Path, model: PeftModel, adapter: str, config: Any, tensors: dict[str, Tensor]) -> None:
+    """The files of an adapter on the same base, with the other modules that `adapter` trained."""
+    source = model.peft_config[adapter]
     config.task_type = source.task_type
     config.base_model_name_or_path = name_base(source.base_model_name_or_path)
     config.revision = source.revision
@@ -36,11 +65,8 @@ def write_lora(folder: Path, model: PeftModel, adapter: str, pairs: Pairs) -> No
     config.inference_mode = True
     # embeddings are never changed here, and looking for them would ask the hub for the base
     state = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
-    tensors = {name: tensor for name, tensor in state.items() if PREFIX not in name}
-    for path, pair in scaled.items():
-        tensors[f"base_model.model.{path}.lora_A.weight"] = pair.A_rI
-        tensors[f"base_model.model.{path}.lora_B.weight"] = pair.B_rO.T
-    save_file(dict(_storable(tensors)), folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+    whole = {name: tensor for name, tensor in state.items() if PREFIX not in name}
+    save_file(dict(_storable(whole | tensors)), folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
     config.save_pretrained(str(folder))
 
 

@@ -6,33 +6,41 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mixora.merging.comparison import Comparison
+from mixora.merging.soup import Soup
 
 
 @dataclass(frozen=True)
 class MergedSite:
     """One site. `rank`: of its pair of matrices. `error`: relative, in the Frobenius norm; 0 where `exact`.
 
+    An adapter behind a module is `averaged`: the mean of the experts' weights, which is how the method serves.
+
     Of the weight's change where `truncated`, of what the experts add to the outputs over the fitted tokens where
     `fitted`.
     """
 
     path: str
-    method: Literal["exact", "truncated", "fitted"]
+    method: Literal["exact", "averaged", "truncated", "fitted"]
     rank: int
     error: float
 
 
 @dataclass(frozen=True)
 class Merged:
-    """The result of `mixora.merge`. `fitted_on` and `changes`: the data of an approximation, and what it changes."""
+    """The result of `mixora.merge`.
+
+    `form`: a LoRA adapter that plain PEFT reads, an adapter of ours (`mixture`), or a dense model. `fitted_on` and
+    `changes`: the data of an approximation, and what it changes. `soup`: which experts the mean is of.
+    """
 
     out: Path
-    form: Literal["adapter", "dense"]
+    form: Literal["adapter", "mixture", "dense"]
     base: str
     recipe: str | None
     sites: tuple[MergedSite, ...]
     fitted_on: str | None = None
     changes: Comparison | None = None
+    soup: Soup | None = None
 
     def rows(self) -> list[dict[str, Any]]:
         """A line for the sites that differ only in their layer: ranks, mean and largest error."""

@@ -12,6 +12,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import RenderableType
 from rich.table import Table
 from safetensors import safe_open
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from mixora.bases import load_base
@@ -37,29 +38,36 @@ def merge_folder(
     *,
     rank: int | None = None,
     dense: bool = False,
+    soup: bool = False,
     fit_rows: int | None = None,
 ) -> Merged:
     """`mixora.merge` for the folder of a run, or of a saved adapter; `changes` are settings of a run.
 
-    With `fit_rows`, sites routed by the input get the nearest LoRA on as many training rows, drawn by the run's seed,
-    and the change is measured on the evaluation rows. Without, the data are not looked at.
+    With `soup`, the experts are chosen on the evaluation rows. With `fit_rows`, sites routed by the input get the
+    nearest LoRA on as many training rows, drawn by the run's seed, and the change is measured on the evaluation rows.
+    Without either, the data are not looked at.
     """
     adapter, tree = _read_settings(source, changes)
-    ineffective = sorted(changes.keys() - {"model"}) if fit_rows is None else []
+    needs_rows = soup or fit_rows is not None
+    ineffective = [] if needs_rows else sorted(changes.keys() - {"model"})
     if ineffective:
-        raise ConfigError(f"{ineffective[0]}: an exact merge looks at no rows; valid: with --approximate")
+        raise ConfigError(
+            f"{ineffective[0]}: an exact merge looks at no rows; valid: with --approximate (routed experts) or --soup "
+            "(drawn ones)"
+        )
     claim_folder(out)
     progress.say(f"reading {adapter} and {tree['model']['base']}")
-    approximation = None
-    if fit_rows is None:
+    approximation, held_out = None, None
+    if not needs_rows:
         model, tokenizer = _load(adapter, parse(ModelSection, tree["model"], "model"))
     else:
         config = parse(RunConfig, tree)
         material = read_material(config)
         model, tokenizer = from_pretrained(material.model, adapter), material.tokenizer
-        approximation = sample(material, config, fit_rows)
+        approximation = None if fit_rows is None else sample(material, config, fit_rows)
+        held_out = _all_batches(material, config) if soup else None
     settings: dict[str, Any] = {"approximation": approximation, "tokenizer": tokenizer, "progress": progress.task}
-    return merge(model, out, rank=rank, dense=dense, **settings)
+    return merge(model, out, rank=rank, dense=dense, soup=held_out, **settings)
 
 
 def _read_settings(source: Path, changes: Mapping[str, Any]) -> tuple[Path, dict[str, Any]]:
@@ -102,12 +110,17 @@ def sample(material: Material, config: RunConfig, fit_rows: int) -> Approximatio
     drawn = Rows(tuple(rows[n] for n in chosen), rows.form, rows.labels, rows.origin)
     encoding = config.data.model_copy(update={"packing": False})
     encoded = encode(drawn, material.tokenizer, encoding, model_kind=material.kind)
-    examples = make_examples(material, config)
     return Approximation(
         fit=list(sample_batches(material, encoded, config)),
-        held_out=batches_of(examples, config, range(len(examples.rows))),
+        held_out=_all_batches(material, config),
         origin=f"{len(drawn)} rows of {rows.origin}",
     )
+
+
+def _all_batches(material: Material, config: RunConfig) -> list[Mapping[str, Tensor]]:
+    """All evaluation rows."""
+    examples = make_examples(material, config)
+    return batches_of(examples, config, range(len(examples.rows)))
 
 
 def summarise_merge(merged: Merged) -> Iterator[RenderableType]:
@@ -120,6 +133,9 @@ def summarise_merge(merged: Merged) -> Iterator[RenderableType]:
         errors = f"{row['mean_error']:.3g}", f"{row['largest_error']:.3g}"
         table.add_row(row["sites"], str(row["count"]), row["method"], row["rank"], *errors)
     yield table
+    if merged.soup:
+        members = ", ".join(map(str, merged.soup.members))
+        yield f"soup of experts {members}: held-out loss {merged.soup.loss:.4f}, of all {merged.soup.loss_of_all:.4f}"
     if merged.changes:
         yield _tabulate(merged.changes)
     yield f"{merged.form}  {merged.out}"
