@@ -53,7 +53,7 @@ def _changes(merged: Merged) -> Iterator[str]:
     yield from (
         "## What changed",
         "",
-        f"Measured over {changes.predictions} held-out predictions, none of them fitted.",
+        f"Measured over {changes.predictions} held-out predictions.",
     )
     yield from ("", "| | |", "|---|---|")
     yield f"| loss of the mixture | {changes.loss_of_mixture:.6g} |"
