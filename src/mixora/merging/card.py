@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator
 
+from transformers import PreTrainedTokenizerBase
+
 from mixora.merging.result import Merged
 
 _CLASSES = {
@@ -15,8 +17,10 @@ _METHODS = {
 }
 
 
-def write_card(merged: Merged, task_type: str | None) -> None:
-    """Write `README.md` to the folder of the result."""
+def write_companions(merged: Merged, task_type: str | None, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """Write `README.md` and the tokenizer, where it is known, to the folder of the result."""
+    if tokenizer is not None:
+        tokenizer.save_pretrained(str(merged.out))
     (merged.out / "README.md").write_text("\n".join(_lines(merged, task_type)) + "\n", encoding="utf-8")
 
 

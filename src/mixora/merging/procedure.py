@@ -12,7 +12,7 @@ from mixora.errors import CheckpointError, ConfigError
 from mixora.folders import claim_folder
 from mixora.low_rank import LowRank
 from mixora.merging.approximation import Advance, Approximation, active_rank, approximate
-from mixora.merging.card import write_card
+from mixora.merging.card import write_companions
 from mixora.merging.comparison import Comparison, compare
 from mixora.merging.export import Pairs, name_base, write_dense, write_lora
 from mixora.merging.result import Merged, MergedSite
@@ -42,24 +42,20 @@ def merge(
 
     Sites whose routing is the same for every input give the same outputs; with `rank`, their pairs are cut to it by
     singular value decomposition. Sites routed by the input need `approximation`: they get the LoRA that is nearest on
-    its `fit` batches, by least squares, of `rank` (by default the largest sum of ranks that the experts of one token
-    have at any site), and loss and logits are compared on its `held_out` batches.
-
-    `dense`: write the base with the change added to its weights instead; `model` is used up then. `tokenizer` is
-    written beside either. `progress` is told what is being done and gives a context with a function of (done, total).
-
-    Raises `ConfigError` where the routing depends on the input and there is no `approximation`, where there is one
-    and nothing to approximate, and where `out` is not empty; `MixoraError` for experts behind modules.
+    its `fit` batches, of `rank` (by default `active_rank`), and loss and logits are compared on `held_out` ones.
+    `dense`: write the base with the change in its weights instead, which uses up `model`. `tokenizer` is written
+    beside either. `progress` is told what is being done and gives a context with a function of (done, total).
+    Raises `ConfigError` for routed sites without `approximation`, for one with nothing to approximate, and where `out`
+    is not empty; `MixoraError` for experts behind modules.
     """
     adapter, modules = _read_sites(model)
-    routed = [module for module in modules if not module.parts[adapter].router.is_static]
-    _check(model.peft_config[adapter], adapter, modules, routed, rank, approximation)
+    config = model.peft_config[adapter]
+    routed = _find_routed(config, adapter, modules, rank, approximation)
     folder = claim_folder(out)
     found = {module.path: _cut(module, adapter, rank) for module in modules if module not in routed}
     if approximation is not None:
         found |= _fit(model, routed, adapter, approximation, rank, progress)
-    pairs = {module.path: found[module.path][0] for module in modules}
-    config = model.peft_config[adapter]
+    pairs = {path: pair for path, (pair, _) in found.items()}
     merged = Merged(
         out=folder,
         form="dense" if dense else "adapter",
@@ -70,9 +66,7 @@ def merge(
         changes=None if approximation is None else _measure(model, modules, pairs, approximation, progress),
     )
     (write_dense if dense else write_lora)(folder, model, adapter, pairs)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(str(folder))
-    write_card(merged, task_type=config.task_type)
+    write_companions(merged, config.task_type, tokenizer)
     return merged
 
 
@@ -88,14 +82,11 @@ def _read_sites(model: PeftModel) -> tuple[str, list[Mixture]]:
     return adapter, modules
 
 
-def _check(
-    config: PeftConfig,
-    adapter: str,
-    modules: list[Mixture],
-    routed: list[Mixture],
-    rank: int | None,
-    approximation: Approximation | None,
-) -> None:
+def _find_routed(
+    config: PeftConfig, adapter: str, modules: list[Mixture], rank: int | None, approximation: Approximation | None
+) -> list[Mixture]:
+    """The sites that have to be fitted, once it is sure that the adapter can be merged as asked."""
+    routed = [module for module in modules if not module.parts[adapter].router.is_static]
     if rank is not None and rank < 1:
         raise ConfigError(f"rank: got {rank}; valid: 1 or more")
     for module in modules:
@@ -106,6 +97,7 @@ def _check(
         raise ConfigError(_name_obstacle(config, routed))
     if approximation is not None and not routed:
         raise ConfigError("approximate: every site of this adapter is merged exactly; valid: merge it without")
+    return routed
 
 
 def _name_obstacle(config: PeftConfig, routed: list[Mixture]) -> str:
