@@ -8,10 +8,11 @@ from torch import Tensor, nn
 
 from mixora.allocators import ALLOCATORS
 from mixora.allocators.budget import apportion, spread
+from mixora.assembly import make_plan
 from mixora.contracts import Allocator, Candidate, Evidence
 from mixora.errors import ConfigError
 from mixora.method import Method
-from mixora.plan import Plan, Site, make_plan
+from mixora.plan import Plan, Site
 
 Batches = Iterable[Mapping[str, Tensor]]
 Report = Callable[[int, int], None]

@@ -1,7 +1,7 @@
 """Commands that make one folder of weights from another: craft, convert, merge."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -87,10 +87,7 @@ def merge(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Turn a mixture into an ordinary LoRA adapter that plain PEFT reads, or into a dense model.
-
-    Where experts are drawn (AdaMix) they are averaged. An adapter behind a module becomes one of mixora's own.
-    """
+    """Turn a mixture into an ordinary LoRA adapter that plain PEFT reads, or into a dense model."""
     from mixora.errors import ConfigError
     from mixora.training.merging import FIT_ROWS, merge_folder, summarise_merge
     from mixora.training.progress import Progress
@@ -100,10 +97,8 @@ def merge(
     changes = read_tree(settings, model__base=model, data__source=data)
     console = make_console(as_json)
     rows = (FIT_ROWS if fit_rows is None else fit_rows) if approximate else None
-    options: dict[str, Any] = {"rank": rank, "dense": dense, "soup": soup, "fit_rows": rows}
-    merged = merge_folder(adapter, out, changes, Progress(console), **options)
-    if as_json:
-        print_json(merged.to_dict())
-        return
+    merged = merge_folder(adapter, out, changes, Progress(console), rank=rank, dense=dense, soup=soup, fit_rows=rows)
     for part in summarise_merge(merged):
         console.print(part)
+    if as_json:
+        print_json(merged.to_dict())

@@ -9,7 +9,7 @@ router's gradient is not drowned in the rounding of f(x).
 """
 
 import weakref
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,53 +18,14 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from mixora import passes, slots
-from mixora.contracts import Expert, Kernel, Parameters, PassLoss, Router, Shape, SiteLoss, kept_shapes
+from mixora.contracts import kept_shapes
 from mixora.draws import MEAN, Draw
 from mixora.errors import MixoraError, ModelError, TrainingError
 from mixora.low_rank import LowRank
+from mixora.parts import Parts
 from mixora.routing import Routing
 
 PREFIX = "mixora_"
-
-
-@dataclass
-class Parts:
-    """What serves one adapter at one module; its tensors live in the module.
-
-    `shape`: that of the experts whose tensors compute a pass. `losses`: name, loss and the weight of this site in the
-    model's total (coefficient / number of routed sites). `pass_losses`: name, loss and coefficient, at every site.
-    `leader`: the module whose router is used, where linears that read the same input share one; empty otherwise.
-    `firsts`: paths of the first linears of a feed-forward part, where the experts go through all of it.
-    """
-
-    expert: Expert
-    router: Router
-    kernel: Kernel
-    shape: Shape
-    stream: passes.Stream = "source"
-    losses: list[tuple[str, SiteLoss, float]] = field(default_factory=list)
-    pass_losses: list[tuple[str, PassLoss, float]] = field(default_factory=list)
-    leader: list["Mixture"] = field(default_factory=list)
-    firsts: frozenset[str] = frozenset()
-
-    def delta(self, read_TI: Tensor, parameters: Parameters, routing: Routing, draw: Draw, training: bool) -> Tensor:
-        """What the experts add, scale included: [T, O]. `parameters` are all of the site."""
-        kernel = self.kernel
-        if self.router.draws:
-            parameters, routing = self.router.serve(parameters, draw), Routing.even(routing.valid_T, (0,), 1)
-            kernel = type(kernel)((len(parameters["A"]),))
-        delta_TO = self.expert.delta(read_TI, parameters, routing, kernel, training)
-        return self.expert.scale(self.shape) * delta_TO
-
-    def total(self, routing: Routing) -> tuple[Tensor | None, dict[str, Tensor]]:
-        """This site's share of the auxiliary loss, and each term for the log (detached, without its coefficient)."""
-        total, terms = None, {}
-        for name, loss, weight in self.losses:
-            value = loss.of_site(routing)
-            if value is not None:
-                total = value * weight if total is None else total + value * weight
-                terms[name] = value.detach()
-        return total, terms
 
 
 class Mixture(nn.Module, BaseTunerLayer):
@@ -168,7 +129,11 @@ class Mixture(nn.Module, BaseTunerLayer):
         parts = self.parts[adapter]
         with passes.entered(draws=parts.router.draws and self.training) as here:
             if parts.pass_losses and self.training and torch.is_grad_enabled() and not here.owns_losses:
-                raise TrainingError(_two_passes(parts))
+                raise TrainingError(
+                    f"{', '.join(f'losses.{name}' for name, _, _ in parts.pass_losses)}: compares two passes over each "
+                    "batch, which only mixora's own trainers run; valid: mixora.Trainer, mixora.SFTTrainer, "
+                    "mixora.compute_loss in a loop of your own, or coefficient 0"
+                )
             delta_TO, routing = self.delta(adapter, x, frozen if parts.expert.reads == "output" else x, here)
             here.record(self.path, adapter, routing)
             y = y + delta_TO.to(y.dtype).reshape(y.shape)
@@ -298,14 +263,6 @@ class Mixture(nn.Module, BaseTunerLayer):
 def mixtures_of(model: nn.Module) -> list[Mixture]:
     """The adapted modules of a model, in its order."""
     return [module for module in model.modules() if isinstance(module, Mixture)]
-
-
-def _two_passes(parts: Parts) -> str:
-    names = ", ".join(f"losses.{name}" for name, _, _ in parts.pass_losses)
-    return (
-        f"{names}: compares two passes over each batch, which only mixora's own trainers run; valid: mixora.Trainer, "
-        "mixora.SFTTrainer, mixora.compute_loss in a loop of your own, or coefficient 0"
-    )
 
 
 class _AddGradient(torch.autograd.Function):

@@ -5,18 +5,17 @@ model's entrances by hooks and kept for the time of the pass. Nothing here refer
 model stay independent of each other.
 """
 
-import inspect
 import logging
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from mixora.draws import MERGED, Draw, Serving, current_serving, draw_seed
@@ -98,6 +97,8 @@ class Pass:
         """Hand a routing to the open trace, once: what is recomputed was seen before."""
         if self.trace is not None:
             self.trace.observations.append(Observation(path, adapter, self.trace.passes, self.with_grad, routing))
+            # a loss on the routing alone reaches the pass from here
+            mark((routing.probs_TE, routing.logits_TE), self)
 
 
 def _fit(per_token_BS: Tensor | None, x: Tensor) -> Tensor | None:
@@ -127,6 +128,27 @@ _state = _State()
 def current() -> Pass | None:
     """The pass being run, None outside of a model's forward."""
     return _state.stack[-1] if _state.stack else None
+
+
+def current_trace() -> Trace | None:
+    """The trace that a pass which begins now belongs to."""
+    return _state.trace
+
+
+def begin(here: Pass) -> None:
+    """Make `here` the pass being run."""
+    _state.stack.append(here)
+
+
+def end(here: Pass, output: Any) -> None:
+    """The pass being run is over and gave `output`; what outlives it holds no graph."""
+    _state.stack.pop()
+    here.shared.clear()
+    mark(output, here)
+    if here.trace is not None:
+        here.trace.passes += 1
+    # the hooks on the outputs keep the pass for a recomputation
+    here.trace = None
 
 
 @contextmanager
@@ -164,7 +186,7 @@ def entered(draws: bool = False) -> Iterator[Pass]:
             assert seen.again is not None
             yield seen.again
     else:
-        yield here or Pass(seed=_draw_seed(draws), serving=current_serving())
+        yield here or Pass(seed=seed_of(draws), serving=current_serving())
 
 
 class _Backward:
@@ -183,128 +205,13 @@ def _begin_backward(seen: Pass, gradient: Tensor) -> None:
     _Backward.seen = seen
 
 
-def _mark_outputs(output: Any, seen: Pass) -> None:
-    """Let the first gradient that flows back into a pass say which pass it is."""
-    for tensor in tree_leaves(output):
+def mark(found: Any, seen: Pass) -> None:
+    """Let the first gradient that flows back into a pass through one of the tensors `found` say which pass it is."""
+    for tensor in tree_leaves(found):
         if isinstance(tensor, Tensor) and tensor.requires_grad:
             tensor.register_hook(partial(_begin_backward, seen))
 
 
-def _draw_seed(training: bool) -> int | None:
+def seed_of(training: bool) -> int | None:
+    """What the routes of a pass that begins now follow from, where routers draw; None where none is drawn."""
     return draw_seed(shared=training) if training or current_serving().draws else None
-
-
-def expect_draws(model: nn.Module) -> None:
-    """Have every pass that begins at an entrance of `model` draw what its routes follow from."""
-    for entrance in _entrances(model):
-        entrance._mixora_draws = True  # type: ignore[assignment]
-
-
-@contextmanager
-def followed_by(model: nn.Module, then: Callable[..., Any]) -> Iterator[None]:
-    """Hand each output of `model` to `then(model, args, kwargs, output)` while open; it gives what takes its place.
-
-    It is called when the pass is over, and may call the model: these calls are not followed by another.
-    """
-    is_busy = False
-
-    def follow(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        nonlocal is_busy
-        if is_busy:
-            return output
-        is_busy = True
-        try:
-            return then(module, args, kwargs, output)
-        finally:
-            is_busy = False
-
-    handle = model.register_forward_hook(follow, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def install(model: nn.Module) -> list[Any]:
-    """Hook the entrances of `model`; returns the handles that remove the hooks."""
-    handles = []
-    for entrance in _entrances(model):
-        handles.append(entrance.register_forward_pre_hook(_enter, with_kwargs=True))
-        handles.append(entrance.register_forward_hook(_leave, with_kwargs=True, always_call=True))
-    return handles
-
-
-def _entrances(model: nn.Module) -> list[nn.Module]:
-    """The modules a forward pass can begin at: the model, its backbone, and the halves of an encoder-decoder."""
-    found = [model, getattr(model, getattr(model, "base_model_prefix", "") or "-", None)]
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        found += [model.get_encoder(), model.get_decoder()]  # type: ignore[operator]
-    return list(dict.fromkeys(m for m in found if isinstance(m, nn.Module)))
-
-
-def _enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    here = current()
-    if here is None:
-        here = _read_pass(module, _named(module, args, kwargs))
-        _state.stack.append(here)
-    here.depth += 1
-
-
-def _leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-    here = current()
-    if here is None:
-        return
-    here.depth -= 1
-    if here.depth == 0:
-        _state.stack.pop()
-        here.shared.clear()
-        _mark_outputs(output, here)
-        if here.trace is not None:
-            here.trace.passes += 1
-        # what outlives the pass must hold no graph: the hooks on its outputs keep it for a recomputation
-        here.trace = None
-
-
-def _named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    if not args:
-        return kwargs
-    return {**inspect.signature(module.forward).bind_partial(*args).arguments, **kwargs}
-
-
-def _read_pass(module: nn.Module, inputs: dict[str, Any]) -> Pass:
-    trace = _state.trace
-    here = Pass(
-        trace=trace,
-        is_observed=trace is not None,
-        owns_losses=trace is not None and trace.owns_losses,
-        with_grad=torch.is_grad_enabled(),
-        seed=_draw_seed(module.training) if getattr(module, "_mixora_draws", False) else None,
-        serving=current_serving(),
-    )
-    if inputs.get("encoder_hidden_states") is not None:
-        # a decoder called by itself
-        _put(here.mask_BS, "source", inputs.get("encoder_attention_mask"), torch.bool)
-        _put(here.mask_BS, "target", inputs.get("attention_mask"), torch.bool)
-        return here
-    _put(here.mask_BS, "source", inputs.get("attention_mask"), torch.bool)
-    _put(here.positions_BS, "source", inputs.get("position_ids"), None)
-    if getattr(getattr(module, "config", None), "is_encoder_decoder", False):
-        _put(here.mask_BS, "target", _target_mask(inputs), torch.bool)
-    return here
-
-
-def _put(into: dict[Stream, Tensor], stream: Stream, value: Any, dtype: torch.dtype | None) -> None:
-    if isinstance(value, Tensor) and value.dim() == 2:
-        into[stream] = value if dtype is None else value.to(dtype)
-
-
-def _target_mask(inputs: dict[str, Any]) -> Tensor | None:
-    """Real tokens of the decoder's input; without a mask they follow from the labels, which it gets shifted by one."""
-    mask, labels = inputs.get("decoder_attention_mask"), inputs.get("labels")
-    if mask is not None or labels is None or inputs.get("decoder_input_ids") is not None or labels.dim() != 2:
-        return mask
-    is_label = labels != -100
-    reads_real = torch.cat([torch.ones_like(is_label[:, :1]), is_label[:, :-1]], dim=1)
-    # behind the last label a row has ended: its unpadded form has no such position
-    is_before_end = is_label.flip(1).cummax(dim=1).values.flip(1)
-    return reads_real & is_before_end

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from mixora.draws import serving
+from mixora.entrances import followed_by
 from mixora.errors import ConfigError, ModelError
 from mixora.mixture import mixtures_of
-from mixora.passes import followed_by
 
 Served = Literal["merged", "random", "fixed", "ensemble"]
 

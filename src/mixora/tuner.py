@@ -9,13 +9,14 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
-from mixora import passes
+from mixora import entrances
 from mixora.allocation import Batches, Report, choose_ranks, is_settled
+from mixora.assembly import make_plan, parts_of
 from mixora.config import did_you_mean, override, parse
 from mixora.errors import ConfigError
 from mixora.method import Method
 from mixora.mixture import PREFIX, Mixture
-from mixora.plan import Plan, Site, make_plan, parts_of
+from mixora.plan import Plan, Site
 from mixora.recipes import read_recipe
 from mixora.routers import ROUTERS
 
@@ -147,9 +148,9 @@ class MixoraModel(BaseTuner):
         # PEFT's export to LoRA reads it
         config.target_modules = {site.path for site in new_plan.sites}
         if not hasattr(model, "_mixora_hooks"):
-            model._mixora_hooks = passes.install(model)  # type: ignore[assignment]
+            model._mixora_hooks = entrances.install(model)  # type: ignore[assignment]
         if any(ROUTERS[site.router].draws for site in new_plan.sites):
-            passes.expect_draws(model)
+            entrances.expect_draws(model)
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
         return peft_config

@@ -3,7 +3,7 @@
 from fractions import Fraction
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mixora.allocators.budget import apportion, spread
@@ -24,6 +24,7 @@ def cost(counts, prices):
 
 
 @given(SITES, st.integers(0, 10**7))
+@example([(1.0, 1, Fraction(1, 4))] * 3, 110)
 def test_the_budget_is_met_within_one_unit_and_never_passed(sites, extra):
     weights, least, prices = zip(*sites, strict=True)
     budget = cost(least, prices) + extra

@@ -23,6 +23,8 @@ def weights(model):
         (transformers.Trainer, [], {"gradient_accumulation_steps": 4}, 4.0),
         (transformers.Trainer, [mixora.AuxiliaryLossCallback()], {"gradient_accumulation_steps": 4}, 1.0),
         (trl.SFTTrainer, [], {}, 1.0),
+        (mixora.Trainer, [], {"activation_checkpointing": True}, 1.0),
+        (transformers.Trainer, [mixora.AuxiliaryLossCallback()], {"activation_checkpointing": True}, 1.0),
     ],
 )
 def test_ratio_is_found_with_dropout_and_learning_on(trainer_class, callbacks, changes, ratio, tmp_path):

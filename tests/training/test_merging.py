@@ -65,7 +65,14 @@ def test_the_run_of_a_routed_mixture_is_fitted_on_its_training_rows(bases, data,
     console = Console(file=text, width=120)
     for part in summarise_merge(merged):
         console.print(part)
-    for word in ("8 sites", "fitted", "held-out predictions", "KL divergence", str(tmp_path / "out")[:40]):
+    for word in (
+        "8 sites in model.layers",
+        "*.self_attn.q_proj",
+        "fitted",
+        "held-out predictions",
+        "KL divergence",
+        str(tmp_path / "out")[:40],
+    ):
         assert word in text.getvalue()
 
 

@@ -25,7 +25,7 @@ def apportion(
     """Whole numbers n in proportion to `weights`, not below `least`, that cost sum floor(n * price) <= budget.
 
     Largest remainders are rounded up first, ties in order, and what is left over is spent as long as anything fits: it
-    is less than the cheapest next unit. None where `least` alone costs more than the budget.
+    is less than the cheapest next unit. Prices are above 0. None where `least` alone costs more than the budget.
     """
     if sum(_costs(least, prices)) > budget:
         return None
@@ -41,7 +41,7 @@ def apportion(
             if step <= left:
                 counts[s] += 1
                 left -= step
-                is_spending = is_spending or step > 0
+                is_spending = True
     return counts
 
 

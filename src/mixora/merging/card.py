@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator
 
+from transformers import PreTrainedTokenizerBase
+
 from mixora.merging.result import Merged
 
 _CLASSES = {
@@ -21,8 +23,10 @@ _METHODS = {
 }
 
 
-def write_card(merged: Merged, task_type: str | None) -> None:
-    """Write `README.md` to the folder of the result."""
+def write_companions(merged: Merged, task_type: str | None, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """Write `README.md` and the tokenizer, where it is known, to the folder of the result."""
+    if tokenizer is not None:
+        tokenizer.save_pretrained(str(merged.out))
     (merged.out / "README.md").write_text("\n".join(_lines(merged, task_type)) + "\n", encoding="utf-8")
 
 
@@ -63,7 +67,7 @@ def _changes(merged: Merged) -> Iterator[str]:
     yield from (
         "## What changed",
         "",
-        f"Measured over {changes.predictions} held-out predictions, none of them fitted.",
+        f"Measured over {changes.predictions} held-out predictions.",
     )
     yield from ("", "| | |", "|---|---|")
     yield f"| loss of the mixture | {changes.loss_of_mixture:.6g} |"

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from mixora.assembly import make_plan
 from mixora.bases import resolve_base
 from mixora.draws import Draw
 from mixora.errors import ModelError
 from mixora.low_rank import LowRank
 from mixora.mixture import PREFIX, mixtures_of
-from mixora.plan import make_plan
 from mixora.tuner import MixoraConfig
 
 Pairs = Mapping[str, LowRank]

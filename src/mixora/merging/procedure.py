@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -13,7 +14,7 @@ from mixora.errors import CheckpointError, ConfigError
 from mixora.folders import claim_folder
 from mixora.low_rank import LowRank
 from mixora.merging.approximation import Advance, Approximation, Batch, active_rank, approximate
-from mixora.merging.card import write_card
+from mixora.merging.card import write_companions
 from mixora.merging.comparison import Comparison, compare
 from mixora.merging.export import Pairs, name_base, write_dense, write_lora, write_mixture
 from mixora.merging.result import Merged, MergedSite
@@ -44,52 +45,47 @@ def merge(
     """Write the active adapter of `model` to the folder `out` as an ordinary PEFT LoRA adapter, with a model card.
 
     Sites whose routing is the same for every input give the same outputs; with `rank`, their pairs are cut to it by
-    singular value decomposition. Where experts are drawn (AdaMix), their mean is merged, or with `soup`, held-out
-    batches with labels, the mean of a greedy choice of them. Adapters behind modules, which no LoRA can express, become
-    an adapter of ours with one expert.
-
-    Sites routed by the input need `approximation`: they get the LoRA that is nearest on its `fit` batches, by least
-    squares, of `rank` (by default the largest sum of ranks that the experts of one token have at any site), and loss
-    and logits are compared on its `held_out` batches.
-
-    `dense`: write the base with the change added to its weights instead; `model` is used up then. `tokenizer` is
-    written beside either. `progress` is told what is being done and gives a context with a function of (done, total).
-
-    Raises `ConfigError` where the routing depends on the input and there is no `approximation`, where an option has
-    no effect, and where `out` is not empty; `MixoraError` for routed experts behind modules.
+    singular value decomposition. Where experts are drawn (AdaMix) their mean is merged, or with `soup`, held-out
+    batches, that of a greedy choice; behind modules, which no LoRA can express, it is an adapter of ours. Sites routed
+    by the input need `approximation`: they get the LoRA that is nearest on its `fit` batches, of `rank` (by default
+    `active_rank`), and loss and logits are compared on `held_out` ones. `dense`: write the base with the change in its
+    weights instead, which uses up `model`. `tokenizer` is written beside. `progress` is told what is being done and
+    gives a context with a function of (done, total). Raises `ConfigError` for routed sites without `approximation`,
+    options without effect, and an `out` that is not empty; `MixoraError` for routed experts behind modules.
     """
     adapter, modules = _read_sites(model)
-    routed = [module for module in modules if not module.parts[adapter].router.is_static]
-    _check(model.peft_config[adapter], adapter, modules, routed, rank, approximation)
+    config = model.peft_config[adapter]
+    routed = _find_routed(config, adapter, modules, rank, approximation)
     form = _choose_form(modules, adapter, dense, rank, approximation)
     cooked = None if soup is None else _cook(model, modules, adapter, soup, progress)
-    folder = claim_folder(out)
     members = None if cooked is None else cooked.members
-    found: Found = {}
-    if form != "mixture":
-        found |= {module.path: _cut(module, adapter, rank, members) for module in modules if module not in routed}
+    folder = claim_folder(out)
+    exact = [module for module in modules if module not in routed and form != "mixture"]
+    found = {module.path: _cut(module, adapter, rank, members) for module in exact}
     if approximation is not None:
         found |= _fit(model, routed, adapter, approximation, rank, progress)
-    pairs = {module.path: found[module.path][0] for module in modules if module.path in found}
-    config = model.peft_config[adapter]
-    merged = Merged(
-        out=folder,
-        form=form,
-        base=str(name_base(config.base_model_name_or_path)),
-        recipe=getattr(config, "recipe", None),
-        sites=tuple(_describe(module, adapter, found) for module in modules),
-        fitted_on=None if approximation is None else f"{len(approximation.fit)} batches of {approximation.origin}",
-        changes=None if approximation is None else _measure(model, modules, pairs, approximation, progress),
-        soup=cooked,
-    )
-    if form == "mixture":
-        write_mixture(folder, model, adapter, members)
-    else:
-        (write_dense if dense else write_lora)(folder, model, adapter, pairs)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(str(folder))
-    write_card(merged, task_type=config.task_type)
+    pairs = {path: pair for path, (pair, _) in found.items()}
+    sites = tuple(_describe(module, adapter, found) for module in modules)
+    base, made_by = str(name_base(config.base_model_name_or_path)), getattr(config, "recipe", None)
+    merged = Merged(folder, form, base, made_by, sites, soup=cooked)
+    if approximation is not None:
+        origin = f"{len(approximation.fit)} batches of {approximation.origin}"
+        changes = _measure(model, modules, pairs, approximation, progress)
+        merged = replace(merged, fitted_on=origin, changes=changes)
+    _write(merged, model, adapter, pairs, tokenizer)
     return merged
+
+
+def _write(
+    merged: Merged, model: PeftModel, adapter: str, pairs: Pairs, tokenizer: PreTrainedTokenizerBase | None
+) -> None:
+    # a dense model has no configuration of an adapter any more
+    task_type = model.peft_config[adapter].task_type
+    if merged.form == "mixture":
+        write_mixture(merged.out, model, adapter, merged.soup.members if merged.soup else None)
+    else:
+        (write_dense if merged.form == "dense" else write_lora)(merged.out, model, adapter, pairs)
+    write_companions(merged, task_type, tokenizer)
 
 
 def _choose_form(
@@ -132,14 +128,11 @@ def _read_sites(model: PeftModel) -> tuple[str, list[Mixture]]:
     return adapter, modules
 
 
-def _check(
-    config: PeftConfig,
-    adapter: str,
-    modules: list[Mixture],
-    routed: list[Mixture],
-    rank: int | None,
-    approximation: Approximation | None,
-) -> None:
+def _find_routed(
+    config: PeftConfig, adapter: str, modules: list[Mixture], rank: int | None, approximation: Approximation | None
+) -> list[Mixture]:
+    """The sites that have to be fitted, once it is sure that the adapter can be merged as asked."""
+    routed = [module for module in modules if not module.parts[adapter].router.is_static]
     if rank is not None and rank < 1:
         raise ConfigError(f"rank: got {rank}; valid: 1 or more")
     for module in routed:
@@ -150,6 +143,7 @@ def _check(
         raise ConfigError(_name_obstacle(config, routed))
     if approximation is not None and not routed:
         raise ConfigError("approximate: every site of this adapter is merged exactly; valid: merge it without")
+    return routed
 
 
 def _name_obstacle(config: PeftConfig, routed: list[Mixture]) -> str:

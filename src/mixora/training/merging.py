@@ -22,6 +22,7 @@ from mixora.errors import ConfigError
 from mixora.folders import claim_folder
 from mixora.loading import check_files, from_pretrained, task_of
 from mixora.merging import Approximation, Comparison, Merged, merge
+from mixora.plan import common_prefix
 from mixora.training.material import Material, batches_of, make_examples, read_material, sample_batches
 from mixora.training.progress import Progress
 from mixora.training.run_config import ModelSection, RunConfig
@@ -125,13 +126,15 @@ def _all_batches(material: Material, config: RunConfig) -> list[Mapping[str, Ten
 
 def summarise_merge(merged: Merged) -> Iterator[RenderableType]:
     """What was merged and what it changed, for a terminal."""
-    table = Table(title=f"{len(merged.sites)} sites", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    prefix = common_prefix([row["sites"] for row in merged.rows()])
+    title = f"{len(merged.sites)} sites" + (f" in {prefix}" if prefix else "")
+    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("site", overflow="fold")
     for column in ("number", "method", "rank", "mean error", "largest error"):
         table.add_column(column, justify="right")
     for row in merged.rows():
         errors = f"{row['mean_error']:.3g}", f"{row['largest_error']:.3g}"
-        table.add_row(row["sites"], str(row["count"]), row["method"], row["rank"], *errors)
+        table.add_row(row["sites"].removeprefix(prefix + "."), str(row["count"]), row["method"], row["rank"], *errors)
     yield table
     if merged.soup:
         members = ", ".join(map(str, merged.soup.members))

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from mixora.contracts import PassLoss
+from mixora.entrances import followed_by
 from mixora.errors import TrainingError
 from mixora.mixture import mixtures_of
-from mixora.passes import followed_by
 
 IGNORED = -100
 Pair = tuple[Tensor | None, Tensor | None]

@@ -1,0 +1,167 @@
+"""Rules x model -> plan, and plan -> the parts that run: where all choices of a method meet."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from mixora.assignment import assign_rules, settle_rules
+from mixora.contracts import Expert, PassLoss, Shape, SiteLoss, kept_shapes
+from mixora.depth import fix, varies
+from mixora.errors import ConfigError
+from mixora.experts import EXPERTS
+from mixora.feed_forward import Role, check_rules, find_roles
+from mixora.kernels import KERNELS
+from mixora.losses import LOSSES
+from mixora.method import Method, Rule
+from mixora.mixture import Mixture
+from mixora.parts import Parts
+from mixora.plan import Plan, Site
+from mixora.routers import ROUTERS
+from mixora.sites import Linear, places_of
+
+STACKED_UP_TO = 200
+
+
+def make_plan(model: nn.Module, method: Method) -> Plan:
+    """The plan of `method` on `model`, which may stand on the meta device; `ConfigError` where the two do not fit."""
+    places = places_of(model)
+    rule_of = assign_rules(model, method, places)
+    leaders: dict[tuple[str, ...], str] = {}
+    rules = settle_rules(rule_of, method)
+    roles = find_roles(places, rule_of, method)
+    check_rules(roles, rules)
+    sites = [_make_site(p, *rules[p.path], leaders, roles.get(p.path)) for p in places if p.path in rules]
+    _check_losses(sites, method)
+    return Plan(tuple(sites), tuple(_notes(sites, method)))
+
+
+def _make_site(
+    linear: Linear,
+    name: str,
+    rule: Rule,
+    ranks: tuple[int, ...],
+    leaders: dict[tuple[str, ...], str],
+    role: Role | None,
+) -> Site:
+    router, expert = ROUTERS[rule.router.kind](rule.router), EXPERTS[rule.expert.kind](rule.expert)
+    objection = router.objection(linear.is_causal, expert)
+    if objection:
+        raise ConfigError(f"rules.{name}.router.{objection}")
+    if (expert.one_rank or router.draws) and len(set(ranks)) > 1:
+        raise ConfigError(
+            f"rules.{name}: {rule.expert.kind!r} experts under router {rule.router.kind!r} have one rank, but an "
+            f"allocation gives {linear.path} the ranks {list(ranks)}; valid: no budget, or other parts"
+        )
+    shape = Shape(linear.in_features, linear.out_features, ranks)
+    at_once = router.at_once(shape)
+    leader = _find_leader(linear, name, rule, leaders, role)
+    in_experts = _count(kept_shapes(expert, router, shape))
+    in_router = 0 if leader else _count(router.parameter_shapes(linear.in_features))
+    return Site(
+        path=linear.path,
+        rule=name,
+        in_features=linear.in_features,
+        out_features=linear.out_features,
+        expert=rule.expert.kind,
+        ranks=shape.ranks,
+        router=rule.router.kind,
+        num_experts=router.num_experts,
+        top_k=router.top_k,
+        kernel=choose_kernel(rule, sum(at_once.ranks) / (1 if role else router.top_k)),
+        scale=expert.scale(shape),
+        stream=linear.stream,
+        leader=leader,
+        parameters=in_experts + in_router,
+        active_parameters=_count_active(expert, shape, router.top_k) + in_router,
+        role=None if role is None else "last" if role.is_last else "first",
+    )
+
+
+def _find_leader(
+    linear: Linear, name: str, rule: Rule, leaders: dict[tuple[str, ...], str], role: Role | None
+) -> str | None:
+    """The path of the site whose router this one uses; `leaders` remembers the first of each kin."""
+    first = role.leader if role else linear.path
+    if getattr(rule.router, "share_router", False) and linear.siblings_key is not None:
+        first = leaders.setdefault((name, *linear.siblings_key), linear.path)
+    return None if first == linear.path else first
+
+
+def _count_active(expert: Expert, shape: Shape, top_k: int) -> int:
+    """What a site of `top_k` experts would hold, the mean over neighbours in a circle where ranks differ."""
+    circle = shape.ranks * 2
+    chosen = [replace(shape, ranks=circle[first : first + top_k]) for first in range(len(shape.ranks))]
+    return sum(_count(expert.parameter_shapes(few)) for few in chosen) // len(chosen)
+
+
+def choose_kernel(rule: Rule, breadth: float) -> str:
+    """The kernel a rule names.
+
+    `auto` follows from `breadth`, the ranks of all experts over K, or over 1 where each choice of a token is computed
+    as a token of its own.
+    `stacked` computes them all at once and was faster than `loop` up to a breadth of about 200 (2026-11-21, one CPU
+    thread, fp32, widths 576 and 2048); at 2048, the preset of PESC, it took 2.0 to 2.6 times as long.
+    """
+    return rule.kernel if rule.kernel != "auto" else "stacked" if breadth <= STACKED_UP_TO else "loop"
+
+
+def _count(shapes: dict[str, tuple[int, ...]]) -> int:
+    return sum(math.prod(shape) for shape in shapes.values())
+
+
+def _notes(sites: list[Site], method: Method) -> Iterable[str]:
+    for name, rule in method.rules.items():
+        chooses_one = any(site.top_k == 1 < site.num_experts for site in sites if site.rule == name)
+        if getattr(rule.router, "renormalise", False) and chooses_one:
+            yield f"rules.{name}: with top_k 1 and renormalised weights the task gives the router no gradient"
+
+
+def _part_of(site: Site) -> str | None:
+    """What the sites of one feed-forward part have in common; None for others."""
+    return None if site.role is None else site.leader or site.path
+
+
+def parts_of(site: Site, method: Method, plan: Plan, leader: Mixture | None) -> Parts:
+    """The running parts of one site."""
+    rule = method.rules[site.rule]
+    # a router whose top_k is one number reads it as it stands: null experts may raise it above the experts' number
+    numbers = {"num_experts": site.num_experts, **({"top_k": site.top_k} if varies(rule.router, "top_k") else {})}
+    router = ROUTERS[site.router](fix(rule.router, **numbers))
+    shape = router.at_once(site.shape)
+    in_force = [(name, LOSSES[name](config), config.coefficient) for name, config in _losses_in_force(method)]
+    routed = sum(_is_routed(other) for other in plan.sites)
+    return Parts(
+        expert=EXPERTS[site.expert](fix(rule.expert, rank=max(site.ranks))),
+        router=router,
+        kernel=KERNELS[site.kernel](shape.ranks),
+        shape=shape,
+        stream=site.stream,
+        losses=[(n, loss, c / routed) for n, loss, c in in_force if isinstance(loss, SiteLoss) and _is_routed(site)],
+        pass_losses=[(n, loss, c) for n, loss, c in in_force if isinstance(loss, PassLoss) and router.draws],
+        leader=[leader] if leader else [],
+        firsts=frozenset(s.path for s in plan.sites if s.role == "first" and _part_of(s) == _part_of(site)),
+    )
+
+
+def _is_routed(site: Site) -> bool:
+    """Whether the site has a router of its own that decides by the token."""
+    return site.leader is None and not ROUTERS[site.router].is_static
+
+
+def _losses_in_force(method: Method) -> list[tuple[str, Any]]:
+    configs = [(name, getattr(method.losses, name)) for name in LOSSES]
+    return [(name, config) for name, config in configs if config.coefficient > 0]
+
+
+def _check_losses(sites: list[Site], method: Method) -> None:
+    """`ConfigError` for a loss that no site can feel."""
+    for name, _ in _losses_in_force(method):
+        if issubclass(LOSSES[name], PassLoss):
+            felt, valid = any(ROUTERS[site.router].draws for site in sites), "a router that draws, such as 'uniform'"
+        else:
+            felt, valid = any(_is_routed(site) for site in sites), "a router that decides by the token"
+        if not felt:
+            raise ConfigError(f"losses.{name}: has no effect without {valid}; valid: coefficient 0")

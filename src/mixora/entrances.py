@@ -1,0 +1,122 @@
+"""Hooks at the entrances of a model: what a layer cannot see in its input is read here, once for each pass."""
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mixora.draws import current_serving
+from mixora.passes import Pass, Stream, begin, current, current_trace, end, seed_of
+
+
+def expect_draws(model: nn.Module) -> None:
+    """Have every pass that begins at an entrance of `model` draw what its routes follow from."""
+    for entrance in _entrances(model):
+        entrance._mixora_draws = True  # type: ignore[assignment]
+
+
+@contextmanager
+def followed_by(model: nn.Module, then: Callable[..., Any]) -> Iterator[None]:
+    """Hand each output of `model` to `then(model, args, kwargs, output)` while open; it gives what takes its place.
+
+    It is called when the pass is over, and may call the model: these calls are not followed by another.
+    """
+    is_busy = False
+
+    def follow(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        nonlocal is_busy
+        if is_busy:
+            return output
+        is_busy = True
+        try:
+            return then(module, args, kwargs, output)
+        finally:
+            is_busy = False
+
+    handle = model.register_forward_hook(follow, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def install(model: nn.Module) -> list[Any]:
+    """Hook the entrances of `model`; returns the handles that remove the hooks."""
+    handles = []
+    for entrance in _entrances(model):
+        handles.append(entrance.register_forward_pre_hook(_enter, with_kwargs=True))
+        handles.append(entrance.register_forward_hook(_leave, with_kwargs=True, always_call=True))
+    return handles
+
+
+def _entrances(model: nn.Module) -> list[nn.Module]:
+    """The modules a forward pass can begin at: the model, its backbone, and the halves of an encoder-decoder."""
+    found = [model, getattr(model, getattr(model, "base_model_prefix", "") or "-", None)]
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        found += [model.get_encoder(), model.get_decoder()]  # type: ignore[operator]
+    return list(dict.fromkeys(m for m in found if isinstance(m, nn.Module)))
+
+
+def _enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    here = current()
+    if here is None:
+        here = _read_pass(module, _named(module, args, kwargs))
+        begin(here)
+    here.depth += 1
+
+
+def _leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    here = current()
+    if here is None:
+        return
+    here.depth -= 1
+    if here.depth == 0:
+        end(here, output)
+
+
+def _named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    if not args:
+        return kwargs
+    return {**inspect.signature(module.forward).bind_partial(*args).arguments, **kwargs}
+
+
+def _read_pass(module: nn.Module, inputs: dict[str, Any]) -> Pass:
+    trace = current_trace()
+    here = Pass(
+        trace=trace,
+        is_observed=trace is not None,
+        owns_losses=trace is not None and trace.owns_losses,
+        with_grad=torch.is_grad_enabled(),
+        seed=seed_of(module.training) if getattr(module, "_mixora_draws", False) else None,
+        serving=current_serving(),
+    )
+    if inputs.get("encoder_hidden_states") is not None:
+        # a decoder called by itself
+        _put(here.mask_BS, "source", inputs.get("encoder_attention_mask"), torch.bool)
+        _put(here.mask_BS, "target", inputs.get("attention_mask"), torch.bool)
+        return here
+    _put(here.mask_BS, "source", inputs.get("attention_mask"), torch.bool)
+    _put(here.positions_BS, "source", inputs.get("position_ids"), None)
+    if getattr(getattr(module, "config", None), "is_encoder_decoder", False):
+        _put(here.mask_BS, "target", _target_mask(inputs), torch.bool)
+    return here
+
+
+def _put(into: dict[Stream, Tensor], stream: Stream, value: Any, dtype: torch.dtype | None) -> None:
+    if isinstance(value, Tensor) and value.dim() == 2:
+        into[stream] = value if dtype is None else value.to(dtype)
+
+
+def _target_mask(inputs: dict[str, Any]) -> Tensor | None:
+    """Real tokens of the decoder's input; without a mask they follow from the labels, which it gets shifted by one."""
+    mask, labels = inputs.get("decoder_attention_mask"), inputs.get("labels")
+    if mask is not None or labels is None or inputs.get("decoder_input_ids") is not None or labels.dim() != 2:
+        return mask
+    is_label = labels != -100
+    reads_real = torch.cat([torch.ones_like(is_label[:, :1]), is_label[:, :-1]], dim=1)
+    # behind the last label a row has ended: its unpadded form has no such position
+    is_before_end = is_label.flip(1).cummax(dim=1).values.flip(1)
+    return reads_real & is_before_end

@@ -1,0 +1,51 @@
+"""What serves one adapter at one module: its expert, router and kernel at work, and the losses it feels."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from mixora.contracts import Expert, Kernel, Parameters, PassLoss, Router, Shape, SiteLoss
+from mixora.draws import Draw
+from mixora.passes import Stream
+from mixora.routing import Routing
+
+
+@dataclass
+class Parts:
+    """What serves one adapter at one module; its tensors live in the module.
+
+    `shape`: that of the experts whose tensors compute a pass. `losses`: name, loss and the weight of this site in the
+    model's total (coefficient / number of routed sites). `pass_losses`: name, loss and coefficient, at every site.
+    `leader`: the module whose router is used, where linears that read the same input share one; empty otherwise.
+    `firsts`: paths of the first linears of a feed-forward part, where the experts go through all of it.
+    """
+
+    expert: Expert
+    router: Router
+    kernel: Kernel
+    shape: Shape
+    stream: Stream = "source"
+    losses: list[tuple[str, SiteLoss, float]] = field(default_factory=list)
+    pass_losses: list[tuple[str, PassLoss, float]] = field(default_factory=list)
+    leader: list[Any] = field(default_factory=list)
+    firsts: frozenset[str] = frozenset()
+
+    def delta(self, read_TI: Tensor, parameters: Parameters, routing: Routing, draw: Draw, training: bool) -> Tensor:
+        """What the experts add, scale included: [T, O]. `parameters` are all of the site."""
+        kernel = self.kernel
+        if self.router.draws:
+            parameters, routing = self.router.serve(parameters, draw), Routing.even(routing.valid_T, (0,), 1)
+            kernel = type(kernel)((len(parameters["A"]),))
+        delta_TO = self.expert.delta(read_TI, parameters, routing, kernel, training)
+        return self.expert.scale(self.shape) * delta_TO
+
+    def total(self, routing: Routing) -> tuple[Tensor | None, dict[str, Tensor]]:
+        """This site's share of the auxiliary loss, and each term for the log (detached, without its coefficient)."""
+        total, terms = None, {}
+        for name, loss, weight in self.losses:
+            value = loss.of_site(routing)
+            if value is not None:
+                total = value * weight if total is None else total + value * weight
+                terms[name] = value.detach()
+        return total, terms
