@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from mixora.conversion import convert
     from mixora.crafting import craft
     from mixora.diagnostics.measure import inspect
+    from mixora.diagnostics.residual import residual_energy
     from mixora.loading import from_pretrained
     from mixora.serving import served_by
     from mixora.training.gradient_check import check_router_gradient
@@ -34,6 +35,7 @@ __all__ = [
     "plan",
     "recipe",
     "recipe_names",
+    "residual_energy",
     "served_by",
 ]
 
@@ -48,6 +50,7 @@ _LATER = {
     "craft": "mixora.crafting",
     "from_pretrained": "mixora.loading",
     "inspect": "mixora.diagnostics.measure",
+    "residual_energy": "mixora.diagnostics.residual",
     "served_by": "mixora.serving",
 }
 
