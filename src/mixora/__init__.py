@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from mixora.conversion import convert
     from mixora.crafting import craft
     from mixora.diagnostics.measure import inspect
+    from mixora.diagnostics.residual import residual_energy
     from mixora.loading import from_pretrained
     from mixora.merging import Approximation, merge
     from mixora.serving import served_by
@@ -37,6 +38,7 @@ __all__ = [
     "plan",
     "recipe",
     "recipe_names",
+    "residual_energy",
     "served_by",
 ]
 
@@ -53,6 +55,7 @@ _LATER = {
     "from_pretrained": "mixora.loading",
     "inspect": "mixora.diagnostics.measure",
     "merge": "mixora.merging",
+    "residual_energy": "mixora.diagnostics.residual",
     "served_by": "mixora.serving",
 }
 

@@ -212,16 +212,20 @@ def inspect(
     run: Run,
     settings: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the run.")] = None,
     data: Data = None,
+    residual: Annotated[
+        bool, typer.Option("--residual", help="How far experts behind modules (pesc) are from full ones, instead.")
+    ] = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Show what each router does with held-out rows: load per expert, experts per token, entropy, dropped and dead."""
     from mixora.training.progress import Progress
-    from mixora.training.results import reopen, routing_table
+    from mixora.training.results import reopen, residual_table, routing_table
 
     trained = reopen(run, read_tree(settings, data__source=data), Progress(make_console(as_json)))
-    sites = trained.inspect()
-    print_json(sites) if as_json else Console().print(routing_table(sites))
+    sites = trained.residual_energy() if residual else trained.inspect()
+    table = residual_table if residual else routing_table
+    print_json(sites) if as_json else Console().print(table(sites))
 
 
 for command in (craft, convert, merge):

@@ -25,5 +25,10 @@ def test_a_run(bases, data, tmp_path, kind, rows):
     assert len(record["history"]) == 3
     sites = json.loads(call("inspect", out, "--json"))
     assert sum(len(site["load"]) == 4 for site in sites) == (4 if kind == "t5" else 2)
+    found = json.loads(call("inspect", out, "--residual", "--json"))
+    assert [site["ranks"] for site in found] == [[4] * 4] * (4 if kind == "t5" else 2)
+    assert all(0 <= share < 1 - 4 / 32 for site in found for share in site["beyond_rank"] if share is not None)
+    told = call("inspect", out, "--residual")
+    assert "beyond the rank per expert" in told and f"{len(found)} sites" in told
     if kind != "bert":
         assert json.loads(call("generate", out, "--prompt", "lamp hall", "--max-new-tokens", 3, "--json"))

@@ -1,6 +1,6 @@
 """What a run leaves behind: the summary, and the trained model opened again."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from mixora.data import render_prompt
 from mixora.diagnostics.measure import inspect
 from mixora.diagnostics.page import format_value
 from mixora.diagnostics.report import RunRecord, summarise
+from mixora.diagnostics.residual import residual_energy
 from mixora.errors import CheckpointError, DataError
 from mixora.evaluate import generate
 from mixora.loading import from_pretrained
@@ -69,6 +70,10 @@ class Trained:
         """What the routers do with the held-out rows; see `mixora.inspect`."""
         return inspect(self.model, batches_of(make_examples(self.material, self.config), self.config))
 
+    def residual_energy(self) -> list[dict[str, Any]]:
+        """How far experts behind modules are from full ones on the held-out rows; see `mixora.residual_energy`."""
+        return residual_energy(self.model, batches_of(make_examples(self.material, self.config), self.config))
+
     def answer(self, prompts: list[str], max_new_tokens: int, sample: bool, compare: bool) -> list[dict[str, str]]:
         """The model's answer to each prompt, with the base's beside it if asked."""
         if self.material.task == "sequence-classification":
@@ -103,17 +108,39 @@ def reopen(run: Path, changes: Mapping[str, Any], progress: Progress) -> Trained
 
 def routing_table(sites: list[dict[str, Any]]) -> Table:
     """What `mixora.inspect` found, for a terminal."""
+    columns = ("load per expert, %", "per token", "entropy", "dropped", "dead")
+    return _site_table(sites, columns, _routing_cells)
+
+
+def _routing_cells(site: dict[str, Any]) -> tuple[str, ...]:
+    load = " ".join(f"{100 * share:.0f}" for share in site["load"])
+    entropy = "-" if site["entropy"] is None else f"{site['entropy']:.3f}"
+    dead = ", ".join(map(str, site["dead_experts"])) or "none"
+    return load, f"{site['experts_per_token']:.2f}", entropy, f"{site['dropped_share']:.1%}", dead
+
+
+def residual_table(sites: list[dict[str, Any]]) -> Table:
+    """What `mixora.residual_energy` found, for a terminal."""
+    return _site_table(sites, ("beyond the rank per expert, %", "tokens", "rank"), _residual_cells)
+
+
+def _residual_cells(site: dict[str, Any]) -> tuple[str, ...]:
+    beyond = " ".join("-" if share is None else f"{100 * share:.1f}" for share in site["beyond_rank"])
+    rank = "-".join(map(str, sorted({min(site["ranks"]), max(site["ranks"])})))
+    return beyond, " ".join(map(str, site["tokens"])), rank
+
+
+def _site_table(
+    sites: list[dict[str, Any]], columns: Sequence[str], cells: Callable[[dict[str, Any]], tuple[str, ...]]
+) -> Table:
+    """A row of cells per site; the first column is text, the others are numbers."""
     prefix = common_prefix([site["path"] for site in sites])
     title = f"{len(sites)} sites" + (f" in {prefix}" if prefix else "")
     table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("site", overflow="fold")
-    table.add_column("load per expert, %")
-    for column in ("per token", "entropy", "dropped", "dead"):
+    table.add_column(columns[0])
+    for column in columns[1:]:
         table.add_column(column, justify="right")
     for site in sites:
-        load = " ".join(f"{100 * share:.0f}" for share in site["load"])
-        entropy = "-" if site["entropy"] is None else f"{site['entropy']:.3f}"
-        dead = ", ".join(map(str, site["dead_experts"])) or "none"
-        chosen, dropped = f"{site['experts_per_token']:.2f}", f"{site['dropped_share']:.1%}"
-        table.add_row(site["path"].removeprefix(prefix + "."), load, chosen, entropy, dropped, dead)
+        table.add_row(site["path"].removeprefix(prefix + "."), *cells(site))
     return table

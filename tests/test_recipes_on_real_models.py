@@ -1,0 +1,145 @@
+"""Every recipe on real weights: trained, evaluated, saved, read back bit for bit, asked.
+
+On a causal language model and on a text classifier. `test_recipes_everywhere.py` does the same on small random models
+of three kinds, T5 among them: no encoder-decoder with real weights is at hand.
+"""
+
+import copy
+import importlib.util
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+from peft import get_peft_model
+from rich.console import Console
+
+import mixora
+from mixora.bases import SHORT_NAMES, TASK_TYPES
+from mixora.data import Encoded, encode
+from mixora.evaluate import Evaluation, Examples, evaluate
+from mixora.training.material import Material, make_examples, read_material
+from mixora.training.progress import Progress
+from mixora.training.run import make_trainer
+from mixora.training.run_config import RunConfig, read_run
+
+ROWS = Path(__file__).parents[1] / "examples" / "quickstart" / "data" / "train.jsonl"
+SMOLLM, MINILM = "smollm2-135m-instruct", "minilm-l6"
+METRICS = {SMOLLM: ["loss", "perplexity"], MINILM: ["accuracy", "f1"]}
+# the preset has 161 million weights on SmolLM2, more than the base, and the optimiser keeps two numbers more for each
+SMALLER = {"pesc": {"rules.ffn.expert.rank": 16, "rules.shared.expert.rank": 8}}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A base that stays as it was read, and a few rows, as batch and as examples to evaluate."""
+
+    config: RunConfig
+    material: Material
+    encoded: Encoded
+    examples: Examples
+    batch: dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a model makes of a case."""
+
+    loss: torch.Tensor
+    logits: torch.Tensor
+    evaluation: Evaluation
+
+
+@pytest.fixture(scope="module", params=[SMOLLM, MINILM])
+def case(request, tmp_path_factory):
+    packaged = SHORT_NAMES[request.param]
+    if importlib.util.find_spec(packaged.module) is None:
+        pytest.skip(f"{packaged.project} is not installed; `make setup` installs it")
+    folder = tmp_path_factory.mktemp("case")
+    config = make_run(request.param, folder)
+    material = read_material(config)
+    encoded = encode(material.train_rows, material.tokenizer, config.data, model_kind=material.kind)
+    batch = material.collator()(list(encoded.dataset))
+    return Case(config, material, encoded, make_examples(material, config), batch)
+
+
+@pytest.fixture(scope="module")
+def plain(case):
+    return measure(case, case.material.model)
+
+
+def make_run(name, folder):
+    """Three short commands: to be answered, or to be told apart by their domain."""
+    rows = [json.loads(line) for line in ROWS.read_text(encoding="utf-8").splitlines()[:3]]
+    if name == MINILM:
+        rows = [{"text": row["prompt"], "label": row["domain"]} for row in rows]
+    source = folder / "train.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    # a chat template would make the rows three times as long
+    form = {"prompt_format": "plain"} if name == SMOLLM else {}
+    train = {"steps": 3, "batch_size": 3, "learning_rate": 2e-3, "schedule": "constant"}
+    tree = {
+        "model": {"base": name},
+        "data": {"source": str(source), "max_length": 48, "evaluation_split": "train", **form},
+        "train": {**train, "arguments": {"use_cpu": True}},
+        "evaluate": {"metrics": METRICS[name]},
+        "out": str(folder / "out"),
+    }
+    return read_run(tree)
+
+
+def is_classifier(case):
+    return case.material.task == "sequence-classification"
+
+
+def measure(case, model):
+    with torch.no_grad():
+        found = model.eval()(**case.batch)
+    return Found(found.loss, found.logits, evaluate(model, case.examples, case.config.evaluate))
+
+
+def train(case, model):
+    material, progress = replace(case.material, model=model), Progress(Console(quiet=True))
+    trainer = make_trainer(model, material, case.encoded, case.config, progress)
+    assert isinstance(trainer, mixora.Trainer)
+    trainer.train()
+    assert trainer.state.global_step == 3
+
+
+def fresh_base(case):
+    """The base as another process reads it: the head of a classifier is a new one."""
+    model = copy.deepcopy(case.material.model)
+    if is_classifier(case):
+        model.classifier.reset_parameters()
+    return model
+
+
+def write(case, model):
+    inputs = {name: case.batch[name][:2, :8] for name in ("input_ids", "attention_mask")}
+    return model.eval().generate(**inputs, max_new_tokens=5, min_new_tokens=5, do_sample=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", mixora.recipe_names())
+def test_trains_evaluates_and_comes_back_bit_for_bit(case, plain, recipe, tmp_path):
+    torch.manual_seed(0)
+    config = mixora.recipe(recipe, task_type=TASK_TYPES[case.material.task], **SMALLER.get(recipe, {}))
+    model = get_peft_model(copy.deepcopy(case.material.model), config)
+    before = measure(case, model)
+    # adapters that start as small random numbers make a small difference
+    assert recipe == "adamix" or torch.equal(before.logits, plain.logits)
+
+    train(case, model)
+    after = measure(case, model)
+    assert after.loss < before.loss
+    model.save_pretrained(tmp_path, save_embedding_layers=False)
+    again = mixora.from_pretrained(fresh_base(case), tmp_path)
+    reread = measure(case, again)
+    assert torch.equal(reread.logits, after.logits) and torch.equal(reread.loss, after.loss)
+    assert reread.evaluation == after.evaluation
+    assert set(after.evaluation.metrics) == set(case.config.evaluate.metrics)
+    if not is_classifier(case):
+        assert after.evaluation.metrics["loss"] == pytest.approx(after.loss.item(), rel=1e-5)
+        written = write(case, model)
+        assert written.shape == (2, 13) and torch.equal(write(case, again), written)
