@@ -32,12 +32,12 @@ class Stacked(Kernel):
     def contract(self, slots: Tensor, w_RO: Tensor, routing: Routing) -> Tensor:
         """Weighted sum over the experts of each token: [T, O]."""
         gates_TE = routing.gates_TE().to(slots.dtype)
-        gates_TR = gates_TE @ _segments_ER(self.ranks, slots.dtype, slots.device)
+        gates_TR = gates_TE @ segments_ER(self.ranks, slots.dtype, slots.device)
         return (slots * gates_TR) @ w_RO.to(slots.dtype)
 
 
 @lru_cache(maxsize=256)
-def _segments_ER(ranks: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+def segments_ER(ranks: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """1 where a rank belongs to an expert. Spreading gates with this GEMM is exact (one non-zero per column)."""
     expert_R = torch.repeat_interleave(torch.tensor(ranks))
     return F.one_hot(expert_R, len(ranks)).T.to(device, dtype)

@@ -1,5 +1,6 @@
 """What routers that read a linear map off the token have in common."""
 
+from abc import abstractmethod
 from contextlib import nullcontext
 
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mixora.contracts import Parameters, Router
+from mixora.routing import Routing, Tokens
 
 
 class LinearRouter(Router):
@@ -33,12 +35,24 @@ class LinearRouter(Router):
         """Normal, mean 0."""
         nn.init.normal_(parameters["router"], std=self.config.init_std)
 
+    def rows(self, parameters: Parameters) -> Tensor:
+        """All that is multiplied with x: [C, I]."""
+        return parameters["router"]
 
-def router_logits(x_TI: Tensor, w_EI: Tensor) -> Tensor:
-    """W x in at least fp32 (fp64 for fp64 inputs), also under autocast: [T, E]."""
+    def route(self, x_TI: Tensor, parameters: Parameters, tokens: Tokens, training: bool) -> Routing:
+        """The products in at least fp32, then the decision."""
+        return self.decide(multiply(x_TI, self.rows(parameters)), parameters, tokens, training)
+
+    @abstractmethod
+    def decide(self, z_TC: Tensor, parameters: Parameters, tokens: Tokens, training: bool) -> Routing:
+        """The routing of T tokens by the products of x and the rows, in at least fp32."""
+
+
+def multiply(x_TI: Tensor, w_CI: Tensor) -> Tensor:
+    """W x in at least fp32 (fp64 for fp64 inputs), also under autocast: [T, C]."""
     dtype = torch.promote_types(x_TI.dtype, torch.float32)
     device = x_TI.device.type
     # the meta device, on which plans are made, knows no autocast
     off = torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
     with off:
-        return F.linear(x_TI.to(dtype), w_EI.to(dtype))
+        return F.linear(x_TI.to(dtype), w_CI.to(dtype))

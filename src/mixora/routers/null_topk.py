@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mixora.config import Strict
 from mixora.contracts import Parameters
-from mixora.routers.linear import LinearRouter, router_logits
+from mixora.routers.linear import LinearRouter
 from mixora.routing import Routing, Tokens
 
 
@@ -68,10 +68,9 @@ class NullTopK(LinearRouter):
         """Renormalised without the null experts."""
         return True
 
-    def route(self, x_TI: Tensor, parameters: Parameters, tokens: Tokens, training: bool) -> Routing:
+    def decide(self, z_TC: Tensor, parameters: Parameters, tokens: Tokens, training: bool) -> Routing:
         """The experts among the K most probable columns (C = E + N); padding has none."""
-        logits_TC = router_logits(x_TI, parameters["router"])
-        probs_TC = logits_TC.softmax(dim=-1)
+        probs_TC = z_TC.softmax(dim=-1)
         columns_TK = probs_TC.topk(self.config.top_k, dim=-1).indices
         is_chosen_TC = torch.zeros_like(probs_TC, dtype=torch.bool).scatter(1, columns_TK, True)
         kept_TE = torch.where(is_chosen_TC, probs_TC, 0.0)[:, : self.num_experts]
@@ -86,7 +85,7 @@ class NullTopK(LinearRouter):
             assigned_TK,
             tokens.valid_T,
             self.num_experts,
-            logits_TC,
+            z_TC,
             probs_TC,
             null_slots_T=(columns_TK >= self.num_experts).sum(dim=1) * tokens.valid_T,
         )

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mixora.config import Strict
 from mixora.contracts import Parameters
-from mixora.routers.linear import LinearRouter, router_logits
+from mixora.routers.linear import LinearRouter
 from mixora.routing import Routing, Tokens
 
 
@@ -39,11 +39,10 @@ class Soft(LinearRouter):
         """A softmax over all experts."""
         return True
 
-    def route(self, x_TI: Tensor, parameters: Parameters, tokens: Tokens, training: bool) -> Routing:
+    def decide(self, z_TC: Tensor, parameters: Parameters, tokens: Tokens, training: bool) -> Routing:
         """Softmax weights over all experts; padding has none."""
-        logits_TE = router_logits(x_TI, parameters["router"])
-        probs_TE = logits_TE.softmax(dim=-1)
-        experts_TK = torch.arange(self.num_experts, device=x_TI.device).expand(len(x_TI), -1)
+        probs_TE = z_TC.softmax(dim=-1)
+        experts_TK = torch.arange(self.num_experts, device=z_TC.device).expand(len(z_TC), -1)
         assigned_TK = (probs_TE > 0) & tokens.valid_T[:, None]
         weights_TK = torch.where(assigned_TK, probs_TE, 0.0)
         return Routing(
@@ -53,7 +52,7 @@ class Soft(LinearRouter):
             assigned_TK,
             tokens.valid_T,
             self.num_experts,
-            logits_TE,
+            z_TC,
             probs_TE,
             is_soft=True,
         )

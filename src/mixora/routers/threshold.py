@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mixora.config import Strict
 from mixora.contracts import Parameters
-from mixora.routers.linear import LinearRouter, router_logits
+from mixora.routers.linear import LinearRouter
 from mixora.routing import Routing, Tokens
 
 
@@ -56,17 +56,21 @@ class Threshold(LinearRouter):
         """What exceeds the threshold is renormalised."""
         return True
 
-    def route(self, x_TI: Tensor, parameters: Parameters, tokens: Tokens, training: bool) -> Routing:
+    def rows(self, parameters: Parameters) -> Tensor:
+        """W, and w_tau below it."""
+        return torch.cat([parameters["router"], parameters["router_threshold"]])
+
+    def decide(self, z_TC: Tensor, parameters: Parameters, tokens: Tokens, training: bool) -> Routing:
         """The experts above the token's threshold; padding has none."""
-        logits_TE = router_logits(x_TI, parameters["router"])
+        logits_TE = z_TC[:, :-1]
         probs_TE = logits_TE.softmax(dim=-1)
-        height_T1 = router_logits(x_TI, parameters["router_threshold"]) + parameters["router_threshold_bias"]
+        height_T1 = z_TC[:, -1:] + parameters["router_threshold_bias"]
         margin_TE = (probs_TE - height_T1.sigmoid() / self.num_experts).clamp(min=0)
         # the floor keeps a token without any expert free of 0 / 0
         weights_TK = margin_TE / margin_TE.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(margin_TE.dtype).tiny)
         assigned_TK = (weights_TK > 0) & tokens.valid_T[:, None]
         weights_TK = torch.where(assigned_TK, weights_TK, 0.0)
-        experts_TK = torch.arange(self.num_experts, device=x_TI.device).expand(len(x_TI), -1)
+        experts_TK = torch.arange(self.num_experts, device=z_TC.device).expand(len(z_TC), -1)
         return Routing(
             experts_TK, weights_TK, assigned_TK, assigned_TK, tokens.valid_T, self.num_experts, logits_TE, probs_TE
         )

@@ -14,7 +14,7 @@ from mixora.config import Strict
 from mixora.contracts import Expert, Parameters
 from mixora.depth import OverDepth
 from mixora.routers.capacity import CapacityConfig, admit
-from mixora.routers.linear import LinearRouter, router_logits
+from mixora.routers.linear import LinearRouter
 from mixora.routing import Routing, Tokens
 
 
@@ -75,11 +75,10 @@ class TopK(LinearRouter):
             )
         return None
 
-    def route(self, x_TI: Tensor, parameters: Parameters, tokens: Tokens, training: bool) -> Routing:
+    def decide(self, z_TC: Tensor, parameters: Parameters, tokens: Tokens, training: bool) -> Routing:
         """Top-k routing with expert dropout and capacity; padding is never routed."""
         config = self.config
-        logits_TE = router_logits(x_TI, parameters["router"])
-        probs_TE = logits_TE.softmax(dim=-1)
+        probs_TE = z_TC.softmax(dim=-1)
         kept_TE = F.dropout(probs_TE, config.expert_dropout, training)
         weights_TK, experts_TK = kept_TE.topk(self.top_k, dim=-1)
         # a slot whose probability was dropped is no choice: weight 0, and it takes no place
@@ -93,5 +92,5 @@ class TopK(LinearRouter):
             admitted_TK = admit(config.capacity, experts_TK, assigned_TK, priority_TK, tokens, config.num_experts)
         weights_TK = torch.where(admitted_TK if is_limited else assigned_TK, weights_TK, 0.0)
         return Routing(
-            experts_TK, weights_TK, assigned_TK, admitted_TK, tokens.valid_T, config.num_experts, logits_TE, probs_TE
+            experts_TK, weights_TK, assigned_TK, admitted_TK, tokens.valid_T, config.num_experts, z_TC, probs_TE
         )
