@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
+import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -18,14 +19,13 @@ from mixora.depth import fix, varies
 from mixora.errors import CheckpointError, ConfigError
 from mixora.experts import EXPERTS
 from mixora.kernels import KERNELS
+from mixora.kernels.choice import choose, dtype_of, explain, find_limit
 from mixora.losses import LOSSES
 from mixora.method import Method, Rule
 from mixora.mixture import Mixture, Parts
 from mixora.passes import Stream
 from mixora.routers import ROUTERS
 from mixora.sites import Linear, places_of
-
-STACKED_UP_TO = 200
 
 
 @dataclass(frozen=True)
@@ -56,13 +56,22 @@ class Site:
         """Widths and ranks."""
         return Shape(self.in_features, self.out_features, self.ranks)
 
+    @property
+    def at_once(self) -> Shape:
+        """The experts that a kernel computes: one where the router draws one for all tokens."""
+        return replace(self.shape, ranks=self.ranks[:1]) if ROUTERS[self.router].draws else self.shape
+
 
 @dataclass(frozen=True)
 class Plan:
-    """All sites of a model under a method, in the model's order, and remarks a user should read before training."""
+    """All sites of a model under a method, in the model's order.
+
+    `notes`: remarks a user should read before training. `kernels`: which kernels compute the sites, and why.
+    """
 
     sites: tuple[Site, ...]
     notes: tuple[str, ...] = ()
+    kernels: tuple[str, ...] = ()
 
     @property
     def parameters(self) -> int:
@@ -86,10 +95,10 @@ class Plan:
         """The table for a terminal; what all rows have in common stands above and below it."""
         rows = self.rows(full)
         prefix = common_prefix([row["path"] for row in rows])
-        common = {name: sorted({row[name] for row in rows}) for name in ("router", "kernel")}
+        routers = sorted({row["router"] for row in rows})
         # kernels never stand in the table, routers only where they differ
-        for name in [name for name in common if name == "kernel" or len(common[name]) == 1]:
-            rows = [{column: value for column, value in row.items() if column != name} for row in rows]
+        below = {"kernel": self.kernels, **({"router": routers} if len(routers) == 1 else {})}
+        rows = [{column: value for column, value in row.items() if column not in below} for row in rows]
         title = f"{len(self.sites)} sites" + (f" in {prefix}" if prefix else "")
         table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for column in rows[0]:
@@ -101,7 +110,7 @@ class Plan:
             row["path"] = row["path"].removeprefix(prefix + ".")
             table.add_row(*(f"{value:,}" if isinstance(value, int) else str(value) for value in row.values()))
         counts = f"trainable {self.parameters:,}, active {self.active_parameters:,} parameters"
-        said = [f"{name}: {', '.join(values)}" for name, values in common.items() if name not in rows[0]]
+        said = [f"{name}: {', '.join(values)}" for name, values in below.items()]
         table.caption = "; ".join([counts, *said])
         return table
 
@@ -175,15 +184,20 @@ def _row(sites: list[Site]) -> dict[str, Any]:
     }
 
 
-def make_plan(model: nn.Module, method: Method) -> Plan:
-    """The plan of `method` on `model`, which may stand on the meta device; `ConfigError` where the two do not fit."""
+def make_plan(model: nn.Module, method: Method, is_stored: bool = False) -> Plan:
+    """The plan of `method` on `model`, which may stand on the meta device; `ConfigError` where the two do not fit.
+
+    `is_stored`: the adapter exists already. Where a kernel that a rule names cannot serve this model, `auto` does then.
+    """
     places = places_of(model)
     rule_of = assign_rules(model, method, places)
     leaders: dict[tuple[str, ...], str] = {}
     rules = settle_rules(rule_of, method)
     sites = [_make_site(place, *rules[place.path], leaders) for place in places if place.path in rules]
     _check_losses(sites, method)
-    return Plan(tuple(sites), tuple(_notes(sites, method)))
+    dtype, limit = dtype_of(model), find_limit(model)
+    sites = [_settle_kernel(site, dtype, limit, is_stored) for site in sites]
+    return Plan(tuple(sites), tuple(_notes(sites, method)), tuple(_explain_kernels(sites, method, limit)))
 
 
 def _make_site(
@@ -199,7 +213,7 @@ def _make_site(
             f"allocation gives {linear.path} the ranks {list(ranks)}; valid: no budget, or other parts"
         )
     shape = Shape(linear.in_features, linear.out_features, ranks)
-    at_once, leader = router.at_once(shape), None
+    leader = None
     if getattr(rule.router, "share_router", False) and linear.siblings_key is not None:
         first = leaders.setdefault((name, *linear.siblings_key), linear.path)
         leader = None if first == linear.path else first
@@ -215,7 +229,7 @@ def _make_site(
         router=rule.router.kind,
         num_experts=router.num_experts,
         top_k=router.top_k,
-        kernel=choose_kernel(rule, sum(at_once.ranks) / router.top_k),
+        kernel=rule.kernel,
         scale=expert.scale(shape),
         stream=linear.stream,
         leader=leader,
@@ -231,13 +245,32 @@ def _count_active(expert: Expert, shape: Shape, top_k: int) -> int:
     return sum(_count(expert.parameter_shapes(few)) for few in chosen) // len(chosen)
 
 
-def choose_kernel(rule: Rule, breadth: float) -> str:
-    """The kernel a rule names. `auto` follows from `breadth`, the ranks of all experts over K.
+def _settle_kernel(site: Site, dtype: torch.dtype, limit: int, is_stored: bool) -> Site:
+    """The site with a kernel that can serve it."""
+    if site.kernel != "auto":
+        objection = KERNELS[site.kernel].objection(site.at_once, dtype)
+        if objection is None:
+            return site
+        if not is_stored:
+            can = [name for name, kernel in KERNELS.items() if kernel.objection(site.at_once, dtype) is None]
+            raise ConfigError(
+                f"rules.{site.rule}.kernel: {site.kernel!r} {objection}, at {site.path}; valid: {', '.join(['auto', *can])}"
+            )
+    return replace(site, kernel=choose(_breadth(site), limit))
 
-    `stacked` computes them all at once and was faster than `loop` up to a breadth of about 200 (2026-11-21, one CPU
-    thread, fp32, widths 576 and 2048); at 2048, the preset of PESC, it took 2.0 to 2.6 times as long.
-    """
-    return rule.kernel if rule.kernel != "auto" else "stacked" if breadth <= STACKED_UP_TO else "loop"
+
+def _breadth(site: Site) -> float:
+    return sum(site.at_once.ranks) / site.top_k
+
+
+def _explain_kernels(sites: list[Site], method: Method, limit: int) -> Iterable[str]:
+    for name in KERNELS:
+        served = [site for site in sites if site.kernel == name]
+        chosen = [site for site in served if method.rules[site.rule].kernel != name]
+        if chosen:
+            yield f"{name} ({explain([_breadth(site) for site in chosen], limit)})"
+        if len(chosen) < len(served):
+            yield f"{name} (named by {', '.join(sorted({f'rules.{s.rule}' for s in served if s not in chosen}))})"
 
 
 def _count(shapes: dict[str, tuple[int, ...]]) -> int:
