@@ -4,7 +4,7 @@
 
 One step is the experts of one site, forward and backward with all gradients, without the frozen module. Kernels take
 turns within one loop on one thread; figures are medians of the thread's own time, so that others on the machine disturb
-little. `--reduced` takes fewer repeats and growth figures of smaller sizes. Without `--out`, the figures go to
+little. `--reduced` takes fewer repeats and at most 2048 tokens. Without `--out`, the figures go to
 `benchmarks/results/kernels-<date>.json`. Write the printed limits into `choice.py`: a test compares the two.
 """
 
@@ -153,28 +153,37 @@ def measure_speed(cases: Iterable[Case], repeats: int) -> list[dict]:
     return rows
 
 
-def measure_growth(base: Case, changes: dict[str, dict], repeats: int) -> list[dict]:
-    """Time and peak memory of the changed cases over those of `base`."""
+def measure_growth(changes: dict[str, tuple[Case, Case]], repeats: int) -> list[dict]:
+    """Time and peak memory of each second case over those of the first, in milliseconds and MiB."""
     rows = []
-    for label, change in changes.items():
-        case = replace(base, **change)
-        for name in kernels_for(case):
-            if name == "loop":
-                continue
-            few, many = make_step(name, base), make_step(name, case)
-            times = time_together({"few": few, "many": many}, repeats)
-            row = {"change": label, "kernel": name, "time": round(times["many"] / times["few"], 2)}
-            row["memory"] = round(peak_mebibytes(many) / peak_mebibytes(few), 2)
-            rows.append({**row, "mebibytes": peak_mebibytes(many)})
-            print(f"{label:>22} {name:>8}: time x {row['time']}, memory x {row['memory']}", flush=True)
+    for label, (before, after) in changes.items():
+        for name in kernels_for(after):
+            steps = {"before": make_step(name, before), "after": make_step(name, after)}
+            ms = time_together(steps, repeats)
+            peaks = {when: peak_mebibytes(step) for when, step in steps.items()}
+            time_ratio, memory_ratio = (round(of["after"] / of["before"], 2) for of in (ms, peaks))
+            ratios = {"time": time_ratio, "memory": memory_ratio}
+            rows.append({"change": label, "kernel": name, **ratios, "ms": ms, "mebibytes": peaks})
+            print(f"{label:>22} {name:>8}: time x {time_ratio:5.2f}, memory x {memory_ratio:5.2f}", flush=True)
     return rows
+
+
+def list_changes(most_tokens: int) -> dict[str, tuple[Case, Case]]:
+    """What may grow: experts at the same rank and choice, tokens, and the share that one expert gets."""
+    site = Case(576, "float32", 32)
+    few = replace(site, tokens=256)
+    return {
+        "experts 8 to 64": (site, replace(site, experts=64)),
+        f"tokens 256 to {most_tokens}": (few, replace(few, tokens=most_tokens)),
+        "one expert gets all": (site, replace(site, skewed=True)),
+    }
 
 
 def find_limits(rows: list[dict]) -> dict[str, int]:
     """For each dtype, the R / K above which `stacked` takes longer than `sorted`.
 
     The logarithm of their ratio, its mean over the widths, is interpolated over the logarithm of R / K; the limit is
-    where it becomes positive for good, rounded down to a step.
+    where it becomes positive for good, rounded to a step.
     """
     return {dtype: _find_limit([row for row in rows if row["dtype"] == dtype]) for dtype in DTYPES}
 
@@ -188,11 +197,17 @@ def _find_limit(rows: list[dict]) -> int:
     if not lost or lost[-1] + 1 == len(points):
         raise ValueError("stacked and sorted do not cross within the ranks that were measured")
     (x0, y0), (x1, y1) = points[lost[-1] : lost[-1] + 2]
-    return int(math.exp(x0 - y0 * (x1 - x0) / (y1 - y0)) // STEP * STEP)
+    return round(math.exp(x0 - y0 * (x1 - x0) / (y1 - y0)) / STEP) * STEP
 
 
 def _list(figures: dict[str, float]) -> str:
     return "  ".join(f"{name} {value:9.3f}" for name, value in figures.items())
+
+
+def _describe_machine() -> str:
+    found = torch.cpu.get_capabilities()
+    products = [name for name in ("avx512_bf16", "amx_bf16") if found.get(name)]
+    return ", ".join([found.get("cpu_name", platform.machine()), *products, "one thread"])
 
 
 def main() -> None:
@@ -203,21 +218,14 @@ def main() -> None:
     torch.set_num_threads(1)
     repeats = 7 if options.reduced else 25
     speed = measure_speed([Case(w, d, r) for d in DTYPES for w in WIDTHS for r in RANKS], repeats)
-    changes = {
-        "experts 8 to 64": {"experts": 64},
-        "tokens 256 to 8192": {"tokens": 2048 if options.reduced else 8192},
-        "one expert gets all": {"skewed": True},
-    }
-    print("growth")
-    base = Case(576, "float32", 32)
-    growth = measure_growth(base, changes, repeats)
+    growth = measure_growth(list_changes(2048 if options.reduced else 8192), repeats)
     limits = find_limits(speed)
     print(f"limits: {limits}")
     found = {
         "date": str(date.today()),
         "command": shlex.join(["python", "-m", "benchmarks.kernels", *sys.argv[1:]]),
         "torch": torch.__version__,
-        "machine": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, one thread",
+        "machine": _describe_machine(),
         "limits": limits,
         "speed": speed,
         "growth": growth,

@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
-import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -19,7 +18,7 @@ from mixora.depth import fix, varies
 from mixora.errors import CheckpointError, ConfigError
 from mixora.experts import EXPERTS
 from mixora.kernels import KERNELS
-from mixora.kernels.choice import choose, dtype_of, explain, find_limit
+from mixora.kernels.choice import Choice, Served
 from mixora.losses import LOSSES
 from mixora.method import Method, Rule
 from mixora.mixture import Mixture, Parts
@@ -55,11 +54,6 @@ class Site:
     def shape(self) -> Shape:
         """Widths and ranks."""
         return Shape(self.in_features, self.out_features, self.ranks)
-
-    @property
-    def at_once(self) -> Shape:
-        """The experts that a kernel computes: one where the router draws one for all tokens."""
-        return replace(self.shape, ranks=self.ranks[:1]) if ROUTERS[self.router].draws else self.shape
 
 
 @dataclass(frozen=True)
@@ -187,21 +181,21 @@ def _row(sites: list[Site]) -> dict[str, Any]:
 def make_plan(model: nn.Module, method: Method, is_stored: bool = False) -> Plan:
     """The plan of `method` on `model`, which may stand on the meta device; `ConfigError` where the two do not fit.
 
-    `is_stored`: the adapter exists already. Where a kernel that a rule names cannot serve this model, `auto` does then.
+    `is_stored`: the adapter exists already, and a kernel that cannot serve this model is no mistake.
     """
     places = places_of(model)
     rule_of = assign_rules(model, method, places)
     leaders: dict[tuple[str, ...], str] = {}
     rules = settle_rules(rule_of, method)
-    sites = [_make_site(place, *rules[place.path], leaders) for place in places if place.path in rules]
+    choice = Choice.on(model, is_stored)
+    sites = [_make_site(place, *rules[place.path], leaders, choice) for place in places if place.path in rules]
     _check_losses(sites, method)
-    dtype, limit = dtype_of(model), find_limit(model)
-    sites = [_settle_kernel(site, dtype, limit, is_stored) for site in sites]
-    return Plan(tuple(sites), tuple(_notes(sites, method)), tuple(_explain_kernels(sites, method, limit)))
+    kernels = choice.explain([_served(site, method.rules[site.rule]) for site in sites])
+    return Plan(tuple(sites), tuple(_notes(sites, method)), kernels)
 
 
 def _make_site(
-    linear: Linear, name: str, rule: Rule, ranks: tuple[int, ...], leaders: dict[tuple[str, ...], str]
+    linear: Linear, name: str, rule: Rule, ranks: tuple[int, ...], leaders: dict[tuple[str, ...], str], choice: Choice
 ) -> Site:
     router, expert = ROUTERS[rule.router.kind](rule.router), EXPERTS[rule.expert.kind](rule.expert)
     objection = router.objection(linear.is_causal, expert)
@@ -229,7 +223,7 @@ def _make_site(
         router=rule.router.kind,
         num_experts=router.num_experts,
         top_k=router.top_k,
-        kernel=rule.kernel,
+        kernel=choice.settle(rule.kernel, router.at_once(shape), router.top_k, f"rules.{name}.kernel, {linear.path}"),
         scale=expert.scale(shape),
         stream=linear.stream,
         leader=leader,
@@ -238,39 +232,16 @@ def _make_site(
     )
 
 
+def _served(site: Site, rule: Rule) -> Served:
+    ranks = site.ranks[:1] if ROUTERS[site.router].draws else site.ranks
+    return Served(site.kernel, replace(site.shape, ranks=ranks), site.top_k, is_named=rule.kernel == site.kernel)
+
+
 def _count_active(expert: Expert, shape: Shape, top_k: int) -> int:
     """What a site of `top_k` experts would hold, the mean over neighbours in a circle where ranks differ."""
     circle = shape.ranks * 2
     chosen = [replace(shape, ranks=circle[first : first + top_k]) for first in range(len(shape.ranks))]
     return sum(_count(expert.parameter_shapes(few)) for few in chosen) // len(chosen)
-
-
-def _settle_kernel(site: Site, dtype: torch.dtype, limit: int, is_stored: bool) -> Site:
-    """The site with a kernel that can serve it."""
-    if site.kernel != "auto":
-        objection = KERNELS[site.kernel].objection(site.at_once, dtype)
-        if objection is None:
-            return site
-        if not is_stored:
-            can = [name for name, kernel in KERNELS.items() if kernel.objection(site.at_once, dtype) is None]
-            raise ConfigError(
-                f"rules.{site.rule}.kernel: {site.kernel!r} {objection}, at {site.path}; valid: {', '.join(['auto', *can])}"
-            )
-    return replace(site, kernel=choose(_breadth(site), limit))
-
-
-def _breadth(site: Site) -> float:
-    return sum(site.at_once.ranks) / site.top_k
-
-
-def _explain_kernels(sites: list[Site], method: Method, limit: int) -> Iterable[str]:
-    for name in KERNELS:
-        served = [site for site in sites if site.kernel == name]
-        chosen = [site for site in served if method.rules[site.rule].kernel != name]
-        if chosen:
-            yield f"{name} ({explain([_breadth(site) for site in chosen], limit)})"
-        if len(chosen) < len(served):
-            yield f"{name} (named by {', '.join(sorted({f'rules.{s.rule}' for s in served if s not in chosen}))})"
 
 
 def _count(shapes: dict[str, tuple[int, ...]]) -> int:
