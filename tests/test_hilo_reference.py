@@ -57,7 +57,7 @@ def reference(x_TI, real, base, a_RI, b_RO, w_EI):
 
 
 @pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("kernel", ["loop", "stacked"])
+@pytest.mark.parametrize("kernel", ["loop", "stacked", "sorted"])
 def test_outputs_loss_and_every_gradient(kernel, padded):
     model, layer, tensors, generator = build(kernel)
     assert tensors["A"].shape == (10, IN) and tensors["B"].shape == (10, OUT)

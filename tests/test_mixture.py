@@ -46,7 +46,7 @@ def test_the_auxiliary_losses_change_no_value():
     assert torch.equal(with_losses, silent)
 
 
-@pytest.mark.parametrize("kernel", ["loop", "stacked"])
+@pytest.mark.parametrize("kernel", ["loop", "stacked", "sorted"])
 def test_a_bfloat16_base_trains_close_to_fp32(kernel):
     def step(dtype):
         model = adapt(tiny_llama(), sira(capacity_factor=None, kernel=kernel, rank=4, top_k=4, scale=1.0))

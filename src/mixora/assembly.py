@@ -14,6 +14,7 @@ from mixora.errors import ConfigError
 from mixora.experts import EXPERTS
 from mixora.feed_forward import Role, check_rules, find_roles
 from mixora.kernels import KERNELS
+from mixora.kernels.choice import Choice, Served
 from mixora.losses import LOSSES
 from mixora.method import Method, Rule
 from mixora.mixture import Mixture
@@ -22,20 +23,23 @@ from mixora.plan import Plan, Site
 from mixora.routers import ROUTERS
 from mixora.sites import Linear, places_of
 
-STACKED_UP_TO = 200
 
+def make_plan(model: nn.Module, method: Method, is_stored: bool = False) -> Plan:
+    """The plan of `method` on `model`, which may stand on the meta device; `ConfigError` where the two do not fit.
 
-def make_plan(model: nn.Module, method: Method) -> Plan:
-    """The plan of `method` on `model`, which may stand on the meta device; `ConfigError` where the two do not fit."""
+    `is_stored`: the adapter exists already, and a kernel that cannot serve this model is no mistake.
+    """
     places = places_of(model)
     rule_of = assign_rules(model, method, places)
     leaders: dict[tuple[str, ...], str] = {}
     rules = settle_rules(rule_of, method)
     roles = find_roles(places, rule_of, method)
     check_rules(roles, rules)
-    sites = [_make_site(p, *rules[p.path], leaders, roles.get(p.path)) for p in places if p.path in rules]
+    choice = Choice.on(model, is_stored)
+    sites = [_make_site(p, *rules[p.path], leaders, roles.get(p.path), choice) for p in places if p.path in rules]
     _check_losses(sites, method)
-    return Plan(tuple(sites), tuple(_notes(sites, method)))
+    kernels = choice.explain([_served(site, method.rules[site.rule]) for site in sites])
+    return Plan(tuple(sites), tuple(_notes(sites, method)), kernels)
 
 
 def _make_site(
@@ -45,6 +49,7 @@ def _make_site(
     ranks: tuple[int, ...],
     leaders: dict[tuple[str, ...], str],
     role: Role | None,
+    choice: Choice,
 ) -> Site:
     router, expert = ROUTERS[rule.router.kind](rule.router), EXPERTS[rule.expert.kind](rule.expert)
     objection = router.objection(linear.is_causal, expert)
@@ -56,7 +61,6 @@ def _make_site(
             f"allocation gives {linear.path} the ranks {list(ranks)}; valid: no budget, or other parts"
         )
     shape = Shape(linear.in_features, linear.out_features, ranks)
-    at_once = router.at_once(shape)
     leader = _find_leader(linear, name, rule, leaders, role)
     in_experts = _count(kept_shapes(expert, router, shape))
     in_router = 0 if leader else _count(router.parameter_shapes(linear.in_features))
@@ -70,7 +74,9 @@ def _make_site(
         router=rule.router.kind,
         num_experts=router.num_experts,
         top_k=router.top_k,
-        kernel=choose_kernel(rule, sum(at_once.ranks) / (1 if role else router.top_k)),
+        kernel=choice.settle(
+            rule.kernel, router.at_once(shape), 1 if role else router.top_k, f"rules.{name}.kernel, {linear.path}"
+        ),
         scale=expert.scale(shape),
         stream=linear.stream,
         leader=leader,
@@ -90,22 +96,17 @@ def _find_leader(
     return None if first == linear.path else first
 
 
+def _served(site: Site, rule: Rule) -> Served:
+    ranks = site.ranks[:1] if ROUTERS[site.router].draws else site.ranks
+    top_k = 1 if site.role else site.top_k
+    return Served(site.kernel, replace(site.shape, ranks=ranks), top_k, is_named=rule.kernel == site.kernel)
+
+
 def _count_active(expert: Expert, shape: Shape, top_k: int) -> int:
     """What a site of `top_k` experts would hold, the mean over neighbours in a circle where ranks differ."""
     circle = shape.ranks * 2
     chosen = [replace(shape, ranks=circle[first : first + top_k]) for first in range(len(shape.ranks))]
     return sum(_count(expert.parameter_shapes(few)) for few in chosen) // len(chosen)
-
-
-def choose_kernel(rule: Rule, breadth: float) -> str:
-    """The kernel a rule names.
-
-    `auto` follows from `breadth`, the ranks of all experts over K, or over 1 where each choice of a token is computed
-    as a token of its own.
-    `stacked` computes them all at once and was faster than `loop` up to a breadth of about 200 (2026-11-21, one CPU
-    thread, fp32, widths 576 and 2048); at 2048, the preset of PESC, it took 2.0 to 2.6 times as long.
-    """
-    return rule.kernel if rule.kernel != "auto" else "stacked" if breadth <= STACKED_UP_TO else "loop"
 
 
 def _count(shapes: dict[str, tuple[int, ...]]) -> int:

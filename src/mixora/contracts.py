@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
 
 from mixora.config import Strict
@@ -37,6 +38,11 @@ class Kernel(ABC):
 
     def __init__(self, ranks: tuple[int, ...]) -> None:
         self.ranks = ranks
+
+    @classmethod
+    def objection(cls, shape: Shape, dtype: torch.dtype) -> str | None:
+        """Why this kernel cannot compute such a site in `dtype`; None where it can."""
+        return None
 
     @abstractmethod
     def expand(self, x_TI: Tensor, w_RI: Tensor, routing: Routing, bias_R: Tensor | None = None) -> Any:

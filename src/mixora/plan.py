@@ -48,10 +48,14 @@ class Site:
 
 @dataclass(frozen=True)
 class Plan:
-    """All sites of a model under a method, in the model's order, and remarks a user should read before training."""
+    """All sites of a model under a method, in the model's order.
+
+    `notes`: remarks a user should read before training. `kernels`: which kernels compute the sites, and why.
+    """
 
     sites: tuple[Site, ...]
     notes: tuple[str, ...] = ()
+    kernels: tuple[str, ...] = ()
 
     @property
     def parameters(self) -> int:
@@ -75,10 +79,10 @@ class Plan:
         """The table for a terminal; what all rows have in common stands above and below it."""
         rows = self.rows(full)
         prefix = common_prefix([row["path"] for row in rows])
-        common = {name: sorted({row[name] for row in rows}) for name in ("router", "kernel")}
+        routers = sorted({row["router"] for row in rows})
         # kernels never stand in the table, routers only where they differ
-        for name in [name for name in common if name == "kernel" or len(common[name]) == 1]:
-            rows = [{column: value for column, value in row.items() if column != name} for row in rows]
+        below = {"kernel": self.kernels, **({"router": routers} if len(routers) == 1 else {})}
+        rows = [{column: value for column, value in row.items() if column not in below} for row in rows]
         title = f"{len(self.sites)} sites" + (f" in {prefix}" if prefix else "")
         table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for column in rows[0]:
@@ -90,7 +94,7 @@ class Plan:
             row["path"] = row["path"].removeprefix(prefix + ".")
             table.add_row(*(f"{value:,}" if isinstance(value, int) else str(value) for value in row.values()))
         counts = f"trainable {self.parameters:,}, active {self.active_parameters:,} parameters"
-        said = [f"{name}: {', '.join(values)}" for name, values in common.items() if name not in rows[0]]
+        said = [f"{name}: {', '.join(values)}" for name, values in below.items()]
         table.caption = "; ".join([counts, *said])
         return table
 

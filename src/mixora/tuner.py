@@ -128,7 +128,7 @@ class MixoraModel(BaseTuner):
         config = self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
         if config.plan is None:
             config = self.peft_config[adapter_name] = allocate(model, config)
-        new_plan = make_plan(model, config.method)
+        new_plan = make_plan(model, config.method, is_stored=config.plan is not None)
         if config.plan is not None:
             new_plan.check_against(config.plan)
         config.plan = new_plan.to_list()

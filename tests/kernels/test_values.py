@@ -4,10 +4,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from mixora.contracts import Shape
 from mixora.kernels import KERNELS
 from mixora.routing import Routing
 
-IN, OUT = 5, 7
+IN, OUT = 8, 16
 # ranks of the experts; experts of each token; slots of weight 0
 CASES = {
     "equal ranks": ((3, 3, 3, 3), [[0, 1], [2, 3], [3, 0], [1, 2], [0, 2]], []),
@@ -19,8 +20,29 @@ CASES = {
     "all tokens to one expert": ((2, 3, 2), [[1]] * 6, []),
     "one token": ((2, 3, 2), [[2, 0]], []),
     "no token": ((2, 3, 2), torch.zeros(0, 2), []),
+    "no weight at all": ((2, 3, 2), [[0, 1], [2, 0]], [(0, 0), (0, 1), (1, 0), (1, 1)]),
+    "one of the experts of all tokens": ((2, 3, 2), [[1, 0], [1, 2], [2, 1], [1, 0], [1, 2]], [(0, 1)]),
+    # grouped products want whole 16 bytes
+    "rank 8": ((8,) * 4, [[0, 1], [2, 3], [3, 0], [1, 2], [0, 2]], [(0, 1), (2, 0), (4, 0), (4, 1)]),
+    "rank 8, all tokens to one expert": ((8,) * 3, [[1]] * 6, []),
+    "rank 8, all experts for all tokens": ((8,) * 3, [[0, 1, 2], [2, 1, 0], [1, 0, 2]], []),
+    "rank 8, no weight at all": ((8,) * 3, [[0, 1], [2, 0]], [(0, 0), (0, 1), (1, 0), (1, 1)]),
+    "rank 8, no token": ((8,) * 3, torch.zeros(0, 2), []),
 }
-BATCHED = {name: case for name, case in CASES.items() if name != "no token"}
+TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-5}
+
+
+def is_possible(kernel, case, dtype):
+    return KERNELS[kernel].objection(Shape(IN, OUT, CASES[case][0]), dtype) is None
+
+
+def combine(*dtypes, cases=CASES):
+    """Every kernel with every case that it can serve."""
+    return [(k, c, d) for k in KERNELS for c in cases for d in dtypes if is_possible(k, c, d)]
+
+
+def dtype_for(kernel):
+    return torch.float64 if is_possible(kernel, "rank 8", torch.float64) else torch.float32
 
 
 def straight_loops(x_TI, a_RI, b_RO, weights_TK, experts_TK, ranks, activation):
@@ -63,11 +85,14 @@ def outcome(case, compute, dtype):
     return [y_TO.detach(), *torch.autograd.grad((y_TO * upstream_TO).sum(), leaves)]
 
 
+def routing_of(experts_TK, weights_TK, num_experts):
+    used_TK, valid_T = weights_TK != 0, torch.ones(len(weights_TK), dtype=torch.bool)
+    return Routing(experts_TK, weights_TK, used_TK, used_TK, valid_T, num_experts)
+
+
 def by_kernel(name, activation):
     def compute(x_TI, a_RI, b_RO, weights_TK, experts_TK, ranks):
-        assigned_TK = weights_TK != 0
-        valid_T = torch.ones(len(x_TI), dtype=torch.bool)
-        routing = Routing(experts_TK, weights_TK, assigned_TK, assigned_TK, valid_T, len(ranks))
+        routing = routing_of(experts_TK, weights_TK, len(ranks))
         kernel = KERNELS[name](ranks)
         slots = kernel.map(activation, kernel.expand(x_TI, a_RI, routing))
         return kernel.contract(slots, b_RO, routing)
@@ -87,10 +112,9 @@ def identity(tensor):
 
 
 @pytest.mark.parametrize("activation", [identity, F.gelu], ids=["linear", "gelu"])
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-5)], ids=["f64", "f32"])
-def test_values_and_gradients(kernel, case, activation, dtype, tolerance):
+@pytest.mark.parametrize(("kernel", "case", "dtype"), combine(torch.float64, torch.float32))
+def test_values_and_gradients(kernel, case, activation, dtype):
+    tolerance = TOLERANCES[dtype]
     found = outcome(case, by_kernel(kernel, activation), dtype)
     expected = outcome(case, by_loops(activation), torch.float64)
     for name, got, want in zip(("y", "x", "A", "B", "weights"), found, expected, strict=True):
@@ -99,10 +123,9 @@ def test_values_and_gradients(kernel, case, activation, dtype, tolerance):
         )
 
 
-@pytest.mark.parametrize("case", BATCHED)
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_bfloat16_stays_within_its_rounding(kernel, case):
-    found = outcome(case, by_kernel(kernel, identity), torch.bfloat16)
+@pytest.mark.parametrize(("kernel", "case", "dtype"), combine(torch.bfloat16))
+def test_bfloat16_stays_within_its_rounding(kernel, case, dtype):
+    found = outcome(case, by_kernel(kernel, identity), dtype)
     _, experts_TK, used_TK, leaves = make(case)
     rounded = [leaf.bfloat16().double().requires_grad_() for leaf in leaves]
     x_TI, a_RI, b_RO, weights_TK = rounded
@@ -116,7 +139,7 @@ def test_bfloat16_stays_within_its_rounding(kernel, case):
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_weights_of_another_dtype_follow_the_activations(kernel):
-    ranks, experts_TK, _, (x_TI, a_RI, b_RO, weights_TK) = make("unequal ranks")
+    ranks, experts_TK, _, (x_TI, a_RI, b_RO, weights_TK) = make("rank 8")
     compute = by_kernel(kernel, identity)
     mixed = compute(x_TI.bfloat16(), a_RI.float(), b_RO.float(), weights_TK.float(), experts_TK, ranks)
     assert mixed.dtype == torch.bfloat16
@@ -126,36 +149,56 @@ def test_weights_of_another_dtype_follow_the_activations(kernel):
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_autocast_gives_low_precision_close_to_exact(kernel):
-    ranks, experts_TK, _, leaves = make("unequal ranks")
-    x_TI, a_RI, b_RO, weights_TK = (leaf.float() for leaf in leaves)
+    ranks, experts_TK, _, leaves = make("rank 8")
+    given = [leaf.float().requires_grad_() for leaf in leaves]
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        y_TO = by_kernel(kernel, identity)(x_TI, a_RI, b_RO, weights_TK, experts_TK, ranks)
-    exact = straight_loops(*leaves, experts_TK, ranks, identity)
-    assert (y_TO.double() - exact).norm() <= 0.03 * exact.norm()
+        y_TO = by_kernel(kernel, identity)(*given, experts_TK, ranks)
+    assert y_TO.dtype == torch.bfloat16
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    exact_TO = straight_loops(*leaves, experts_TK, ranks, identity)
+    upstream_TO = torch.linspace(-1, 1, y_TO.numel()).reshape(y_TO.shape)
+    found = torch.autograd.grad((y_TO.float() * upstream_TO).sum(), given)
+    expected = torch.autograd.grad((exact_TO * upstream_TO.double()).sum(), leaves)
+    assert (y_TO.double() - exact_TO).norm() <= 0.03 * exact_TO.norm()
+    for got, want in zip(found, expected, strict=True):
+        assert got.dtype == torch.float32
+        assert (got.double() - want).norm() <= 0.03 * want.norm()
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_backward_inside_of_autocast_keeps_the_dtype_of_the_forward_pass(kernel):
+    ranks, experts_TK, _, leaves = make("rank 8")
+    leaves = [leaf.float().requires_grad_() for leaf in leaves]
+    y_TO = by_kernel(kernel, identity)(*leaves, experts_TK, ranks)
+    plain = torch.autograd.grad(y_TO.square().sum(), leaves, retain_graph=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = torch.autograd.grad(y_TO.square().sum(), leaves)
+    for got, want in zip(inside, plain, strict=True):
+        assert got.dtype == torch.float32
+        assert (got - want).norm() <= 0.02 * want.norm()
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_a_token_without_weight_gets_exactly_zero(kernel):
-    ranks, experts_TK, _, (x_TI, a_RI, b_RO, weights_TK) = make("equal ranks")
-    weights_TK[2] = 0
-    y_TO = by_kernel(kernel, identity)(x_TI, a_RI, b_RO, weights_TK, experts_TK, ranks)
-    assert torch.equal(y_TO[2], torch.zeros(OUT, dtype=torch.float64))
+    ranks, experts_TK, _, leaves = make("rank 8")
+    leaves[3][2] = 0
+    y_TO = by_kernel(kernel, identity)(*(leaf.to(dtype_for(kernel)) for leaf in leaves), experts_TK, ranks)
+    assert torch.equal(y_TO[2], torch.zeros_like(y_TO[2]))
     assert (y_TO[[0, 1, 3, 4]].abs().sum(dim=1) > 0).all()
 
 
 SHARED = {name: case for name, case in CASES.items() if len(set(case[0])) == 1}
 
 
-@pytest.mark.parametrize("case", SHARED)
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_a_hidden_that_all_experts_share(kernel, case):
+@pytest.mark.parametrize(("kernel", "case", "dtype"), combine(torch.float64, torch.float32, cases=SHARED))
+def test_a_hidden_that_all_experts_share(kernel, case, dtype):
     """Values and gradients are those of experts whose A are copies of one."""
-    ranks, experts_TK, used_TK, (x_TI, a_RI, b_RO, weights_TK) = make(case)
+    ranks, experts_TK, used_TK, leaves = make(case)
+    x_TI, a_RI, b_RO, weights_TK = leaves
     a_rI = a_RI[: ranks[0]].clone()
 
     def by_sharing(x_TI, a_rI, b_RO, weights_TK):
-        assigned_TK, valid_T = weights_TK != 0, torch.ones(len(x_TI), dtype=torch.bool)
-        routing = Routing(experts_TK, weights_TK, assigned_TK, assigned_TK, valid_T, len(ranks))
+        routing = routing_of(experts_TK, weights_TK, len(ranks))
         one = KERNELS[kernel](ranks)
         return one.contract(one.map(F.gelu, one.share(x_TI @ a_rI.T, routing)), b_RO, routing)
 
@@ -164,9 +207,37 @@ def test_a_hidden_that_all_experts_share(kernel, case):
         return straight_loops(x_TI, copies_RI, b_RO, weights_TK, experts_TK, ranks, F.gelu)
 
     outcomes = []
-    for compute in (by_sharing, by_copies):
-        leaves = [leaf.clone().requires_grad_() for leaf in (x_TI, a_rI, b_RO, weights_TK)]
+    for compute, of_dtype in ((by_sharing, dtype), (by_copies, torch.float64)):
+        leaves = [leaf.to(of_dtype).clone().requires_grad_() for leaf in (x_TI, a_rI, b_RO, weights_TK)]
         y_TO = compute(*leaves[:3], torch.where(used_TK, leaves[3], 0.0))
-        outcomes.append([y_TO.detach(), *torch.autograd.grad((y_TO * torch.linspace(-1, 1, OUT)).sum(), leaves)])
+        gradients = torch.autograd.grad((y_TO * torch.linspace(-1, 1, OUT)).sum(), leaves)
+        outcomes.append([tensor.detach().double() for tensor in (y_TO, *gradients)])
     for got, want in zip(*outcomes, strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(got, want, rtol=TOLERANCES[dtype], atol=TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize(("kernel", "case", "dtype"), combine(torch.float64, torch.float32))
+def test_a_bias_is_added_before_the_map(kernel, case, dtype):
+    """As a last input of 1, whose column of A is the bias."""
+    ranks, experts_TK, used_TK, leaves = make(case)
+    x_TI, a_RI, b_RO, weights_TK = leaves
+    bias_R = torch.linspace(-1, 1, len(a_RI), dtype=torch.float64)
+
+    def by_bias(x_TI, a_RI, b_RO, weights_TK, bias_R):
+        routing = routing_of(experts_TK, torch.where(used_TK, weights_TK, 0.0), len(ranks))
+        one = KERNELS[kernel](ranks)
+        return one.contract(one.map(F.gelu, one.expand(x_TI, a_RI, routing, bias_R)), b_RO, routing)
+
+    def by_column(x_TI, a_RI, b_RO, weights_TK, bias_R):
+        wide_TI, wide_RI = torch.cat([x_TI, torch.ones_like(x_TI[:, :1])], 1), torch.cat([a_RI, bias_R[:, None]], 1)
+        weights_TK = torch.where(used_TK, weights_TK, 0.0)
+        return straight_loops(wide_TI, wide_RI, b_RO, weights_TK, experts_TK, ranks, F.gelu)
+
+    outcomes = []
+    for compute, of_dtype in ((by_bias, dtype), (by_column, torch.float64)):
+        leaves = [t.to(of_dtype).clone().requires_grad_() for t in (x_TI, a_RI, b_RO, weights_TK, bias_R)]
+        y_TO = compute(*leaves)
+        gradients = torch.autograd.grad((y_TO * torch.linspace(-1, 1, OUT)).sum(), leaves)
+        outcomes.append([tensor.detach().double() for tensor in (y_TO, *gradients)])
+    for got, want in zip(*outcomes, strict=True):
+        torch.testing.assert_close(got, want, rtol=TOLERANCES[dtype], atol=TOLERANCES[dtype])

@@ -36,7 +36,7 @@ def reference_of(nulls, top_k):
     return reference
 
 
-@pytest.mark.parametrize("kernel", ["loop", "stacked"])
+@pytest.mark.parametrize("kernel", ["loop", "stacked", "sorted"])
 @pytest.mark.parametrize(("nulls", "top_k"), [(2, 2), (3, 3), (1, 2), (4, 5), (2, 5)])
 def test_outputs_losses_and_gradients(kernel, nulls, top_k):
     sizes = {"num_experts": EXPERTS, "null_experts": nulls, "top_k": top_k, "rank": RANK, "scale": SCALE}

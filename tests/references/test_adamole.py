@@ -30,7 +30,7 @@ def reference(tokens, tensors):
     return deltas, balance, sum(squares) / len(tokens)
 
 
-@pytest.mark.parametrize("kernel", ["loop", "stacked"])
+@pytest.mark.parametrize("kernel", ["loop", "stacked", "sorted"])
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_outputs_losses_and_gradients(kernel, seed):
     routing = compare("adamole", kernel, reference, seed, num_experts=EXPERTS, rank=RANK, scale=SCALE)

@@ -24,6 +24,6 @@ def reference(tokens, tensors):
     return deltas, EXPERTS * (mean_E.detach() * mean_E).sum(), sum(squares) / len(tokens)
 
 
-@pytest.mark.parametrize("kernel", ["loop", "stacked"])
+@pytest.mark.parametrize("kernel", ["loop", "stacked", "sorted"])
 def test_outputs_losses_and_gradients(kernel):
     compare("hydralora", kernel, reference, num_experts=EXPERTS, rank=RANK, scale=SCALE)

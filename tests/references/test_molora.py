@@ -25,7 +25,7 @@ def reference(tokens, tensors):
     return deltas, balance, sum(squares) / len(tokens)
 
 
-@pytest.mark.parametrize("kernel", ["loop", "stacked"])
+@pytest.mark.parametrize("kernel", ["loop", "stacked", "sorted"])
 def test_outputs_losses_and_gradients(kernel):
     routing = compare("molora", kernel, reference, num_experts=EXPERTS, rank=RANK, scale=SCALE)
     assert torch.equal(routing.experts_TK[0], torch.arange(EXPERTS))

@@ -4,9 +4,11 @@ Weights of all experts lie below each other, expert after expert, so that expert
 """
 
 from mixora.contracts import Kernel
+from mixora.kernels.grouped import Grouped
 from mixora.kernels.loop import Loop
+from mixora.kernels.sorted import Sorted
 from mixora.kernels.stacked import Stacked
 
-KERNELS: dict[str, type[Kernel]] = {"loop": Loop, "stacked": Stacked}
+KERNELS: dict[str, type[Kernel]] = {"loop": Loop, "stacked": Stacked, "sorted": Sorted, "grouped": Grouped}
 
-__all__ = ["KERNELS", "Loop", "Stacked"]
+__all__ = ["KERNELS", "Grouped", "Loop", "Sorted", "Stacked"]

@@ -1,0 +1,237 @@
+"""Time and memory of the kernels, and the limits of `auto` in `mixora/kernels/choice.py` that follow from them.
+
+    python -m benchmarks.kernels [--reduced] [--out FILE]
+
+One step is the experts of one site, forward and backward with all gradients, without the frozen module. Kernels take
+turns within one loop on one thread; figures are medians of the thread's own time, so that others on the machine disturb
+little. `--reduced` takes fewer repeats and at most 2048 tokens. Without `--out`, the figures go to
+`benchmarks/results/kernels-<date>.json`. Write the printed limits into `choice.py`: a test compares the two.
+"""
+
+import argparse
+import gc
+import json
+import math
+import platform
+import shlex
+import statistics
+import sys
+import time
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from datetime import date
+from pathlib import Path
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mixora.contracts import Shape
+from mixora.kernels import KERNELS
+from mixora.routing import Routing
+
+RESULTS = Path(__file__).parent / "results"
+WIDTHS = (576, 2048)
+DTYPES = ("float32", "bfloat16")
+RANKS = (4, 8, 12, 16, 24, 32, 64, 128, 512)
+# limits are given in steps of this, since nothing finer can be measured
+STEP = 8
+
+Step = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One site. `skewed`: expert 0 is among the choices of every token, instead of an even load."""
+
+    width: int
+    dtype: str
+    rank: int
+    experts: int = 8
+    top_k: int = 2
+    tokens: int = 1024
+    skewed: bool = False
+
+    @property
+    def breadth(self) -> float:
+        """R / K."""
+        return self.experts * self.rank / self.top_k
+
+    @property
+    def shape(self) -> Shape:
+        return Shape(self.width, self.width, (self.rank,) * self.experts)
+
+
+def kernels_for(case: Case) -> list[str]:
+    dtype = getattr(torch, case.dtype)
+    return [name for name, kernel in KERNELS.items() if kernel.objection(case.shape, dtype) is None]
+
+
+def make_step(kernel_name: str, case: Case) -> Step:
+    """Forward and backward of a site's experts; every kernel gets the same numbers."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*size: int) -> torch.Tensor:
+        return torch.randn(size, generator=generator)
+
+    dtype, rank_sum = getattr(torch, case.dtype), case.experts * case.rank
+    scores_TE = draw(case.tokens, case.experts)
+    scores_TE[:, 0] += 1e3 * case.skewed
+    top = scores_TE.softmax(dim=-1).topk(case.top_k, dim=-1)
+    x_TI, a_RI, b_RO, dy_TO = (draw(n, case.width).to(dtype) for n in (case.tokens, rank_sum, rank_sum, case.tokens))
+    weights_TK = (top.values / top.values.sum(dim=-1, keepdim=True)).requires_grad_()
+    leaves = [x_TI.requires_grad_(), a_RI.requires_grad_(), b_RO.requires_grad_(), weights_TK]
+    used_TK = torch.ones_like(weights_TK, dtype=torch.bool)
+    routing = Routing(top.indices, weights_TK, used_TK, used_TK, used_TK[:, 0], case.experts)
+    kernel = KERNELS[kernel_name](case.shape.ranks)
+
+    def step() -> object:
+        y_TO = kernel.contract(kernel.expand(x_TI, a_RI, routing), b_RO, routing)
+        return torch.autograd.grad(y_TO, leaves, dy_TO)
+
+    return step
+
+
+def time_together(steps: dict[str, Step], repeats: int) -> dict[str, float]:
+    """Median milliseconds of each, taking turns in alternating order."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for step in steps.values():
+        step()
+    gc.disable()
+    for turn in range(repeats):
+        for name in list(steps)[:: -1 if turn % 2 else 1]:
+            start = time.thread_time()
+            steps[name]()
+            times[name].append(time.thread_time() - start)
+    gc.enable()
+    return {name: round(1e3 * statistics.median(found), 3) for name, found in times.items()}
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of storages that are made while it is on; `peak`: the most that were alive at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.alive: dict[int, int] = {}
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        given = {t.untyped_storage()._cdata for t in _tensors((args, kwargs))}
+        result = operator(*args, **(kwargs or {}))
+        for tensor in _tensors(result):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in given and storage._cdata not in self.alive:
+                self.alive[storage._cdata] = storage.nbytes()
+                weakref.finalize(storage, self._free, storage._cdata)
+                self.now += storage.nbytes()
+        self.peak = max(self.peak, self.now)
+        return result
+
+    def _free(self, name: int) -> None:
+        self.now -= self.alive.pop(name, 0)
+
+
+def _tensors(tree: object) -> list[torch.Tensor]:
+    return [leaf for leaf in torch.utils._pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+def peak_mebibytes(step: Step) -> float:
+    """The most that a step holds at once besides what it reads, without the workspace of single operators."""
+    gc.collect()
+    with LiveBytes() as live:
+        step()
+    return round(live.peak / 2**20, 2)
+
+
+def measure_speed(cases: Iterable[Case], repeats: int) -> list[dict]:
+    """Milliseconds of every kernel that can serve a case."""
+    rows = []
+    for case in cases:
+        times = time_together({name: make_step(name, case) for name in kernels_for(case)}, repeats)
+        rows.append({**vars(case), "breadth": case.breadth, "ms": times})
+        print(f"{case.dtype:>9} width {case.width:4} R/K {case.breadth:6.0f}  {_list(times)}", flush=True)
+    return rows
+
+
+def measure_growth(changes: dict[str, tuple[Case, Case]], repeats: int) -> list[dict]:
+    """Time and peak memory of each second case over those of the first, in milliseconds and MiB."""
+    rows = []
+    for label, (before, after) in changes.items():
+        for name in kernels_for(after):
+            steps = {"before": make_step(name, before), "after": make_step(name, after)}
+            ms = time_together(steps, repeats)
+            peaks = {when: peak_mebibytes(step) for when, step in steps.items()}
+            time_ratio, memory_ratio = (round(of["after"] / of["before"], 2) for of in (ms, peaks))
+            ratios = {"time": time_ratio, "memory": memory_ratio}
+            rows.append({"change": label, "kernel": name, **ratios, "ms": ms, "mebibytes": peaks})
+            print(f"{label:>22} {name:>8}: time x {time_ratio:5.2f}, memory x {memory_ratio:5.2f}", flush=True)
+    return rows
+
+
+def list_changes(most_tokens: int) -> dict[str, tuple[Case, Case]]:
+    """What may grow: experts at the same rank and choice, tokens, and the share that one expert gets."""
+    site = Case(576, "float32", 32)
+    few = replace(site, tokens=256)
+    return {
+        "experts 8 to 64": (site, replace(site, experts=64)),
+        f"tokens 256 to {most_tokens}": (few, replace(few, tokens=most_tokens)),
+        "one expert gets all": (site, replace(site, skewed=True)),
+    }
+
+
+def find_limits(rows: list[dict]) -> dict[str, int]:
+    """For each dtype, the R / K above which `stacked` takes longer than `sorted`.
+
+    The logarithm of their ratio, its mean over the widths, is interpolated over the logarithm of R / K; the limit is
+    where it becomes positive for good, rounded to a step.
+    """
+    return {dtype: _find_limit([row for row in rows if row["dtype"] == dtype]) for dtype in DTYPES}
+
+
+def _find_limit(rows: list[dict]) -> int:
+    losses: dict[float, list[float]] = {}
+    for row in rows:
+        losses.setdefault(row["breadth"], []).append(math.log(row["ms"]["stacked"] / row["ms"]["sorted"]))
+    points = [(math.log(breadth), statistics.mean(found)) for breadth, found in sorted(losses.items())]
+    lost = [n for n, (_, loss) in enumerate(points) if loss <= 0]
+    if not lost or lost[-1] + 1 == len(points):
+        raise ValueError("stacked and sorted do not cross within the ranks that were measured")
+    (x0, y0), (x1, y1) = points[lost[-1] : lost[-1] + 2]
+    return round(math.exp(x0 - y0 * (x1 - x0) / (y1 - y0)) / STEP) * STEP
+
+
+def _list(figures: dict[str, float]) -> str:
+    return "  ".join(f"{name} {value:9.3f}" for name, value in figures.items())
+
+
+def _describe_machine() -> str:
+    found = torch.cpu.get_capabilities()
+    products = [name for name in ("avx512_bf16", "amx_bf16") if found.get(name)]
+    return ", ".join([found.get("cpu_name", platform.machine()), *products, "one thread"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--reduced", action="store_true")
+    parser.add_argument("--out", type=Path, default=RESULTS / f"kernels-{date.today()}.json")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    repeats = 7 if options.reduced else 25
+    speed = measure_speed([Case(w, d, r) for d in DTYPES for w in WIDTHS for r in RANKS], repeats)
+    growth = measure_growth(list_changes(2048 if options.reduced else 8192), repeats)
+    limits = find_limits(speed)
+    print(f"limits: {limits}")
+    found = {
+        "date": str(date.today()),
+        "command": shlex.join(["python", "-m", "benchmarks.kernels", *sys.argv[1:]]),
+        "torch": torch.__version__,
+        "machine": _describe_machine(),
+        "limits": limits,
+        "speed": speed,
+        "growth": growth,
+    }
+    options.out.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,35 @@
+"""What kernels that sort their slots by expert have in common."""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+
+def sort_by_expert(experts_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """Places of the flattened slots with those of each expert next to each other, and how many each expert has.
+
+    Slots whose expert is `num_experts` belong to none: they come last and are not counted. int64 [T * K] and int64 [E];
+    tokens of one expert keep their order. Does not wait for the device.
+    """
+    expert_N = experts_TK.flatten()
+    counts = expert_N.new_zeros(num_experts + 1).index_add_(0, expert_N, torch.ones_like(expert_N))
+    return expert_N.argsort(stable=True), counts[:num_experts]
+
+
+def cast_as_autocast(tensor: Tensor) -> Tensor:
+    """The tensor in the dtype that autocast gives a matrix product; itself where autocast is off."""
+    device_type = tensor.device.type
+    if not _has_autocast(device_type) or not torch.is_autocast_enabled(device_type) or tensor.dtype == torch.float64:
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(device_type))
+
+
+def without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
+    """Products of tensors on this one's device keep their dtype, also if backward runs inside of autocast."""
+    device_type = tensor.device.type
+    return torch.autocast(device_type, enabled=False) if _has_autocast(device_type) else nullcontext()
+
+
+def _has_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type)
