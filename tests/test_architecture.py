@@ -12,7 +12,7 @@ ORDER = [
     {"routing", "config", "folders", "low_rank"},
     {"contracts", "passes", "depth"},
     {"experts", "routers", "kernels", "losses", "allocators", "slots", "parts", "plan", "entrances"},
-    {"method", "sites"},
+    {"method", "sites", "joining"},
     {"recipes", "mixture", "assignment", "feed_forward"},
     {"assembly"},
     {"allocation"},

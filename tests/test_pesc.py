@@ -38,6 +38,8 @@ FAMILIES = [
     (tiny_bert_classifier, "bert.encoder.layer.0.output.dense", 2, 10),
     (tiny_t5, "encoder.block.0.layer.1.DenseReluDense", 4, 32),
 ]
+# kernels for experts behind a module
+APART = [name for name in KERNELS if name != "joint"]
 MAKERS = [family[0] for family in FAMILIES]
 
 
@@ -139,7 +141,7 @@ def test_planned_and_real_numbers_agree():
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == planned
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", APART)
 def test_activation_checkpointing_changes_nothing(kernel):
     found = []
     for checkpointing in (False, True):
@@ -170,7 +172,7 @@ def test_broad_experts_are_computed_where_they_are_chosen():
     assert {s.kernel for s in named} == {"stacked"}
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", APART)
 def test_memory_is_estimated_with_every_kernel(kernel):
     with torch.device("meta"):
         # as real models come; without a cache transformers looks at the values of positions

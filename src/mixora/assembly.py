@@ -75,7 +75,11 @@ def _make_site(
         num_experts=router.num_experts,
         top_k=router.top_k,
         kernel=choice.settle(
-            rule.kernel, router.at_once(shape), 1 if role else router.top_k, f"rules.{name}.kernel, {linear.path}"
+            rule.kernel,
+            router.at_once(shape),
+            1 if role else router.top_k,
+            f"rules.{name}.kernel, {linear.path}",
+            joins=expert.joins and router.joins,
         ),
         scale=expert.scale(shape),
         stream=linear.stream,

@@ -33,8 +33,11 @@ class Kernel(ABC):
     """Computes the experts of one site; `ranks` are the experts' ranks, R their sum.
 
     Slots, what passes from `expand` to `contract`, belong to the kernel. Between the two verbs stand only pointwise
-    maps, which `map` applies. Every kernel gives the values and gradients of `kernels.Loop`.
+    maps, which `map` applies. Every kernel gives the values and gradients of `kernels.Loop`. `joins`: it can compute
+    the frozen linear and the router as well, for experts and routers that `join`.
     """
+
+    joins: ClassVar[bool] = False
 
     def __init__(self, ranks: tuple[int, ...]) -> None:
         self.ranks = ranks
@@ -67,12 +70,14 @@ class Expert(ABC):
     `reads`: whether x is the frozen module's `input` (experts stand beside a linear module) or its `output` (they
     stand behind a module of any kind, in series). Routers read the input in both cases. `spans_ffn`: an expert goes
     through all linears of a feed-forward part, with the model's own non-linearity inside and one router for all.
+    `joins`: an expert is B_e A_e x, with A and B among its parameters and `dropout` in its configuration.
     """
 
     Config: ClassVar[type[Strict]]
     reads: ClassVar[Literal["input", "output"]] = "input"
     one_rank: ClassVar[bool] = False  # the experts of a site cannot differ in rank
     spans_ffn: ClassVar[bool] = False
+    joins: ClassVar[bool] = False
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -100,13 +105,15 @@ class Expert(ABC):
 class Router(ABC):
     """Chooses experts for each token. Random draws come from the ambient generator: recomputation repeats them.
 
-    A router that `draws` chooses one expert for all tokens of a pass instead, by the draw in `Tokens`. Its experts'
-    tensors stand apart, so that an optimiser leaves those alone that no pass of its step has used.
+    A router that `joins` decides by products of x with rows of its own, or without looking at x. One that `draws`
+    chooses one expert for all tokens of a pass, by the draw in `Tokens`; its experts' tensors stand apart, so that an
+    optimiser leaves those alone that no pass of its step has used.
     """
 
     Config: ClassVar[type[Strict]]
     is_static: ClassVar[bool] = False  # the same weights for every input in evaluation: the experts can be merged
     draws: ClassVar[bool] = False
+    joins: ClassVar[bool] = False
 
     def __init__(self, config: Any) -> None:
         self.config = config

@@ -17,12 +17,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from mixora import passes, slots
+from mixora import joining, passes, slots
 from mixora.contracts import kept_shapes
 from mixora.draws import MEAN, Draw
 from mixora.errors import MixoraError, ModelError, TrainingError
 from mixora.low_rank import LowRank
 from mixora.parts import Parts
+from mixora.routers.linear import LinearRouter
 from mixora.routing import Routing
 
 PREFIX = "mixora_"
@@ -46,6 +47,7 @@ class Mixture(nn.Module, BaseTunerLayer):
         self.parts: dict[str, Parts] = {}
         self.readings: dict[str, dict[str, Tensor]] = {}
         self.auxiliary_scale = 1.0
+        self.obstacle: str | None = None
 
     def __getattr__(self, name: str) -> Any:
         """Children of the frozen module keep their paths: `mlp.gate_proj`, although `mlp` is wrapped."""
@@ -97,8 +99,7 @@ class Mixture(nn.Module, BaseTunerLayer):
 
     def is_router_trained(self, adapter: str) -> bool:
         """Whether the router that this module uses for `adapter` has trainable tensors."""
-        leader = self.parts[adapter].leader[0] if self.parts[adapter].leader else self
-        tensors = leader.parameters_of(adapter)
+        tensors = self.leader_of(adapter).parameters_of(adapter)
         return any(tensors[kind].requires_grad for kind in tensors if kind.startswith("router"))
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -108,6 +109,10 @@ class Mixture(nn.Module, BaseTunerLayer):
         """
         if self.disable_adapters and self.merged:
             self.unmerge()
+        if (adapter := self._find_joined(x)) is not None:
+            with passes.entered() as here:
+                y, routing = joining.compute(self, adapter, x, here)
+                return self._finish(adapter, y, routing, here)
         if not self.disable_adapters and (spanning := self._find_spanning()) is not None:
             with passes.entered() as here:
                 is_first = self.path in self.parts[spanning].firsts
@@ -135,16 +140,35 @@ class Mixture(nn.Module, BaseTunerLayer):
                     "mixora.compute_loss in a loop of your own, or coefficient 0"
                 )
             delta_TO, routing = self.delta(adapter, x, frozen if parts.expert.reads == "output" else x, here)
-            here.record(self.path, adapter, routing)
-            y = y + delta_TO.to(y.dtype).reshape(y.shape)
-            return self._add_losses(adapter, y, routing, here) if self.training and parts.losses else y
+            return self._finish(adapter, y + delta_TO.to(y.dtype).reshape(y.shape), routing, here)
+
+    def _finish(self, adapter: str, y: Tensor, routing: Routing, here: passes.Pass) -> Tensor:
+        here.record(self.path, adapter, routing)
+        return self._add_losses(adapter, y, routing, here) if self.training and self.parts[adapter].losses else y
+
+    def _find_joined(self, x: Tensor) -> str | None:
+        """The one active adapter, if its experts and the frozen module can be computed in one."""
+        active = self.active_adapters
+        if self.disable_adapters or self.merged or len(active) != 1 or active[0] not in self.parts:
+            return None
+        return active[0] if self.can_join(active[0], x) else None
+
+    def can_join(self, adapter: str, x: Tensor) -> bool:
+        """Whether the kernel computes the frozen module too, and nothing keeps it from doing so."""
+        parts = self.parts.get(adapter)
+        if parts is None or not parts.kernel.joins or self.active_adapters != [adapter]:
+            return False
+        obstacle = joining.find_obstacle(self.base_layer, x)
+        if obstacle is not None:
+            joining.warn_once(self, obstacle)
+        return obstacle is None
 
     def delta(self, adapter: str, x: Tensor, read: Tensor, here: passes.Pass) -> tuple[Tensor, Routing]:
         """What the experts add to the output for the module's input `x`, [T, O], and the routing that chose them.
 
         `read`: the tensor that the experts read, `x` itself or the frozen module's output.
         """
-        routing = self._route(adapter, x, here)
+        routing = self.route(adapter, x, here)
         return self._delta(adapter, read, routing, here.draw_at(self.path)), routing
 
     def _delta(self, adapter: str, read: Tensor, routing: Routing, draw: Draw = MEAN) -> Tensor:
@@ -166,7 +190,7 @@ class Mixture(nn.Module, BaseTunerLayer):
 
     def _enter_slots(self, adapter: str, x: Tensor, here: passes.Pass) -> Tensor:
         """What each chosen expert of a token makes of `x` [B, ..., I], choice after choice: [K * B, ..., O]."""
-        parts, routing = self.parts[adapter], self._route(adapter, x, here)
+        parts, routing = self.parts[adapter], self.route(adapter, x, here)
         if not parts.leader:
             here.record(self.path, adapter, routing)
         top_k = parts.router.top_k
@@ -186,14 +210,26 @@ class Mixture(nn.Module, BaseTunerLayer):
         delta_SO = self._delta(adapter, x, routing.by_slot())
         return y + delta_SO.reshape(parts.router.top_k, *y.shape).sum(dim=0).to(y.dtype)
 
-    def _route(self, adapter: str, x: Tensor, here: passes.Pass) -> Routing:
-        parts = self.parts[adapter]
-        leader = parts.leader[0] if parts.leader else self
+    def leader_of(self, adapter: str) -> "Mixture":
+        """The module whose router this one uses for `adapter`."""
+        return self.parts[adapter].leader[0] if self.parts[adapter].leader else self
+
+    def route(self, adapter: str, x: Tensor, here: passes.Pass, z_TC: Tensor | None = None) -> Routing:
+        """The routing of the tokens of `x`, found again where a module that read `x` has made it in this pass.
+
+        `z_TC`: the products of `x` with the router's rows, where they are known already.
+        """
+        parts, leader = self.parts[adapter], self.leader_of(adapter)
         shared = here.shared.get(adapter)
         if shared is None or shared.path != leader.path or shared.made_from() is not x:
             tokens = replace(here.tokens(parts.stream, x), draw=here.draw_at(self.path))
-            x_TI = x.reshape(-1, x.shape[-1])
-            routing = parts.router.route(x_TI, leader.parameters_of(adapter), tokens, self.training)
+            parameters = leader.parameters_of(adapter)
+            if z_TC is None:
+                routing = parts.router.route(x.reshape(-1, x.shape[-1]), parameters, tokens, self.training)
+            else:
+                assert isinstance(parts.router, LinearRouter)
+                z_TC = z_TC.to(torch.promote_types(z_TC.dtype, torch.float32))
+                routing = parts.router.decide(z_TC, parameters, tokens, self.training)
             shared = here.shared[adapter] = passes.Shared(leader.path, weakref.ref(x), routing)
         shared.readers.add(self.path)
         return shared.routing

@@ -18,6 +18,7 @@ class Parts:
     `shape`: that of the experts whose tensors compute a pass. `losses`: name, loss and the weight of this site in the
     model's total (coefficient / number of routed sites). `pass_losses`: name, loss and coefficient, at every site.
     `leader`: the module whose router is used, where linears that read the same input share one; empty otherwise.
+    `kin`: the modules under the same rule that read the same input, this one among them.
     `firsts`: paths of the first linears of a feed-forward part, where the experts go through all of it.
     """
 
@@ -29,6 +30,7 @@ class Parts:
     losses: list[tuple[str, SiteLoss, float]] = field(default_factory=list)
     pass_losses: list[tuple[str, PassLoss, float]] = field(default_factory=list)
     leader: list[Any] = field(default_factory=list)
+    kin: list[Any] = field(default_factory=list)
     firsts: frozenset[str] = frozenset()
 
     def delta(self, read_TI: Tensor, parameters: Parameters, routing: Routing, draw: Draw, training: bool) -> Tensor:

@@ -47,7 +47,8 @@ class Pass:
     which restart where another sequence begins (packing). `trace` is set while the pass runs under one, `is_observed`
     and `owns_losses` outlive it. `with_grad`: gradients were on at the entrance. `again`: this pass as recomputed
     layers see it. `seed`: what this pass's routes are drawn by, where they are; `serving`: what serves where not.
-    `shared`: per adapter the last routing, which other layers may use.
+    `shared`: per adapter the last routing, which other layers may use. `joined`: per adapter the products that layers
+    made for each other.
     """
 
     mask_BS: dict[Stream, Tensor] = field(default_factory=dict)
@@ -62,6 +63,7 @@ class Pass:
     seed: int | None = None
     serving: Serving = MERGED
     shared: dict[str, Shared] = field(default_factory=dict)
+    joined: dict[str, Any] = field(default_factory=dict)
     _tokens: dict[tuple[Stream, torch.Size], Tokens] = field(default_factory=dict)
 
     def draw_at(self, path: str) -> Draw:
@@ -144,6 +146,7 @@ def end(here: Pass, output: Any) -> None:
     """The pass being run is over and gave `output`; what outlives it holds no graph."""
     _state.stack.pop()
     here.shared.clear()
+    here.joined.clear()
     mark(output, here)
     if here.trace is not None:
         here.trace.passes += 1
@@ -166,7 +169,7 @@ def tracing(owns_losses: bool = False) -> Iterator[Trace]:
 def replay(seen: Pass) -> Iterator[None]:
     """Run a layer again as in pass `seen`: the same tokens, nothing recorded twice."""
     if seen.again is None:
-        seen.again = replace(seen, trace=None, is_replay=True, depth=1, shared={})
+        seen.again = replace(seen, trace=None, is_replay=True, depth=1, shared={}, joined={})
     _state.stack.append(seen.again)
     try:
         yield

@@ -61,14 +61,19 @@ class Linear:
     @property
     def siblings_key(self) -> tuple[str, ...] | None:
         """Equal for the linears that read the same input; None where nothing is known about it."""
-        parent, _, leaf = self.path.rpartition(".")
-        known = [sorted(names) for names in SIBLINGS if leaf in names]
-        return (parent, self.stream, *known[0]) if known else None
+        return kin_of(self.path, self.stream)
 
 
 @dataclass(frozen=True)
 class Block(Linear):
     """A module adapted as a whole: the widths are those of what it reads and gives."""
+
+
+def kin_of(path: str, stream: Stream) -> tuple[str, ...] | None:
+    """As `Linear.siblings_key`."""
+    parent, _, leaf = path.rpartition(".")
+    known = [sorted(names) for names in SIBLINGS if leaf in names]
+    return (parent, stream, *known[0]) if known else None
 
 
 def linears_of(model: nn.Module) -> list[Linear]:

@@ -19,6 +19,7 @@ from mixora.mixture import PREFIX, Mixture
 from mixora.plan import Plan, Site
 from mixora.recipes import read_recipe
 from mixora.routers import ROUTERS
+from mixora.sites import kin_of
 
 
 class _PeftType(str):
@@ -140,6 +141,7 @@ class MixoraModel(BaseTuner):
                 "cannot follow; valid: PeftModel.from_pretrained for the first adapter, then PeftModel.load_adapter"
             )
         self._plan = new_plan
+        self._kin: dict[tuple[str, ...], list[Mixture]] = {}
         for name in config.modules_to_save or ():
             both = [s.path for s in new_plan.sites if s.path == name or s.path.endswith("." + name)]
             if both:
@@ -179,10 +181,13 @@ class MixoraModel(BaseTuner):
         parts = parts_of(site, config.method, self._plan, leader)
         above, _, name = site.path.rpartition(".")
         parent, target = self.model.get_submodule(above), self.model.get_submodule(site.path)
+        parts.kin = self._kin.setdefault((site.rule, *(kin_of(site.path, site.stream) or (site.path,))), [])
         if isinstance(target, Mixture):
+            parts.kin.append(target)
             target.add(adapter_name, parts, config.inference_mode)
             return
         wrapped = Mixture(target, site.path)
+        parts.kin.append(wrapped)
         wrapped._active_adapter = self.active_adapters
         wrapped.add(adapter_name, parts, config.inference_mode)
         self._replace_module(parent, name, wrapped, target)

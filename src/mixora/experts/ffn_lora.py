@@ -21,4 +21,5 @@ class FfnLora(Lora):
     """Parameters A [R, I] and B [R, O] per linear; the hidden of a token is computed once for each of its experts."""
 
     Config = FfnLoraConfig
+    joins = False
     spans_ffn = True

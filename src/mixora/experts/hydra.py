@@ -23,6 +23,7 @@ class Hydra(Lora):
     """
 
     Config = HydraConfig
+    joins = False
     one_rank = True
 
     def parameter_shapes(self, shape: Shape) -> dict[str, tuple[int, ...]]:

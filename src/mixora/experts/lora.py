@@ -31,6 +31,7 @@ class Lora(Expert):
     """Parameters A [R, I], Kaiming-uniform, and B [R, O], zero: the adapted module starts as the frozen one."""
 
     Config: ClassVar[type[LoraConfig]] = LoraConfig
+    joins = True
     config: LoraConfig
 
     def parameter_shapes(self, shape: Shape) -> dict[str, tuple[int, ...]]:

@@ -5,10 +5,17 @@ Weights of all experts lie below each other, expert after expert, so that expert
 
 from mixora.contracts import Kernel
 from mixora.kernels.grouped import Grouped
+from mixora.kernels.joint import Joint
 from mixora.kernels.loop import Loop
 from mixora.kernels.sorted import Sorted
 from mixora.kernels.stacked import Stacked
 
-KERNELS: dict[str, type[Kernel]] = {"loop": Loop, "stacked": Stacked, "sorted": Sorted, "grouped": Grouped}
+KERNELS: dict[str, type[Kernel]] = {
+    "loop": Loop,
+    "stacked": Stacked,
+    "joint": Joint,
+    "sorted": Sorted,
+    "grouped": Grouped,
+}
 
-__all__ = ["KERNELS", "Grouped", "Loop", "Sorted", "Stacked"]
+__all__ = ["KERNELS", "Grouped", "Joint", "Loop", "Sorted", "Stacked"]

@@ -52,19 +52,24 @@ class Choice:
         limits = STACKED_UP_TO["cpu" if on_cpu else "cuda"]
         return cls(first.dtype, limits["bfloat16" if first.dtype.itemsize == 2 else "float32"], is_stored)
 
-    def settle(self, kernel: str, shape: Shape, top_k: int, where: str) -> str:
+    def settle(self, kernel: str, shape: Shape, top_k: int, where: str, joins: bool = False) -> str:
         """The kernel of a site: `kernel` itself, or what `auto` stands for; `ConfigError` where it cannot serve.
 
-        `shape`: of the experts that are computed at once. `where` heads the message.
+        `shape`: of the experts that are computed at once. `joins`: experts and router do. `where` heads the message.
         """
         able = [name for name in KERNELS if KERNELS[name].objection(shape, self.dtype) is None]
+        if not joins:
+            able.remove("joint")
         if kernel in able:
             return kernel
         if kernel != "auto" and not self.is_stored:
             reason = KERNELS[kernel].objection(shape, self.dtype)
+            reason = reason or "computes LoRA experts under routers that are linear in what they read"
             raise ConfigError(f"{where}: {kernel!r} {reason}; valid here: {', '.join(['auto', *able])}")
         uses_all = len(shape.ranks) == top_k
-        return "stacked" if uses_all or sum(shape.ranks) / top_k <= self.limit else "sorted"
+        if uses_all or sum(shape.ranks) / top_k <= self.limit:
+            return "joint" if joins else "stacked"
+        return "sorted"
 
     def explain(self, sites: Sequence[Served]) -> tuple[str, ...]:
         """Each kernel in use, with the reasons."""

@@ -17,6 +17,8 @@ class LinearRouter(Router):
     The configuration has `num_experts` and `init_std`.
     """
 
+    joins = True
+
     @property
     def num_experts(self) -> int:
         """E."""

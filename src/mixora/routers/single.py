@@ -20,6 +20,7 @@ class Single(Router):
 
     Config = SingleConfig
     is_static = True
+    joins = True
     num_experts = 1
     top_k = 1
 

@@ -1,0 +1,90 @@
+"""Linears that read the same input, computed together with their experts and routers (see `kernels.joint`).
+
+Whichever of them is called first makes the products for all; each takes its own when it is called. A pass keeps what
+waits, so nothing stands on a layer, and a recomputed layer makes its products anew.
+"""
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers.pytorch_utils import Conv1D
+
+from mixora.kernels.joint import Joined, contract, join
+from mixora.kernels.sorting import cast_as_autocast
+from mixora.passes import Pass
+from mixora.routing import Routing
+
+logger = logging.getLogger("mixora")
+
+
+def find_obstacle(frozen: nn.Module, x: Tensor) -> str | None:
+    """Why a frozen module has to be called as it is; None where its weight can be used instead."""
+    if type(frozen) not in (nn.Linear, Conv1D):
+        return f"is a {type(frozen).__name__}"
+    if frozen._forward_hooks or frozen._forward_pre_hooks or frozen._backward_hooks or "forward" in frozen.__dict__:
+        return "has hooks"
+    weight: Any = frozen.weight
+    if weight.requires_grad or (frozen.bias is not None and frozen.bias.requires_grad):
+        return "is trained"
+    if isinstance(weight, DTensor):
+        return "is sharded"
+    if cast_as_autocast(x).dtype != weight.dtype and x.dtype != weight.dtype:
+        return f"is in {weight.dtype} and reads {x.dtype}"
+    return "is being compiled" if torch.compiler.is_compiling() else None
+
+
+def warn_once(module: Any, obstacle: str) -> None:
+    """Say why a module is computed by itself, in the log."""
+    if module.obstacle != obstacle:
+        module.obstacle = obstacle
+        logger.info("%s: the frozen module %s, so kernel 'stacked' computes its experts", module.path, obstacle)
+
+
+def compute(module: Any, adapter: str, x: Tensor, here: Pass) -> tuple[Tensor, Routing]:
+    """What `mixture.Mixture` `module` gives for `x`, frozen part included, and the routing of its experts."""
+    parts, frozen = module.parts[adapter], module.base_layer
+    joined = _find_products(module, adapter, x, here)
+    routing = module.route(adapter, x, here, joined.outputs.get(module.leader_of(adapter).path))
+    weight_OI = frozen.weight.T if isinstance(frozen, Conv1D) else frozen.weight
+    y_TO = contract(
+        joined,
+        module.path,
+        None if parts.router.is_static else routing.gates_TE(),
+        parts.shape.ranks,
+        module.parameters_of(adapter)["B"],
+        parts.expert.scale(parts.shape),
+        weight_OI,
+        frozen.bias,
+    )
+    return y_TO.view(*x.shape[:-1], y_TO.shape[-1]), routing
+
+
+def _find_products(module: Any, adapter: str, x: Tensor, here: Pass) -> Joined:
+    joined = here.joined.get(adapter)
+    waits = joined is not None and module.path in joined.hidden
+    if joined is not None and waits and joined.made_from() is x:
+        return joined
+    # what waits was made from something else: these linears do not read one input here
+    members = [module] if waits else _find_members(module, adapter, x)
+    here.joined[adapter] = joined = _multiply(members, adapter, x)
+    return joined
+
+
+def _find_members(module: Any, adapter: str, x: Tensor) -> list[Any]:
+    return [kin for kin in module.parts[adapter].kin if kin is module or kin.can_join(adapter, x)]
+
+
+def _multiply(members: list[Any], adapter: str, x: Tensor) -> Joined:
+    experts, routers, x_TI = {}, {}, cast_as_autocast(x).reshape(-1, x.shape[-1])
+    for member in members:
+        parts, leader = member.parts[adapter], member.leader_of(adapter)
+        experts[member.path] = member.parameters_of(adapter)["A"]
+        # where only autocast computes in low precision, routers keep theirs and multiply by themselves
+        if not parts.router.is_static and x_TI.dtype == x.dtype:
+            routers[leader.path] = parts.router.rows(leader.parameters_of(adapter))
+    expert = members[0].parts[adapter].expert
+    dropout = expert.config.dropout if members[0].training else 0.0
+    return join(x, x_TI, experts, routers, dropout)

@@ -1,0 +1,173 @@
+"""LoRA experts, their routers and the frozen linear in two functions, for all linears that read the same input.
+
+    H, Z = x [A_1; ...; A_n; W_1; ...; W_n]^T          one GEMM: hidden and router outputs of n sites
+    y_i  = x W0_i^T + s_i (H_i * (g_i S_i)) B_i        per site, the experts' part added in place
+
+g are the gates [T, E] that any router decides from its outputs Z, S [E, R] spreads them over the ranks. Backward is
+written by hand: the gradient of x is handed from site to site and added to in place, and what is kept for it is x
+(alive anyway), H and g. The values are those of `stacked`, but for the order of additions; with activations in low
+precision the router's outputs come from the same low-precision GEMM.
+"""
+
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from mixora.kernels.stacked import Stacked, segments_ER
+
+
+class Joint(Stacked):
+    """As `stacked` wherever the frozen module is no plain linear, or something needs its output."""
+
+    joins = True
+
+
+@dataclass
+class Joined:
+    """The products of one input with the rows of all sites that read it.
+
+    `made_from`: the input. `x_TI`: the input as the next site takes it, so that gradients pass from site to site.
+    `hidden` and `outputs`: [T, R] and [T, C] by site, taken out by their sites.
+    """
+
+    made_from: weakref.ref[Tensor]
+    x_TI: Tensor
+    hidden: dict[str, Tensor]
+    outputs: dict[str, Tensor]
+
+
+def join(x: Tensor, x_TI: Tensor, experts: dict[str, Tensor], routers: dict[str, Tensor], dropout: float) -> Joined:
+    """Multiply `x`, flattened and in the dtype to compute in, with the rows of experts [R, I] and routers [C, I].
+
+    `dropout` acts on what the experts read, with one mask for all sites.
+    """
+    rows_CI = torch.cat([*experts.values(), *routers.values()]).to(x_TI.dtype)
+    sizes = [len(rows) for rows in (*experts.values(), *routers.values())]
+    tail_TI, *found = _Expand.apply(x_TI, rows_CI, sizes, sum(sizes[: len(experts)]), dropout)
+    hidden = dict(zip(experts, found, strict=False))
+    outputs = dict(zip(routers, found[len(experts) :], strict=True))
+    return Joined(weakref.ref(x), tail_TI, hidden, outputs)
+
+
+def contract(
+    joined: Joined,
+    path: str,
+    gates_TE: Tensor | None,
+    ranks: tuple[int, ...],
+    b_RO: Tensor,
+    scale: float,
+    weight_OI: Tensor,
+    bias_O: Tensor | None,
+) -> Tensor:
+    """The whole output of the site at `path`: [T, O]. Without gates, the one expert there serves every token."""
+    x_TI, h_TR = joined.x_TI, joined.hidden.pop(path)
+    segments = segments_ER(ranks, x_TI.dtype, x_TI.device)
+    b_RO = b_RO.to(x_TI.dtype)
+    y_TO, joined.x_TI = _Contract.apply(x_TI, h_TR, gates_TE, b_RO, segments, weight_OI, bias_O, scale)
+    return y_TO
+
+
+class _Expand(torch.autograd.Function):
+    """x -> x, then x times the rows, in pieces."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_TI: Tensor, rows_CI: Tensor, sizes: list[int], experts: int, dropout: float
+    ) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.sizes, ctx.experts, ctx.dropout = sizes, experts, dropout
+        mask_TI = None
+        if dropout:
+            mask_TI = torch.empty(x_TI.shape, dtype=torch.bool, device=x_TI.device).bernoulli_(1 - dropout)
+            z_TC = x_TI.new_empty(len(x_TI), len(rows_CI))
+            torch.mm(_drop(x_TI, mask_TI, dropout), rows_CI[:experts].T, out=z_TC[:, :experts])
+            torch.mm(x_TI, rows_CI[experts:].T, out=z_TC[:, experts:])
+        else:
+            z_TC = x_TI @ rows_CI.T
+        ctx.save_for_backward(x_TI, rows_CI, mask_TI)
+        return x_TI.view_as(x_TI), *z_TC.split(sizes, dim=1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dx_TI: Tensor | None, *pieces: Tensor | None) -> tuple[Tensor | None, ...]:
+        x_TI, rows_CI, mask_TI = ctx.saved_tensors
+        filled = [
+            x_TI.new_zeros(len(x_TI), size) if piece is None else piece.to(x_TI.dtype)
+            for piece, size in zip(pieces, ctx.sizes, strict=True)
+        ]
+        dz_TC, n = torch.cat(filled, dim=1), ctx.experts
+        if mask_TI is None:
+            drows_CI = dz_TC.T @ x_TI if ctx.needs_input_grad[1] else None
+            dx_TI = _add_product(dx_TI, dz_TC, rows_CI) if ctx.needs_input_grad[0] else None
+            return dx_TI, drows_CI, None, None, None
+        dropped_TI = _drop(x_TI, mask_TI, ctx.dropout)
+        drows_CI = torch.cat([dz_TC[:, :n].T @ dropped_TI, dz_TC[:, n:].T @ x_TI])
+        if ctx.needs_input_grad[0]:
+            through_TI = _drop(dz_TC[:, :n] @ rows_CI[:n], mask_TI, ctx.dropout)
+            dx_TI = through_TI if dx_TI is None else dx_TI.add_(through_TI)
+            dx_TI.addmm_(dz_TC[:, n:], rows_CI[n:])
+        return dx_TI, drows_CI, None, None, None
+
+
+class _Contract(torch.autograd.Function):
+    """(x, hidden, gates) -> (y, x)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_TI: Tensor,
+        h_TR: Tensor,
+        gates_TE: Tensor | None,
+        b_RO: Tensor,
+        segments_ER: Tensor,
+        weight_OI: Tensor,
+        bias_O: Tensor | None,
+        scale: float,
+    ) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        ctx.scale = scale
+        y_TO = F.linear(x_TI, weight_OI.to(x_TI.dtype), None if bias_O is None else bias_O.to(x_TI.dtype))
+        weighted_TR = h_TR if gates_TE is None else h_TR * _spread(gates_TE, segments_ER)
+        y_TO.addmm_(weighted_TR, b_RO, alpha=scale)
+        ctx.save_for_backward(h_TR, gates_TE, b_RO, segments_ER, weight_OI)
+        return y_TO, x_TI.view_as(x_TI)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_TO: Tensor | None, dx_TI: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dy_TO is None:
+            return dx_TI, *[None] * 7
+        h_TR, gates_TE, b_RO, segments_ER, weight_OI = ctx.saved_tensors
+        dgates_TE, dh_TR = None, dy_TO @ b_RO.T
+        weighted_TR = h_TR
+        if gates_TE is not None:
+            spread_TR = _spread(gates_TE, segments_ER)
+            weighted_TR = h_TR * spread_TR
+            if ctx.needs_input_grad[2]:
+                dgates_TE = ((h_TR * dh_TR) @ segments_ER.T).to(gates_TE.dtype) * ctx.scale
+            dh_TR = dh_TR.mul_(spread_TR)
+        if ctx.scale != 1:
+            dh_TR = dh_TR.mul_(ctx.scale)
+        db_RO = (weighted_TR.T @ dy_TO).mul_(ctx.scale) if ctx.needs_input_grad[3] else None
+        if ctx.needs_input_grad[0]:
+            dx_TI = _add_product(dx_TI, dy_TO, weight_OI.to(dy_TO.dtype))
+        return dx_TI, dh_TR, dgates_TE, db_RO, None, None, None, None
+
+
+def _spread(gates_TE: Tensor, segments_ER: Tensor) -> Tensor:
+    """The gate of its expert for each rank: exact, since each column of the segments holds a single 1."""
+    return gates_TE.to(segments_ER.dtype) @ segments_ER
+
+
+def _add_product(sum_TI: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+    """sum + left right, in place: sums are made by the functions above and seen by no one else."""
+    return left @ right if sum_TI is None else sum_TI.addmm_(left, right)
+
+
+def _drop(x_TI: Tensor, mask_TI: Tensor, dropout: float) -> Tensor:
+    return (x_TI * mask_TI).mul_(1 / (1 - dropout))
