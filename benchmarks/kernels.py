@@ -76,13 +76,13 @@ def make_step(kernel_name: str, case: Case) -> Step:
 
     dtype, rank_sum = getattr(torch, case.dtype), case.experts * case.rank
     scores_TE = draw(case.tokens, case.experts)
-    scores_TE[:, 0] += 1e3 * case.skewed
-    top = scores_TE.softmax(dim=-1).topk(case.top_k, dim=-1)
+    ranking_TE = scores_TE.index_fill(1, torch.tensor([0]), torch.inf) if case.skewed else scores_TE
+    experts_TK = ranking_TE.topk(case.top_k, dim=-1).indices
     x_TI, a_RI, b_RO, dy_TO = (draw(n, case.width).to(dtype) for n in (case.tokens, rank_sum, rank_sum, case.tokens))
-    weights_TK = (top.values / top.values.sum(dim=-1, keepdim=True)).requires_grad_()
+    weights_TK = scores_TE.gather(1, experts_TK).softmax(dim=-1).requires_grad_()
     leaves = [x_TI.requires_grad_(), a_RI.requires_grad_(), b_RO.requires_grad_(), weights_TK]
     used_TK = torch.ones_like(weights_TK, dtype=torch.bool)
-    routing = Routing(top.indices, weights_TK, used_TK, used_TK, used_TK[:, 0], case.experts)
+    routing = Routing(experts_TK, weights_TK, used_TK, used_TK, used_TK[:, 0], case.experts)
     kernel = KERNELS[kernel_name](case.shape.ranks)
 
     def step() -> object:
