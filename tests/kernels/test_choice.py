@@ -103,7 +103,7 @@ def test_reasons():
 
 def test_a_plan_tells_its_kernels_with_the_reasons():
     text = " ".join(str(mixora.plan(tiny_llama(), mixora.recipe("pesc"))).split())
-    assert f"kernel: stacked (all experts in use), sorted (R/K 2048 > {FP32})" in text
+    assert f"kernel: joint (all experts in use), sorted (R/K 2048 > {FP32})" in text
     named = mixora.plan(tiny_llama(), mixora.recipe("sira", kernel="grouped", rank=8))
     assert named.kernels == ("grouped (named by a rule)",)
 
@@ -123,7 +123,7 @@ def test_grouped_with_odd_ranks_is_refused():
 
 
 def test_grouped_with_odd_widths_is_refused():
-    message = r"needs multiples of 8, got input width 6, output width 5; valid here: auto, loop, stacked, sorted"
+    message = r"needs multiples of 8, got input width 6, output width 5; valid here: auto, loop, stacked, joint, sorted"
     with pytest.raises(ConfigError, match=message):
         mixora.plan(OneLinear(6, 5), grouped(targets=["proj"]))
 
