@@ -160,6 +160,8 @@ def why_not_fused(model: nn.Module) -> str | None:
 
 def _why_not_head(base: Any) -> str | None:
     head = base.get_output_embeddings() if isinstance(base, PreTrainedModel) else None
+    if head is None:
+        return "the model has no language-model head"
     if type(head) is not nn.Linear:
         return f"the model's head is no plain linear: {type(head).__name__}"
     if any(p.requires_grad for p in head.parameters()):
