@@ -4,8 +4,7 @@ python benchmarks/fused_loss.py [--width 576] [--vocabulary 49152] [--tokens 102
 """
 
 import argparse
-import multiprocessing
-import resource
+import itertools
 import statistics
 import time
 
@@ -66,16 +65,14 @@ def cpu_times(inputs, passes, repeats):
     return {name: statistics.median(of_name[1:]) for name, of_name in times.items()}
 
 
-def peak(args, dtype, passes, wanted):
-    """MiB that one variant takes at most, beside its inputs; in a process of its own."""
-    torch.set_num_threads(args.threads)
-    inputs = make_inputs(args, DTYPES[dtype])
-    few = (*(hidden[:2].detach().requires_grad_() for hidden in inputs[:2]), inputs[2], inputs[3][:2])
-    run = dict(variants(passes))[wanted]
-    run(*few)  # what libraries set up once is not counted
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    run(*inputs)
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+def peak(inputs, run):
+    """MiB that `run` takes at most, beside its inputs."""
+    for hidden in inputs[:2]:
+        hidden.grad = None
+    with torch.profiler.profile(profile_memory=True) as profile:
+        run(*inputs)
+    events = sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    return max(itertools.accumulate(event.nbytes() for event in events if event.name() == "[memory]")) / 2**20
 
 
 def main():
@@ -90,11 +87,11 @@ def main():
         inputs = make_inputs(args, DTYPES[dtype])
         for passes in (1, 2):
             times = cpu_times(inputs, passes, args.repeats)
-            for name, seconds in times.items():
-                with multiprocessing.get_context("spawn").Pool(1) as pool:
-                    memory = pool.apply(peak, (args, dtype, passes, name))
-                ratio = seconds / times["transformers"]
-                print(f"{dtype} passes={passes} {name:18s} {seconds:.3f} s {ratio:.2f} {memory:.0f} MiB", flush=True)
+            for name, run in variants(passes):
+                ratio, memory = times[name] / times["transformers"], peak(inputs, run)
+                print(
+                    f"{dtype} passes={passes} {name:18s} {times[name]:.3f} s {ratio:.2f} {memory:.0f} MiB", flush=True
+                )
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ Where the head is frozen, only the hidden states want a gradient. It is made bes
 there, and scaled in backward.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,8 +14,8 @@ from torch.nn import functional as F
 from mixora.errors import TrainingError
 
 IGNORED = -100
-CHUNK = 256
-"""Tokens at a time: below 128 the products are too thin, above 256 the logits leave the cache and nothing is won."""
+CHUNK = 128
+"""Tokens at a time: what was fastest, or as fast as more, in benchmarks/fused_loss.py."""
 
 
 def cross_entropy(
@@ -70,48 +71,62 @@ def _sums(
     if weight_VI.requires_grad or (bias_V is not None and bias_V.requires_grad):
         raise TrainingError("fused loss: the head is trained, and would get no gradient; valid: a frozen head")
     dtype = dtype or product_dtype(weight_VI)
-    hidden = [h for h in (first_TI, second_TI) if h is not None]
-    with_grad = torch.is_grad_enabled() and any(h.requires_grad for h in hidden)
-    head = weight_VI.to(dtype), None if bias_V is None else bias_V.to(dtype)
+    head = _Head(weight_VI.to(dtype), None if bias_V is None else bias_V.to(dtype), smoothing)
+    wanted = torch.is_grad_enabled() and any(h is not None and h.requires_grad for h in (first_TI, second_TI))
     with torch.autocast(first_TI.device.type, enabled=False):
-        return _Sums.apply(first_TI, second_TI, *head, labels_T, smoothing, with_grad)
+        return _Sums.apply(first_TI, second_TI, head, labels_T, wanted)
+
+
+@dataclass(frozen=True)
+class _Head:
+    """A frozen head whose labels are smoothed; weight and bias in the dtype of its products."""
+
+    weight_VI: Tensor
+    bias_V: Tensor | None
+    smoothing: float
+
+    def log_probabilities(self, x_CI: Tensor) -> Tensor:
+        dtype = torch.promote_types(torch.promote_types(x_CI.dtype, self.weight_VI.dtype), torch.float32)
+        return F.log_softmax(F.linear(x_CI.to(self.weight_VI.dtype), self.weight_VI, self.bias_V).to(dtype), dim=-1)
+
+    def task(self, log_p_CV: Tensor, labels_C: Tensor) -> Tensor:
+        """The cross entropy, summed."""
+        task = log_p_CV.gather(1, labels_C[:, None]).sum() * (self.smoothing - 1)
+        return task - log_p_CV.mean(dim=-1).sum() * self.smoothing if self.smoothing else task
+
+    def subtract_labels(self, p_CV: Tensor, labels_C: Tensor) -> Tensor:
+        """From probabilities the gradient of the cross entropy, in place."""
+        p_CV.scatter_add_(1, labels_C[:, None], torch.full_like(p_CV[:, :1], self.smoothing - 1))
+        return p_CV.sub_(self.smoothing / p_CV.shape[1]) if self.smoothing else p_CV
+
+    def put_gradient(self, into_TI: Tensor | None, rows_C: Tensor, of_logits_CV: Tensor) -> None:
+        if into_TI is not None:
+            into_TI[rows_C] = (of_logits_CV.to(self.weight_VI.dtype) @ self.weight_VI).to(into_TI.dtype)
 
 
 class _Sums(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        first_TI: Tensor,
-        second_TI: Tensor | None,
-        weight_VI: Tensor,
-        bias_V: Tensor | None,
-        labels_T: Tensor,
-        smoothing: float,
-        with_grad: bool,
+        ctx: Any, first_TI: Tensor, second_TI: Tensor | None, head: _Head, labels_T: Tensor, wants_gradient: bool
     ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        dtype = torch.promote_types(torch.promote_types(first_TI.dtype, weight_VI.dtype), torch.float32)
-        task, agreement = (torch.zeros((), dtype=dtype, device=first_TI.device) for _ in range(2))
-        of_task_TI = torch.zeros_like(first_TI) if with_grad else None
-        of_agreement_TI = torch.zeros_like(first_TI) if with_grad and second_TI is not None else None
-        supervised_N = (labels_T != IGNORED).nonzero().squeeze(1)
-        for rows_C in supervised_N.split(CHUNK):
-            log_p_CV = _log_probabilities(first_TI[rows_C], weight_VI, bias_V, dtype)
-            task += _task(log_p_CV, labels_T[rows_C], smoothing)
-            p_CV = log_p_CV
+        of_task_TI = torch.zeros_like(first_TI) if wants_gradient else None
+        of_agreement_TI = torch.zeros_like(first_TI) if wants_gradient and second_TI is not None else None
+
+        def sweep(rows_C: Tensor) -> tuple[Tensor, Tensor]:
+            p_CV, labels_C = head.log_probabilities(first_TI[rows_C]), labels_T[rows_C]
+            task, agreement = head.task(p_CV, labels_C), p_CV.new_zeros(())
             if second_TI is None:
                 p_CV.exp_()
             else:
-                log_q_CV = _log_probabilities(second_TI[rows_C], weight_VI, bias_V, dtype)
-                value, difference_CV = _compare(log_p_CV, log_q_CV)
-                agreement += value
-                _put_gradient(of_agreement_TI, rows_C, difference_CV.div_(2), weight_VI)
-            if of_task_TI is not None:
-                wanted = torch.full_like(p_CV[:, :1], smoothing - 1)
-                p_CV.scatter_add_(1, labels_T[rows_C, None], wanted)
-                if smoothing:
-                    p_CV.sub_(smoothing / p_CV.shape[1])
-                _put_gradient(of_task_TI, rows_C, p_CV, weight_VI)
+                agreement, apart_CV = _compare(p_CV, head.log_probabilities(second_TI[rows_C]))
+                head.put_gradient(of_agreement_TI, rows_C, apart_CV)
+            if wants_gradient:
+                head.put_gradient(of_task_TI, rows_C, head.subtract_labels(p_CV, labels_C))
+            return task, agreement
+
+        chunks = (labels_T != IGNORED).nonzero().squeeze(1).split(CHUNK)
+        task, agreement = (torch.stack(values).sum() for values in zip(*map(sweep, chunks), strict=True))
         ctx.save_for_backward(of_task_TI, of_agreement_TI)
         return task, agreement
 
@@ -128,25 +143,11 @@ class _Sums(torch.autograd.Function):
             # both passes share the head, so what pulls one way here pulls the other way there
             second_TI = of_agreement_TI * -by_agreement
             first_TI = -second_TI if first_TI is None else first_TI.sub_(second_TI)
-        return first_TI, second_TI, None, None, None, None, None
-
-
-def _log_probabilities(x_CI: Tensor, weight_VI: Tensor, bias_V: Tensor | None, dtype: torch.dtype) -> Tensor:
-    return F.log_softmax(F.linear(x_CI.to(weight_VI.dtype), weight_VI, bias_V), dim=-1, dtype=dtype)
-
-
-def _task(log_p_CV: Tensor, labels_C: Tensor, smoothing: float) -> Tensor:
-    task = log_p_CV.gather(1, labels_C[:, None]).sum() * (smoothing - 1)
-    return task - log_p_CV.sum() * (smoothing / log_p_CV.shape[1]) if smoothing else task
+        return first_TI, second_TI, None, None, None
 
 
 def _compare(log_p_CV: Tensor, log_q_CV: Tensor) -> tuple[Tensor, Tensor]:
-    """1/2 sum (p - q) (log p - log q), and p - q; the arguments become p and p - q."""
+    """1/2 sum (p - q) (log p - log q) and its gradient (p - q) / 2 by the first logits; `log_p_CV` becomes p."""
     ratio_CV = log_p_CV - log_q_CV
-    difference_CV = log_q_CV.exp_().neg_().add_(log_p_CV.exp_())
-    return ratio_CV.mul_(difference_CV).sum() / 2, difference_CV
-
-
-def _put_gradient(into_TI: Tensor | None, rows_C: Tensor, of_logits_CV: Tensor, weight_VI: Tensor) -> None:
-    if into_TI is not None:
-        into_TI[rows_C] = (of_logits_CV.to(weight_VI.dtype) @ weight_VI).to(into_TI.dtype)
+    apart_CV = log_q_CV.exp_().neg_().add_(log_p_CV.exp_()).div_(2)
+    return ratio_CV.mul_(apart_CV).sum(), apart_CV
