@@ -35,8 +35,9 @@ class LogitsNeededError(Exception):
 class FusedHead:
     """What stands in for the head and the loss of a causal language model while one batch's loss is computed.
 
-    `smoothing` is set where the trainer smooths labels, and then computes the loss behind the model. `agreement` is,
-    where two passes are compared, what `Consistency` would say of them, known once the loss is.
+    `smoothing`: the share of each label that the trainer spreads over the vocabulary; it then asks `smooth` for the
+    loss when the model is through. `agreement`: where two passes are compared, what `Consistency` says of them; it is
+    known when the loss is.
     """
 
     def __init__(self, model: nn.Module, smoothing: float | None = None) -> None:
