@@ -15,9 +15,10 @@ if TYPE_CHECKING:
     from mixora.loading import from_pretrained
     from mixora.merging import Approximation, merge
     from mixora.serving import served_by
+    from mixora.training.batch_loss import compute_loss
     from mixora.training.gradient_check import check_router_gradient
     from mixora.training.sft import SFTTrainer
-    from mixora.training.trainers import AuxiliaryLossCallback, Trainer, compute_loss
+    from mixora.training.trainers import AuxiliaryLossCallback, Trainer
 
 __version__ = "0.1.0"
 __all__ = [
@@ -49,7 +50,7 @@ _LATER = {
     "SFTTrainer": "mixora.training.sft",
     "Trainer": "mixora.training.trainers",
     "check_router_gradient": "mixora.training.gradient_check",
-    "compute_loss": "mixora.training.trainers",
+    "compute_loss": "mixora.training.batch_loss",
     "convert": "mixora.conversion",
     "craft": "mixora.crafting",
     "from_pretrained": "mixora.loading",

@@ -70,11 +70,14 @@ def expected_gradients(batches, smoothing=0.0):
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("steps", [1, 4])
 @pytest.mark.parametrize("name", ["Trainer", "SFTTrainer"])
-def test_the_gradient_is_that_of_the_formula(name, steps, smoothing, tmp_path, alternating):
+@pytest.mark.parametrize("fused", [True, False])
+def test_the_gradient_is_that_of_the_formula(fused, name, steps, smoothing, tmp_path, alternating):
     catch = Catch()
     changes = {"gradient_accumulation_steps": steps, "label_smoothing_factor": smoothing}
     trainer = make_trainer(getattr(mixora, name), tmp_path, model=make_model(), callbacks=[catch], **changes)
+    trainer.fused_loss = fused
     trainer.train()
+    assert (trainer.fused_loss_reason is None) == fused
     expected = expected_gradients(accumulated_batches(steps), smoothing)
     assert catch.gradients.keys() == expected.keys()
     for parameter, want in expected.items():

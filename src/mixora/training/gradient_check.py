@@ -17,7 +17,8 @@ from transformers import TrainerCallback
 from mixora.errors import TrainingError
 from mixora.mixture import mixtures_of
 from mixora.passes import tracing
-from mixora.training.trainers import AuxiliaryLossCallback, auxiliary_loss
+from mixora.training.batch_loss import auxiliary_loss
+from mixora.training.trainers import AuxiliaryLossCallback
 
 TOLERANCE = 1e-3
 

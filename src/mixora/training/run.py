@@ -147,6 +147,7 @@ def make_trainer(
         train_dataset=encoded.dataset,
         data_collator=material.collator(),
         callbacks=[StepProgress(progress)],
+        fused_loss=settings.fused_loss,
     )
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer

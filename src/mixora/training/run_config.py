@@ -61,7 +61,10 @@ class DataSection(EncodingConfig):
 
 
 class TrainSection(Strict):
-    """`steps` of the optimiser, or `epochs`. `arguments`: further `transformers.TrainingArguments` by name."""
+    """`steps` of the optimiser, or `epochs`. `arguments`: further `transformers.TrainingArguments` by name.
+
+    `fused_loss`: compute the cross entropy without the whole logits where that is exact.
+    """
 
     steps: Annotated[int, Field(ge=1)] | None = None
     epochs: Annotated[float, Field(gt=0)] = 1.0
@@ -72,6 +75,7 @@ class TrainSection(Strict):
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     seed: Annotated[int, Field(ge=0)] = 0
     log_every: Annotated[int, Field(ge=1)] = 1
+    fused_loss: bool = True
     arguments: dict[str, Any] = {}
 
 

@@ -1,6 +1,6 @@
 """A second forward pass over each batch, with routes of its own, and the losses that compare the two (AdaMix)."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,11 +10,13 @@ from torch import Tensor, nn
 from mixora.contracts import PassLoss
 from mixora.entrances import followed_by
 from mixora.errors import TrainingError
+from mixora.fused_loss import IGNORED
 from mixora.mixture import mixtures_of
 
-IGNORED = -100
 Pair = tuple[Tensor | None, Tensor | None]
 """The logits of both passes, as the model gives them; None where it gives none."""
+Agreement = tuple[Tensor, Tensor | int]
+"""A loss that compares passes, summed over examples or supervised tokens, and their number (at least 1)."""
 
 
 def pass_losses(model: nn.Module) -> list[tuple[str, PassLoss, float]]:
@@ -30,28 +32,37 @@ def pass_losses(model: nn.Module) -> list[tuple[str, PassLoss, float]]:
 
 
 @contextmanager
-def second_passes(model: nn.Module) -> Iterator[list[Pair]]:
+def second_passes(model: nn.Module, close: Callable[[Any, Any], None] | None = None) -> Iterator[list[Pair]]:
     """Have each forward pass of `model` followed by a second one while open, where a loss in force compares the two.
 
     Gives the list that both passes' logits are added to. The second pass runs inside of the first one's call and hangs
     on its output, so that wrappers for data-parallel training see one forward pass that leads to all parameters in use.
+    `close` is called with both outputs (None for a second one that is not run), and may change the first.
     """
     pairs: list[Pair] = []
+    compares = model.training and bool(pass_losses(model))
 
-    def run_second(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        # an encoder-decoder makes its decoder's input from the labels
-        dropped = {"num_items_in_batch", *(() if module.config.is_encoder_decoder else ("labels",))}  # type: ignore[union-attr]
-        second = module(*args, **{name: value for name, value in kwargs.items() if name not in dropped})
-        pairs.append((output.get("logits"), second.get("logits")))
-        if all(logits is not None for logits in pairs[-1]):
-            output["logits"] = _Hang.apply(*pairs[-1])
+    def follow(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        second = _run_again(module, args, kwargs) if compares else None
+        if close is not None:
+            close(output, second)
+        if second is not None:
+            pairs.append((output.get("logits"), second.get("logits")))
+            if all(logits is not None for logits in pairs[-1]):
+                output["logits"] = _Hang.apply(*pairs[-1])
         return output
 
-    if not model.training or not pass_losses(model):
+    if not compares and close is None:
         yield pairs
         return
-    with followed_by(_base_of(model), run_second):
+    with followed_by(base_of(model), follow):
         yield pairs
+
+
+def _run_again(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    # an encoder-decoder makes its decoder's input from the labels
+    dropped = {"num_items_in_batch", *(() if module.config.is_encoder_decoder else ("labels",))}
+    return module(*args, **{name: value for name, value in kwargs.items() if name not in dropped})
 
 
 class _Hang(torch.autograd.Function):
@@ -67,25 +78,27 @@ class _Hang(torch.autograd.Function):
 
 
 def compare_passes(
-    model: nn.Module, pairs: list[Pair], labels: Tensor | None, tokens: Any = None
+    model: nn.Module, pairs: list[Pair], labels: Tensor | None, tokens: Any = None, agreement: Agreement | None = None
 ) -> dict[str, tuple[Tensor, float]]:
     """Each loss on the agreement of two passes, by name, with its coefficient: an fp32 scalar with its graph.
 
     It is the mean over examples, or over supervised tokens; with `tokens`, the sum over these divided by that number.
-    Raises `TrainingError` where the outputs cannot be compared.
+    `agreement` is the sum where it is known already. Raises `TrainingError` where the outputs cannot be compared.
     """
     compared = {}
     for name, loss, coefficient in pass_losses(model) if pairs else ():
-        ((first, second),) = pairs
-        if first is None or second is None:
-            raise TrainingError(
-                f"losses.{name}: needs the model's logits, which its output lacks; valid: coefficient 0"
-            )
-        items = _select_items(_base_of(model), first, second, labels, name)
-        value_N = loss.of_items(*items)
+        total, count = agreement or _total(name, loss, base_of(model), pairs, labels)
         is_over_tokens = tokens is not None and labels is not None and labels.dim() > 1
-        compared[name] = (value_N.sum() / (tokens if is_over_tokens else max(len(value_N), 1)), coefficient)
+        compared[name] = (total / (tokens if is_over_tokens else count), coefficient)
     return compared
+
+
+def _total(name: str, loss: PassLoss, base: Any, pairs: list[Pair], labels: Tensor | None) -> Agreement:
+    ((first, second),) = pairs
+    if first is None or second is None:
+        raise TrainingError(f"losses.{name}: needs the model's logits, which its output lacks; valid: coefficient 0")
+    value_N = loss.of_items(*_select_items(base, first, second, labels, name))
+    return value_N.sum(), max(len(value_N), 1)
 
 
 def _select_items(
@@ -119,8 +132,8 @@ def _predicts_the_next(base: Any) -> bool:
     return not base.config.is_encoder_decoder and not is_token_classifier and "MaskedLM" not in type(base).__name__
 
 
-def _base_of(model: Any) -> Any:
-    """The model of transformers inside of wrappers."""
+def base_of(model: Any) -> Any:
+    """The model inside of the wrappers of PEFT and of data-parallel training."""
     while hasattr(model, "module"):
         model = model.module
     return model.get_base_model() if hasattr(model, "get_base_model") else model

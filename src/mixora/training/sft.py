@@ -34,3 +34,6 @@ class SFTTrainer(AuxiliaryLossMixin, _WithLogits):
 
     With a consistency loss in force, TRL's own readings (entropy, token accuracy) are left out of the log.
     """
+
+    def _why_host_needs_logits(self, model: nn.Module) -> str | None:
+        return None if pass_losses(model) else "TRL computes its losses without the whole logits itself"

@@ -5,8 +5,10 @@ the adapted layers add the gradient themselves; `AuxiliaryLossCallback` tells th
 both.
 """
 
+import logging
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,69 +16,11 @@ import transformers
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from mixora.errors import TrainingError
 from mixora.mixture import mixtures_of
-from mixora.passes import tracing
-from mixora.routing import Trace
-from mixora.training.second_pass import Pair, compare_passes, second_passes
+from mixora.training.batch_loss import run_passes, sum_losses
+from mixora.training.fused_head import FusedHead, why_not_fused
 
-
-def auxiliary_loss(model: nn.Module, trace: Trace) -> tuple[Tensor | None, dict[str, Tensor]]:
-    """The sum of all auxiliary losses over the traced passes that had gradients on, averaged over these passes.
-
-    Returns an fp32 scalar with its graph, None where no loss is in force; and each term's mean over the sites, detached
-    and without its coefficient. Raises `TrainingError` where checkpointing cut the routers off the graph.
-    """
-    layers = {layer.path: layer for layer in mixtures_of(model)}
-    seen = [o for o in trace.observations if o.with_grad and o.path in layers]
-    total, terms = None, defaultdict(list)
-    for observation in seen:
-        logits = observation.routing.logits_TE
-        if (
-            logits is not None
-            and not logits.requires_grad
-            and layers[observation.path].is_router_trained(observation.adapter)
-        ):
-            raise TrainingError(
-                f"{observation.path}: re-entrant activation checkpointing cuts the router off the auxiliary loss; "
-                "valid: activation_checkpointing_kwargs={'use_reentrant': False}"
-            )
-        value, of_site = layers[observation.path].parts[observation.adapter].total(observation.routing)
-        if value is not None:
-            total = value if total is None else total + value
-        for name, term in of_site.items():
-            terms[name].append(term)
-    passes = len({o.pass_index for o in seen})
-    return None if total is None else total / passes, {name: torch.stack(t).mean() for name, t in terms.items()}
-
-
-def sum_losses(
-    model: nn.Module, trace: Trace, pairs: list[Pair], labels: Tensor | None, share: float = 1.0, tokens: Any = None
-) -> tuple[Tensor | None, dict[str, Tensor]]:
-    """All auxiliary losses of a micro-batch, by its `share` of the accumulated step.
-
-    `pairs`: the logits of compared passes. `tokens`: those of the whole step, by which losses over tokens are divided.
-    Returns the weighted sum with its graph, None where no loss is in force, and each term for the log.
-    """
-    total, terms = auxiliary_loss(model, trace)
-    total = None if total is None else total * share
-    for name, (value, coefficient) in compare_passes(model, pairs, labels, tokens).items():
-        of_step = value * share if tokens is None else value
-        total = of_step * coefficient if total is None else total + of_step * coefficient
-        terms[name] = of_step.detach() / share
-    return total, terms
-
-
-def compute_loss(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of one batch with all auxiliary losses in it, for training loops of your own.
-
-    `batch`: what the model's forward takes, labels included. Runs the second pass where a loss needs it. Returns the
-    loss, a scalar with its graph, and each auxiliary term detached and without its coefficient. Raises `TrainingError`.
-    """
-    with tracing(owns_losses=True) as trace, second_passes(model) as pairs:
-        outputs = model(**batch)
-    total, terms = sum_losses(model, trace, pairs, batch.get("labels")) if model.training else (None, {})
-    return outputs.loss if total is None else outputs.loss + total, terms
+logger = logging.getLogger("mixora")
 
 
 class Terms:
@@ -105,6 +49,43 @@ class AuxiliaryLossMixin:
     """
 
     _terms: Terms | None = None
+    _logged_reason: str | None = None
+
+    def __init__(self, *args: Any, fused_loss: bool = True, **kwargs: Any) -> None:
+        """`fused_loss`: compute the cross entropy without the whole logits where that is exact."""
+        super().__init__(*args, **kwargs)
+        self.fused_loss = fused_loss
+
+    @property
+    def fused_loss_reason(self) -> str | None:
+        """Why the training loss is not fused with the model's head; None where it is, for all that is known yet.
+
+        That a model changes its logits behind the head shows in the first training step.
+        """
+        return self._why_not_fused(self.model_wrapped)  # type: ignore[attr-defined]
+
+    def _why_not_fused(self, model: nn.Module) -> str | None:
+        if not self.fused_loss:
+            return "fused_loss is False"
+        if self.compute_loss_func is not None:  # type: ignore[attr-defined]
+            return "compute_loss_func may need the logits"
+        return self._why_host_needs_logits(model) or why_not_fused(model)
+
+    def _why_host_needs_logits(self, model: nn.Module) -> str | None:
+        host: Any = super()
+        is_known = host.compute_loss.__func__ is transformers.Trainer.compute_loss
+        return None if is_known else "the trainer's own compute_loss may need the logits"
+
+    def _fuse(self, model: nn.Module, return_outputs: bool) -> FusedHead | None:
+        """What computes this batch's loss beside the head; None in evaluation and where it cannot."""
+        if not model.training or return_outputs:
+            return None
+        reason = self._why_not_fused(model)
+        if reason is not None and reason != self._logged_reason:
+            logger.info("the loss is not fused with the model's head: %s", reason)
+            self._logged_reason = reason
+        smoother = self.label_smoother  # type: ignore[attr-defined]
+        return None if reason is not None else FusedHead(model, smoother and smoother.epsilon)
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None, **kwargs: Any
@@ -113,21 +94,39 @@ class AuxiliaryLossMixin:
         host: Any = super()
         # label smoothing takes them out of the inputs
         labels = inputs.get("labels")
-        with tracing(owns_losses=True) as trace, second_passes(model) as pairs:
-            result = host.compute_loss(
-                model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch, **kwargs
-            )
+
+        def run(fused: FusedHead | None) -> Any:
+            # what is run again must find its labels
+            given = inputs if fused is None else {**inputs}
+            with self._smoothing_by(fused):
+                return host.compute_loss(
+                    model, given, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch, **kwargs
+                )
+
+        passes = run_passes(model, self._fuse(model, return_outputs), run)
+        result = passes.result
         if not model.training:
             return result
         is_scaled = self._is_scaled(num_items_in_batch)
         share = 1 / self.current_gradient_accumulation_steps if is_scaled else 1.0  # type: ignore[attr-defined]
         tokens = self._tokens_of_step(num_items_in_batch) if is_scaled else None
-        total, terms = sum_losses(model, trace, pairs, labels, share, tokens)
+        total, terms = sum_losses(model, passes, labels, share, tokens)
         if total is None:
             return result
         self._terms = self._terms or Terms()
         self._terms.add({**terms, "auxiliary_loss": total.detach() / share})
         return (result[0] + total, result[1]) if return_outputs else result + total
+
+    @contextmanager
+    def _smoothing_by(self, fused: FusedHead | None) -> Iterator[None]:
+        """Labels are smoothed by `fused` while open, where they are smoothed at all."""
+        trainer: Any = self
+        own = trainer.label_smoother
+        trainer.label_smoother = own if own is None or fused is None else fused.smooth
+        try:
+            yield
+        finally:
+            trainer.label_smoother = own
 
     def _tokens_of_step(self, num_items_in_batch: Any) -> Any:
         """By how many tokens the accumulated step divides; the trainer multiplies by the ranks that it counted over."""

@@ -1,0 +1,103 @@
+"""The loss of one batch: the task's own, the auxiliary losses of the routers, and those that compare two passes."""
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Generic
+
+import torch
+from torch import Tensor, nn
+
+from mixora.errors import TrainingError
+from mixora.mixture import mixtures_of
+from mixora.passes import tracing
+from mixora.routing import Trace
+from mixora.training.fused_head import FusedHead, Result, run_fused, why_not_fused
+from mixora.training.second_pass import Agreement, Pair, compare_passes, second_passes
+
+
+def auxiliary_loss(model: nn.Module, trace: Trace) -> tuple[Tensor | None, dict[str, Tensor]]:
+    """The sum of all auxiliary losses over the traced passes that had gradients on, averaged over these passes.
+
+    Returns an fp32 scalar with its graph, None where no loss is in force; and each term's mean over the sites, detached
+    and without its coefficient. Raises `TrainingError` where checkpointing cut the routers off the graph.
+    """
+    layers = {layer.path: layer for layer in mixtures_of(model)}
+    seen = [o for o in trace.observations if o.with_grad and o.path in layers]
+    total, terms = None, defaultdict(list)
+    for observation in seen:
+        logits = observation.routing.logits_TE
+        if (
+            logits is not None
+            and not logits.requires_grad
+            and layers[observation.path].is_router_trained(observation.adapter)
+        ):
+            raise TrainingError(
+                f"{observation.path}: re-entrant activation checkpointing cuts the router off the auxiliary loss; "
+                "valid: activation_checkpointing_kwargs={'use_reentrant': False}"
+            )
+        value, of_site = layers[observation.path].parts[observation.adapter].total(observation.routing)
+        if value is not None:
+            total = value if total is None else total + value
+        for name, term in of_site.items():
+            terms[name].append(term)
+    passes = len({o.pass_index for o in seen})
+    return None if total is None else total / passes, {name: torch.stack(t).mean() for name, t in terms.items()}
+
+
+@dataclass(frozen=True)
+class Passes(Generic[Result]):
+    """What ran: its result, the trace of its passes, and what compares them where a loss does."""
+
+    result: Result
+    trace: Trace
+    pairs: list[Pair]
+    agreement: Agreement | None
+
+
+def run_passes(model: nn.Module, fused: FusedHead | None, run: Callable[[FusedHead | None], Result]) -> Passes[Result]:
+    """`run(fused)`, which calls the model on a batch, under a trace and with the second passes that losses need.
+
+    Runs without `fused` where the model proves to need its logits.
+    """
+
+    def run_traced(fused: FusedHead | None) -> Passes[Result]:
+        close = None if fused is None else fused.close
+        with tracing(owns_losses=True) as trace, second_passes(model, close) as pairs:
+            result = run(fused)
+        return Passes(result, trace, pairs, None if fused is None else fused.agreement)
+
+    return run_fused(fused, model, run_traced)
+
+
+def sum_losses(
+    model: nn.Module, passes: Passes[Any], labels: Tensor | None, share: float = 1.0, tokens: Any = None
+) -> tuple[Tensor | None, dict[str, Tensor]]:
+    """All auxiliary losses of a micro-batch, by its `share` of the accumulated step.
+
+    `tokens`: those of the whole step, by which losses over tokens are divided. Returns the weighted sum with its graph,
+    None where no loss is in force, and each term for the log.
+    """
+    total, terms = auxiliary_loss(model, passes.trace)
+    total = None if total is None else total * share
+    compared = compare_passes(model, passes.pairs, labels, tokens, passes.agreement)
+    for name, (value, coefficient) in compared.items():
+        of_step = value * share if tokens is None else value
+        total = of_step * coefficient if total is None else total + of_step * coefficient
+        terms[name] = of_step.detach() / share
+    return total, terms
+
+
+def compute_loss(
+    model: nn.Module, batch: Mapping[str, Any], fused_loss: bool = True
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of one batch with all auxiliary losses in it, for training loops of your own.
+
+    `batch`: what the model's forward takes, labels included. Runs the second pass where a loss needs it. `fused_loss`:
+    compute the cross entropy without the whole logits where that is exact. Returns the loss, a scalar with its graph,
+    and each auxiliary term detached and without its coefficient. Raises `TrainingError`.
+    """
+    is_fused = fused_loss and model.training and why_not_fused(model) is None
+    passes = run_passes(model, FusedHead(model) if is_fused else None, lambda _: model(**batch).loss)
+    total, terms = sum_losses(model, passes, batch.get("labels")) if model.training else (None, {})
+    return passes.result if total is None else passes.result + total, terms
