@@ -9,35 +9,28 @@ little. `--reduced` takes fewer repeats and at most 2048 tokens. Without `--out`
 """
 
 import argparse
-import gc
 import json
 import math
-import platform
 import shlex
 import statistics
 import sys
-import time
-import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.measuring import RESULTS, Step, describe_machine, peak_mebibytes, time_together
 from mixora.contracts import Shape
 from mixora.kernels import KERNELS
 from mixora.routing import Routing
 
-RESULTS = Path(__file__).parent / "results"
 WIDTHS = (576, 2048)
 DTYPES = ("float32", "bfloat16")
 RANKS = (4, 8, 12, 16, 24, 32, 64, 128, 512)
 # limits are given in steps of this, since nothing finer can be measured
 STEP = 8
-
-Step = Callable[[], object]
 
 
 @dataclass(frozen=True)
@@ -64,7 +57,9 @@ class Case:
 
 def kernels_for(case: Case) -> list[str]:
     dtype = getattr(torch, case.dtype)
-    return [name for name, kernel in KERNELS.items() if kernel.objection(case.shape, dtype) is None]
+    able = {name: kernel for name, kernel in KERNELS.items() if kernel.objection(case.shape, dtype) is None}
+    # joint computes the experts as stacked does, and more than the experts
+    return [name for name, kernel in able.items() if not kernel.joins]
 
 
 def make_step(kernel_name: str, case: Case) -> Step:
@@ -90,57 +85,6 @@ def make_step(kernel_name: str, case: Case) -> Step:
         return torch.autograd.grad(y_TO, leaves, dy_TO)
 
     return step
-
-
-def time_together(steps: dict[str, Step], repeats: int) -> dict[str, float]:
-    """Median milliseconds of each, taking turns in alternating order."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for step in steps.values():
-        step()
-    gc.disable()
-    for turn in range(repeats):
-        for name in list(steps)[:: -1 if turn % 2 else 1]:
-            start = time.thread_time()
-            steps[name]()
-            times[name].append(time.thread_time() - start)
-    gc.enable()
-    return {name: round(1e3 * statistics.median(found), 3) for name, found in times.items()}
-
-
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of storages that are made while it is on; `peak`: the most that were alive at once."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self.alive: dict[int, int] = {}
-
-    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-        given = {t.untyped_storage()._cdata for t in _tensors((args, kwargs))}
-        result = operator(*args, **(kwargs or {}))
-        for tensor in _tensors(result):
-            storage = tensor.untyped_storage()
-            if storage._cdata not in given and storage._cdata not in self.alive:
-                self.alive[storage._cdata] = storage.nbytes()
-                weakref.finalize(storage, self._free, storage._cdata)
-                self.now += storage.nbytes()
-        self.peak = max(self.peak, self.now)
-        return result
-
-    def _free(self, name: int) -> None:
-        self.now -= self.alive.pop(name, 0)
-
-
-def _tensors(tree: object) -> list[torch.Tensor]:
-    return [leaf for leaf in torch.utils._pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
-
-
-def peak_mebibytes(step: Step) -> float:
-    """The most that a step holds at once besides what it reads, without the workspace of single operators."""
-    gc.collect()
-    with LiveBytes() as live:
-        step()
-    return round(live.peak / 2**20, 2)
 
 
 def measure_speed(cases: Iterable[Case], repeats: int) -> list[dict]:
@@ -204,12 +148,6 @@ def _list(figures: dict[str, float]) -> str:
     return "  ".join(f"{name} {value:9.3f}" for name, value in figures.items())
 
 
-def _describe_machine() -> str:
-    found = torch.cpu.get_capabilities()
-    products = [name for name in ("avx512_bf16", "amx_bf16") if found.get(name)]
-    return ", ".join([found.get("cpu_name", platform.machine()), *products, "one thread"])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--reduced", action="store_true")
@@ -225,7 +163,7 @@ def main() -> None:
         "date": str(date.today()),
         "command": shlex.join(["python", "-m", "benchmarks.kernels", *sys.argv[1:]]),
         "torch": torch.__version__,
-        "machine": _describe_machine(),
+        "machine": describe_machine(),
         "limits": limits,
         "speed": speed,
         "growth": growth,

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from mixora.errors import TrainingError
 
@@ -85,23 +84,43 @@ class _Head:
     bias_V: Tensor | None
     smoothing: float
 
-    def log_probabilities(self, x_CI: Tensor) -> Tensor:
-        dtype = torch.promote_types(torch.promote_types(x_CI.dtype, self.weight_VI.dtype), torch.float32)
-        return F.log_softmax(F.linear(x_CI.to(self.weight_VI.dtype), self.weight_VI, self.bias_V).to(dtype), dim=-1)
-
-    def task(self, log_p_CV: Tensor, labels_C: Tensor) -> Tensor:
-        """The cross entropy, summed."""
-        task = log_p_CV.gather(1, labels_C[:, None]).sum() * (self.smoothing - 1)
-        return task - log_p_CV.mean(dim=-1).sum() * self.smoothing if self.smoothing else task
-
-    def subtract_labels(self, p_CV: Tensor, labels_C: Tensor) -> Tensor:
-        """From probabilities the gradient of the cross entropy, in place."""
-        p_CV.scatter_add_(1, labels_C[:, None], torch.full_like(p_CV[:, :1], self.smoothing - 1))
-        return p_CV.sub_(self.smoothing / p_CV.shape[1]) if self.smoothing else p_CV
-
     def put_gradient(self, into_TI: Tensor | None, rows_C: Tensor, of_logits_CV: Tensor) -> None:
         if into_TI is not None:
             into_TI[rows_C] = (of_logits_CV.to(self.weight_VI.dtype) @ self.weight_VI).to(into_TI.dtype)
+
+
+class _Logits:
+    """Room for the logits of a chunk, in at least fp32, that is used again for the next one: fresh memory costs more.
+
+    On a CPU products in low precision are about twice as fast transposed, [V, C].
+    """
+
+    def __init__(self, head: _Head, hidden_TI: Tensor, most: int) -> None:
+        self.head, weight_VI = head, head.weight_VI
+        dtype = torch.promote_types(torch.promote_types(hidden_TI.dtype, weight_VI.dtype), torch.float32)
+        self.is_flipped = weight_VI.itemsize < 4 and weight_VI.device.type == "cpu"
+        size = (len(weight_VI), most) if self.is_flipped else (most, len(weight_VI))
+        self.product = weight_VI.new_empty(size)
+        self.wide = self.product if dtype == weight_VI.dtype else weight_VI.new_empty(size, dtype=dtype)
+
+    def fill(self, x_CI: Tensor) -> Tensor:
+        """The logits of a chunk, less the largest of each token: [C, V]."""
+        weight_VI, bias_V, count = self.head.weight_VI, self.head.bias_V, len(x_CI)
+        x_CI = x_CI.to(weight_VI.dtype)
+        if self.is_flipped:
+            product, wide = self.product[:, :count], self.wide[:, :count]
+            factors, bias = (weight_VI, x_CI.T), None if bias_V is None else bias_V[:, None]
+        else:
+            product, wide = self.product[:count], self.wide[:count]
+            factors, bias = (x_CI, weight_VI.T), bias_V
+        if bias is None:
+            torch.mm(*factors, out=product)
+        else:
+            torch.addmm(bias, *factors, out=product)
+        if wide.dtype != product.dtype:
+            wide.copy_(product)
+        z_CV = wide.T if self.is_flipped else wide
+        return z_CV.sub_(z_CV.amax(dim=-1, keepdim=True))
 
 
 class _Sums(torch.autograd.Function):
@@ -112,20 +131,25 @@ class _Sums(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         of_task_TI = torch.zeros_like(first_TI) if wants_gradient else None
         of_agreement_TI = torch.zeros_like(first_TI) if wants_gradient and second_TI is not None else None
+        tokens_N = (labels_T != IGNORED).nonzero().squeeze(1)
+        most = min(CHUNK, len(tokens_N))
+        room = _Logits(head, first_TI, most)
+        other = None if second_TI is None else _Logits(head, second_TI, most)
 
         def sweep(rows_C: Tensor) -> tuple[Tensor, Tensor]:
-            p_CV, labels_C = head.log_probabilities(first_TI[rows_C]), labels_T[rows_C]
-            task, agreement = head.task(p_CV, labels_C), p_CV.new_zeros(())
-            if second_TI is None:
-                p_CV.exp_()
+            z_CV, labels_C = room.fill(first_TI[rows_C]), labels_T[rows_C]
+            task_C = _label_scores(z_CV, labels_C, head.smoothing)
+            agreement = z_CV.new_zeros(())
+            if second_TI is None or other is None:
+                log_sum_C = _normalise(z_CV)
             else:
-                agreement, apart_CV = _compare(p_CV, head.log_probabilities(second_TI[rows_C]))
+                log_sum_C, agreement, apart_CV = _compare(z_CV, other.fill(second_TI[rows_C]))
                 head.put_gradient(of_agreement_TI, rows_C, apart_CV)
             if wants_gradient:
-                head.put_gradient(of_task_TI, rows_C, head.subtract_labels(p_CV, labels_C))
-            return task, agreement
+                head.put_gradient(of_task_TI, rows_C, _subtract_labels(z_CV, labels_C, head.smoothing))
+            return (log_sum_C - task_C).sum(), agreement
 
-        chunks = (labels_T != IGNORED).nonzero().squeeze(1).split(CHUNK)
+        chunks = tokens_N.split(CHUNK)
         task, agreement = (torch.stack(values).sum() for values in zip(*map(sweep, chunks), strict=True))
         ctx.save_for_backward(of_task_TI, of_agreement_TI)
         return task, agreement
@@ -146,8 +170,33 @@ class _Sums(torch.autograd.Function):
         return first_TI, second_TI, None, None, None
 
 
-def _compare(log_p_CV: Tensor, log_q_CV: Tensor) -> tuple[Tensor, Tensor]:
-    """1/2 sum (p - q) (log p - log q) and its gradient (p - q) / 2 by the first logits; `log_p_CV` becomes p."""
-    ratio_CV = log_p_CV - log_q_CV
-    apart_CV = log_q_CV.exp_().neg_().add_(log_p_CV.exp_()).div_(2)
-    return ratio_CV.mul_(apart_CV).sum(), apart_CV
+def _label_scores(z_CV: Tensor, labels_C: Tensor, smoothing: float) -> Tensor:
+    """What the smoothed labels read off the logits: [C]."""
+    scores_C = z_CV.gather(1, labels_C[:, None]).squeeze(1)
+    return scores_C * (1 - smoothing) + z_CV.mean(dim=-1) * smoothing if smoothing else scores_C
+
+
+def _normalise(z_CV: Tensor) -> Tensor:
+    """Make logits probabilities, in place; the logarithm of what they were divided by: [C]."""
+    sum_C1 = z_CV.exp_().sum(dim=-1, keepdim=True)
+    z_CV.div_(sum_C1)
+    return sum_C1.squeeze(1).log()
+
+
+def _subtract_labels(p_CV: Tensor, labels_C: Tensor, smoothing: float) -> Tensor:
+    """From probabilities the gradient of the cross entropy, in place."""
+    p_CV.scatter_add_(1, labels_C[:, None], torch.full_like(p_CV[:, :1], smoothing - 1))
+    return p_CV.sub_(smoothing / p_CV.shape[1]) if smoothing else p_CV
+
+
+def _compare(z_CV: Tensor, other_CV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Normalise two sets of logits to p and q, in place.
+
+    Returns the logarithm of p's sum, 1/2 sum (p - q) (log p - log q), and its gradient (p - q) / 2 by the first logits,
+    which takes the place of q.
+    """
+    ratio_CV = z_CV - other_CV
+    log_sum_C, log_other_C = _normalise(z_CV), _normalise(other_CV)
+    apart_CV = other_CV.neg_().add_(z_CV).div_(2)
+    shift_C = (log_other_C - log_sum_C) * apart_CV.sum(dim=-1)
+    return log_sum_C, ratio_CV.mul_(apart_CV).sum() + shift_C.sum(), apart_CV

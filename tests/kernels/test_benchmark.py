@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from benchmarks.kernels import Case, LiveBytes, list_changes, make_step, measure_growth, measure_speed
+from benchmarks.kernels import Case, list_changes, make_step, measure_growth, measure_speed
+from benchmarks.measuring import LiveBytes
 from mixora.kernels import KERNELS
 
 SMALL = Case(16, "float32", 8, tokens=12)

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import mixora
-from benchmarks.kernels import RESULTS, find_limits
+from benchmarks.kernels import find_limits
+from benchmarks.measuring import RESULTS
 from mixora.contracts import Shape
 from mixora.errors import ConfigError
 from mixora.kernels import KERNELS

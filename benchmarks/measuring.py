@@ -1,0 +1,73 @@
+"""How benchmarks measure: variants take turns on one thread, memory is what storages hold, figures are medians."""
+
+import gc
+import platform
+import statistics
+import time
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+RESULTS = Path(__file__).parent / "results"
+Step = Callable[[], object]
+
+
+def time_together(steps: dict[str, Step], repeats: int) -> dict[str, float]:
+    """Median milliseconds of each, taking turns in alternating order."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for step in steps.values():
+        step()
+    gc.disable()
+    for turn in range(repeats):
+        for name in list(steps)[:: -1 if turn % 2 else 1]:
+            start = time.thread_time()
+            steps[name]()
+            times[name].append(time.thread_time() - start)
+    gc.enable()
+    return {name: round(1e3 * statistics.median(found), 3) for name, found in times.items()}
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of storages that are made while it is on; `peak`: the most that were alive at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.alive: dict[int, int] = {}
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        given = {t.untyped_storage()._cdata for t in _tensors((args, kwargs))}
+        result = operator(*args, **(kwargs or {}))
+        for tensor in _tensors(result):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in given and storage._cdata not in self.alive:
+                self.alive[storage._cdata] = storage.nbytes()
+                weakref.finalize(storage, self._free, storage._cdata)
+                self.now += storage.nbytes()
+        self.peak = max(self.peak, self.now)
+        return result
+
+    def _free(self, name: int) -> None:
+        self.now -= self.alive.pop(name, 0)
+
+
+def _tensors(tree: object) -> list[torch.Tensor]:
+    return [leaf for leaf in torch.utils._pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+def peak_mebibytes(step: Step) -> float:
+    """The most that a step holds at once besides what it reads, without the workspace of single operators."""
+    gc.collect()
+    with LiveBytes() as live:
+        step()
+    return round(live.peak / 2**20, 2)
+
+
+def describe_machine() -> str:
+    """Processor, what it has for bf16 products, threads."""
+    found = torch.cpu.get_capabilities()
+    products = [name for name in ("avx512_bf16", "amx_bf16") if found.get(name)]
+    return ", ".join([found.get("cpu_name", platform.machine()), *products, f"{torch.get_num_threads()} thread(s)"])
