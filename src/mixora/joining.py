@@ -65,7 +65,7 @@ def compute(module: Any, adapter: str, x: Tensor, here: Pass) -> tuple[Tensor, R
 def _find_products(module: Any, adapter: str, x: Tensor, here: Pass) -> Joined:
     joined = here.joined.get(adapter)
     waits = joined is not None and module.path in joined.hidden
-    if joined is not None and waits and joined.made_from() is x:
+    if joined is not None and waits and joined.is_of(x):
         return joined
     # what waits was made from something else: these linears do not read one input here
     members = [module] if waits else _find_members(module, adapter, x)

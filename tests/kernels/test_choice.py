@@ -107,6 +107,8 @@ def test_a_plan_tells_its_kernels_with_the_reasons():
     assert f"kernel: joint (all experts in use), sorted (R/K 2048 > {FP32})" in text
     named = mixora.plan(tiny_llama(), mixora.recipe("sira", kernel="grouped", rank=8))
     assert named.kernels == ("grouped (named by a rule)",)
+    low = mixora.plan(tiny_llama().bfloat16(), mixora.recipe("lora"))
+    assert low.kernels == ("joint (all experts in use, router outputs in bfloat16)",)
 
 
 def test_one_expert_for_a_whole_pass_is_all_there_is():

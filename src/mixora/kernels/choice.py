@@ -87,3 +87,5 @@ class Choice:
             yield "all experts in use"
         if len(chosen) < len(served):
             yield "named by a rule"
+        if served[0].kernel == "joint" and self.dtype.itemsize < 4:
+            yield f"router outputs in {str(self.dtype).removeprefix('torch.')}"

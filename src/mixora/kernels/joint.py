@@ -31,14 +31,20 @@ class Joint(Stacked):
 class Joined:
     """The products of one input with the rows of all sites that read it.
 
-    `made_from`: the input. `x_TI`: the input as the next site takes it, so that gradients pass from site to site.
-    `hidden` and `outputs`: [T, R] and [T, C] by site, taken out by their sites.
+    `made_from`: the input, and its version, which counts changes in place. `x_TI`: the input as the next site takes it,
+    so that gradients pass from site to site. `hidden` and `outputs`: [T, R] and [T, C] by site, the former taken out by
+    their sites.
     """
 
     made_from: weakref.ref[Tensor]
+    version: int
     x_TI: Tensor
     hidden: dict[str, Tensor]
     outputs: dict[str, Tensor]
+
+    def is_of(self, x: Tensor) -> bool:
+        """Whether they are the products of `x` as it is."""
+        return self.made_from() is x and self.version == _version_of(x)
 
 
 def join(x: Tensor, x_TI: Tensor, experts: dict[str, Tensor], routers: dict[str, Tensor], dropout: float) -> Joined:
@@ -46,12 +52,11 @@ def join(x: Tensor, x_TI: Tensor, experts: dict[str, Tensor], routers: dict[str,
 
     `dropout` acts on what the experts read, with one mask for all sites.
     """
-    rows_CI = torch.cat([*experts.values(), *routers.values()]).to(x_TI.dtype)
-    sizes = [len(rows) for rows in (*experts.values(), *routers.values())]
-    tail_TI, *found = _Expand.apply(x_TI, rows_CI, sizes, sum(sizes[: len(experts)]), dropout)
+    rows = (*experts.values(), *routers.values())
+    tail_TI, *found = _Expand.apply(x_TI, sum(map(len, experts.values())), dropout, *rows)
     hidden = dict(zip(experts, found, strict=False))
     outputs = dict(zip(routers, found[len(experts) :], strict=True))
-    return Joined(weakref.ref(x), tail_TI, hidden, outputs)
+    return Joined(weakref.ref(x), _version_of(x), tail_TI, hidden, outputs)
 
 
 def contract(
@@ -73,15 +78,12 @@ def contract(
 
 
 class _Expand(torch.autograd.Function):
-    """x -> x, then x times the rows, in pieces."""
+    """x -> x, then x times the rows of each matrix; the first `experts` rows of all read x with dropout."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x_TI: Tensor, rows_CI: Tensor, sizes: list[int], experts: int, dropout: float
-    ) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, x_TI: Tensor, experts: int, dropout: float, *matrices: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        ctx.sizes, ctx.experts, ctx.dropout = sizes, experts, dropout
-        mask_TI = None
+        rows_CI, mask_TI = torch.cat(matrices).to(x_TI.dtype), None
         if dropout:
             mask_TI = torch.empty(x_TI.shape, dtype=torch.bool, device=x_TI.device).bernoulli_(1 - dropout)
             z_TC = x_TI.new_empty(len(x_TI), len(rows_CI))
@@ -90,7 +92,9 @@ class _Expand(torch.autograd.Function):
         else:
             z_TC = x_TI @ rows_CI.T
         ctx.save_for_backward(x_TI, rows_CI, mask_TI)
-        return x_TI.view_as(x_TI), *z_TC.split(sizes, dim=1)
+        ctx.experts, ctx.dropout = experts, dropout
+        ctx.sizes, ctx.dtypes = [len(matrix) for matrix in matrices], [matrix.dtype for matrix in matrices]
+        return x_TI.view_as(x_TI), *z_TC.split(ctx.sizes, dim=1)
 
     @staticmethod
     @once_differentiable
@@ -102,16 +106,17 @@ class _Expand(torch.autograd.Function):
         ]
         dz_TC, n = torch.cat(filled, dim=1), ctx.experts
         if mask_TI is None:
-            drows_CI = dz_TC.T @ x_TI if ctx.needs_input_grad[1] else None
+            drows_CI = dz_TC.T @ x_TI
             dx_TI = _add_product(dx_TI, dz_TC, rows_CI) if ctx.needs_input_grad[0] else None
-            return dx_TI, drows_CI, None, None, None
-        dropped_TI = _drop(x_TI, mask_TI, ctx.dropout)
-        drows_CI = torch.cat([dz_TC[:, :n].T @ dropped_TI, dz_TC[:, n:].T @ x_TI])
-        if ctx.needs_input_grad[0]:
-            through_TI = _drop(dz_TC[:, :n] @ rows_CI[:n], mask_TI, ctx.dropout)
-            dx_TI = through_TI if dx_TI is None else dx_TI.add_(through_TI)
-            dx_TI.addmm_(dz_TC[:, n:], rows_CI[n:])
-        return dx_TI, drows_CI, None, None, None
+        else:
+            drows_CI = torch.cat([dz_TC[:, :n].T @ _drop(x_TI, mask_TI, ctx.dropout), dz_TC[:, n:].T @ x_TI])
+            if ctx.needs_input_grad[0]:
+                through_TI = _drop(dz_TC[:, :n] @ rows_CI[:n], mask_TI, ctx.dropout)
+                through_TI = through_TI if dx_TI is None else dx_TI.add_(through_TI)
+                dx_TI = through_TI.addmm_(dz_TC[:, n:], rows_CI[n:])
+        parts = zip(pieces, drows_CI.split(ctx.sizes), ctx.dtypes, strict=True)
+        # what nothing was made of has no gradient, as if it had not been multiplied
+        return dx_TI, None, None, *(None if piece is None else part.to(dtype) for piece, part, dtype in parts)
 
 
 class _Contract(torch.autograd.Function):
@@ -132,8 +137,7 @@ class _Contract(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.scale = scale
         y_TO = F.linear(x_TI, weight_OI.to(x_TI.dtype), None if bias_O is None else bias_O.to(x_TI.dtype))
-        weighted_TR = h_TR if gates_TE is None else h_TR * _spread(gates_TE, segments_ER)
-        y_TO.addmm_(weighted_TR, b_RO, alpha=scale)
+        y_TO.addmm_(h_TR * _spread(gates_TE, segments_ER, scale), b_RO)
         ctx.save_for_backward(h_TR, gates_TE, b_RO, segments_ER, weight_OI)
         return y_TO, x_TI.view_as(x_TI)
 
@@ -143,30 +147,30 @@ class _Contract(torch.autograd.Function):
         if dy_TO is None:
             return dx_TI, *[None] * 7
         h_TR, gates_TE, b_RO, segments_ER, weight_OI = ctx.saved_tensors
-        dgates_TE, dh_TR = None, dy_TO @ b_RO.T
-        weighted_TR = h_TR
-        if gates_TE is not None:
-            spread_TR = _spread(gates_TE, segments_ER)
-            weighted_TR = h_TR * spread_TR
-            if ctx.needs_input_grad[2]:
-                dgates_TE = ((h_TR * dh_TR) @ segments_ER.T).to(gates_TE.dtype) * ctx.scale
-            dh_TR = dh_TR.mul_(spread_TR)
-        if ctx.scale != 1:
-            dh_TR = dh_TR.mul_(ctx.scale)
-        db_RO = (weighted_TR.T @ dy_TO).mul_(ctx.scale) if ctx.needs_input_grad[3] else None
+        # of the scaled gates, as each rank saw them
+        gate_TR, dweighted_TR, dgates_TE = _spread(gates_TE, segments_ER, ctx.scale), dy_TO @ b_RO.T, None
+        db_RO = (h_TR * gate_TR).T @ dy_TO if ctx.needs_input_grad[3] else None
+        if ctx.needs_input_grad[2]:
+            dgates_TE = ((h_TR * dweighted_TR) @ segments_ER.T).to(gates_TE.dtype) * ctx.scale
+        dh_TR = dweighted_TR * gate_TR
         if ctx.needs_input_grad[0]:
             dx_TI = _add_product(dx_TI, dy_TO, weight_OI.to(dy_TO.dtype))
         return dx_TI, dh_TR, dgates_TE, db_RO, None, None, None, None
 
 
-def _spread(gates_TE: Tensor, segments_ER: Tensor) -> Tensor:
-    """The gate of its expert for each rank: exact, since each column of the segments holds a single 1."""
-    return gates_TE.to(segments_ER.dtype) @ segments_ER
+def _spread(gates_TE: Tensor | None, segments_ER: Tensor, scale: float) -> Tensor | float:
+    """scale * the gate of its expert for each rank: exact, since each column of the segments holds a single 1."""
+    return scale if gates_TE is None else (gates_TE * scale).to(segments_ER.dtype) @ segments_ER
 
 
 def _add_product(sum_TI: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
     """sum + left right, in place: sums are made by the functions above and seen by no one else."""
     return left @ right if sum_TI is None else sum_TI.addmm_(left, right)
+
+
+def _version_of(x: Tensor) -> int:
+    # tensors of inference mode count no changes
+    return 0 if x.is_inference() else x._version
 
 
 def _drop(x_TI: Tensor, mask_TI: Tensor, dropout: float) -> Tensor:

@@ -4,7 +4,6 @@ Costs R instead of K * rank columns and wins while R / K is small, since one wid
 """
 
 from collections.abc import Callable
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -36,8 +35,17 @@ class Stacked(Kernel):
         return (slots * gates_TR) @ w_RO.to(slots.dtype)
 
 
-@lru_cache(maxsize=256)
+_segments: dict[tuple[tuple[int, ...], torch.dtype, torch.device], Tensor] = {}
+
+
 def segments_ER(ranks: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """1 where a rank belongs to an expert. Spreading gates with this GEMM is exact (one non-zero per column)."""
-    expert_R = torch.repeat_interleave(torch.tensor(ranks))
-    return F.one_hot(expert_R, len(ranks)).T.to(device, dtype)
+    """1 where a rank belongs to an expert. Spreading gates with this GEMM is exact (one non-zero per column).
+
+    Kept for the next call: a model has few different sites.
+    """
+    key = (ranks, dtype, device)
+    if key not in _segments:
+        with torch.inference_mode(False), torch.no_grad():
+            expert_R = torch.repeat_interleave(torch.tensor(ranks))
+            _segments[key] = F.one_hot(expert_R, len(ranks)).T.to(device, dtype)
+    return _segments[key]
