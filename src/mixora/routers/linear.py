@@ -2,9 +2,11 @@
 
 from abc import abstractmethod
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from mixora.contracts import Parameters, Router
@@ -58,3 +60,28 @@ def multiply(x_TI: Tensor, w_CI: Tensor) -> Tensor:
     off = torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
     with off:
         return F.linear(x_TI.to(dtype), w_CI.to(dtype))
+
+
+def softmax(z_TC: Tensor) -> Tensor:
+    """The softmax over few columns: [T, C]. On a CPU torch's own takes four times as long for 8 of them."""
+    is_slow = z_TC.device.type == "cpu" and not torch.compiler.is_compiling()
+    return _Softmax.apply(z_TC) if is_slow else z_TC.softmax(dim=-1)
+
+
+class _Softmax(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, z_TC: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
+        powers_TC = (z_TC - z_TC.amax(dim=-1, keepdim=True)).exp_()
+        p_TC = powers_TC.div_(powers_TC.sum(dim=-1, keepdim=True))
+        ctx.save_for_backward(p_TC)
+        return p_TC
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dp_TC: Tensor | None) -> Tensor | None:
+        if dp_TC is None:
+            return None
+        (p_TC,) = ctx.saved_tensors
+        dz_TC = dp_TC * p_TC
+        return dz_TC.sub_(p_TC * dz_TC.sum(dim=-1, keepdim=True))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mixora.config import Strict
 from mixora.contracts import Parameters
-from mixora.routers.linear import LinearRouter
+from mixora.routers.linear import LinearRouter, softmax
 from mixora.routing import Routing, Tokens
 
 
@@ -70,7 +70,7 @@ class NullTopK(LinearRouter):
 
     def decide(self, z_TC: Tensor, parameters: Parameters, tokens: Tokens, training: bool) -> Routing:
         """The experts among the K most probable columns (C = E + N); padding has none."""
-        probs_TC = z_TC.softmax(dim=-1)
+        probs_TC = softmax(z_TC)
         columns_TK = probs_TC.topk(self.config.top_k, dim=-1).indices
         is_chosen_TC = torch.zeros_like(probs_TC, dtype=torch.bool).scatter(1, columns_TK, True)
         kept_TE = torch.where(is_chosen_TC, probs_TC, 0.0)[:, : self.num_experts]

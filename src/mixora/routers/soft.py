@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mixora.config import Strict
 from mixora.contracts import Parameters
-from mixora.routers.linear import LinearRouter
+from mixora.routers.linear import LinearRouter, softmax
 from mixora.routing import Routing, Tokens
 
 
@@ -41,7 +41,7 @@ class Soft(LinearRouter):
 
     def decide(self, z_TC: Tensor, parameters: Parameters, tokens: Tokens, training: bool) -> Routing:
         """Softmax weights over all experts; padding has none."""
-        probs_TE = z_TC.softmax(dim=-1)
+        probs_TE = softmax(z_TC)
         experts_TK = torch.arange(self.num_experts, device=z_TC.device).expand(len(z_TC), -1)
         assigned_TK = (probs_TE > 0) & tokens.valid_T[:, None]
         weights_TK = torch.where(assigned_TK, probs_TE, 0.0)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mixora.config import Strict
 from mixora.contracts import Parameters
-from mixora.routers.linear import LinearRouter
+from mixora.routers.linear import LinearRouter, softmax
 from mixora.routing import Routing, Tokens
 
 
@@ -63,7 +63,7 @@ class Threshold(LinearRouter):
     def decide(self, z_TC: Tensor, parameters: Parameters, tokens: Tokens, training: bool) -> Routing:
         """The experts above the token's threshold; padding has none."""
         logits_TE = z_TC[:, :-1]
-        probs_TE = logits_TE.softmax(dim=-1)
+        probs_TE = softmax(logits_TE)
         height_T1 = z_TC[:, -1:] + parameters["router_threshold_bias"]
         margin_TE = (probs_TE - height_T1.sigmoid() / self.num_experts).clamp(min=0)
         # the floor keeps a token without any expert free of 0 / 0

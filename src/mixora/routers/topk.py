@@ -14,7 +14,7 @@ from mixora.config import Strict
 from mixora.contracts import Expert, Parameters
 from mixora.depth import OverDepth
 from mixora.routers.capacity import CapacityConfig, admit
-from mixora.routers.linear import LinearRouter
+from mixora.routers.linear import LinearRouter, softmax
 from mixora.routing import Routing, Tokens
 
 
@@ -78,7 +78,7 @@ class TopK(LinearRouter):
     def decide(self, z_TC: Tensor, parameters: Parameters, tokens: Tokens, training: bool) -> Routing:
         """Top-k routing with expert dropout and capacity; padding is never routed."""
         config = self.config
-        probs_TE = z_TC.softmax(dim=-1)
+        probs_TE = softmax(z_TC)
         kept_TE = F.dropout(probs_TE, config.expert_dropout, training)
         weights_TK, experts_TK = kept_TE.topk(self.top_k, dim=-1)
         # a slot whose probability was dropped is no choice: weight 0, and it takes no place
