@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from mixora.assignment import assign_rules, settle_rules
-from mixora.contracts import Expert, PassLoss, Shape, SiteLoss, kept_shapes
+from mixora.contracts import Expert, PassLoss, Router, Shape, SiteLoss, kept_shapes
 from mixora.depth import fix, varies
 from mixora.errors import ConfigError
 from mixora.experts import EXPERTS
@@ -52,14 +52,7 @@ def _make_site(
     choice: Choice,
 ) -> Site:
     router, expert = ROUTERS[rule.router.kind](rule.router), EXPERTS[rule.expert.kind](rule.expert)
-    objection = router.objection(linear.is_causal, expert)
-    if objection:
-        raise ConfigError(f"rules.{name}.router.{objection}")
-    if (expert.one_rank or router.draws) and len(set(ranks)) > 1:
-        raise ConfigError(
-            f"rules.{name}: {rule.expert.kind!r} experts under router {rule.router.kind!r} have one rank, but an "
-            f"allocation gives {linear.path} the ranks {list(ranks)}; valid: no budget, or other parts"
-        )
+    _check_site(linear, name, rule, expert, router, ranks)
     shape = Shape(linear.in_features, linear.out_features, ranks)
     leader = _find_leader(linear, name, rule, leaders, role)
     in_experts = _count(kept_shapes(expert, router, shape))
@@ -88,6 +81,18 @@ def _make_site(
         active_parameters=_count_active(expert, shape, router.top_k) + in_router,
         role=None if role is None else "last" if role.is_last else "first",
     )
+
+
+def _check_site(linear: Linear, name: str, rule: Rule, expert: Expert, router: Router, ranks: tuple[int, ...]) -> None:
+    """`ConfigError` for parts that do not go together at this place."""
+    objection = router.objection(linear.is_causal, expert)
+    if objection:
+        raise ConfigError(f"rules.{name}.router.{objection}")
+    if (expert.one_rank or router.draws) and len(set(ranks)) > 1:
+        raise ConfigError(
+            f"rules.{name}: {rule.expert.kind!r} experts under router {rule.router.kind!r} have one rank, but an "
+            f"allocation gives {linear.path} the ranks {list(ranks)}; valid: no budget, or other parts"
+        )
 
 
 def _find_leader(

@@ -44,11 +44,10 @@ def merge(
 ) -> Merged:
     """Write the active adapter of `model` to the folder `out` as an ordinary PEFT LoRA adapter, with a model card.
 
-    Sites whose routing is the same for every input give the same outputs; with `rank`, their pairs are cut to it by
-    singular value decomposition. Where experts are drawn (AdaMix) their mean is merged, or with `soup`, held-out
-    batches, that of a greedy choice; behind modules, which no LoRA can express, it is an adapter of ours. Sites routed
-    by the input need `approximation`: they get the LoRA that is nearest on its `fit` batches, of `rank` (by default
-    `active_rank`), and loss and logits are compared on `held_out` ones. `dense`: write the base with the change in its
+    Sites whose routing is the same for every input give the same outputs; `rank` cuts their pairs by singular value
+    decomposition. Drawn experts (AdaMix) are averaged, all of them or those that a greedy `soup` on held-out batches
+    chooses. Sites routed by the input get the LoRA that is nearest on `approximation.fit`, of `rank` (by default
+    `active_rank`); loss and logits are compared on its `held_out`. `dense`: write the base with the change in its
     weights instead, which uses up `model`. `tokenizer` is written beside. `progress` is told what is being done and
     gives a context with a function of (done, total). Raises `ConfigError` for routed sites without `approximation`,
     options without effect, and an `out` that is not empty; `MixoraError` for routed experts behind modules.
