@@ -117,3 +117,12 @@ def test_two_ranks(tmp_path):
     for name in ("transformers", "mixora"):
         torch.testing.assert_close(gradients[name], intended, rtol=1e-4, atol=1e-5 * float(intended.abs().max()))
     assert gradients["ratio"] == pytest.approx(1.0, abs=1e-3)
+
+
+def test_two_ranks_of_a_fully_sharded_model(tmp_path):
+    """The mean of both ranks' gradients, with weights that are whole in a layer's forward only."""
+    found = run_two_ranks("tests/training/two_ranks_fsdp2.py", tmp_path)
+    for kernel in ("joint", "stacked"):
+        worst, count, joined = found[kernel].tolist()
+        assert worst < 1e-7
+        assert (count, joined) == (42, 14)

@@ -1,0 +1,53 @@
+"""Run by torchrun on two gloo ranks: one step of a fully sharded model; rank 0 writes what it found."""
+
+import sys
+
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+import mixora
+from mixora.mixture import mixtures_of
+from tests.models import adapt, tiny_llama, token_ids
+
+IDS = token_ids(4, 8)
+
+
+def make(kernel):
+    settings = {"num_experts": 4, "top_k": 2, "rank": 2, "dropout": 0.0}
+    return adapt(tiny_llama(), mixora.recipe("mola", kernel=kernel, **settings))
+
+
+def backward(model, rank):
+    rows = IDS[2 * rank : 2 * rank + 2]
+    mixora.compute_loss(model, {"input_ids": rows, "labels": rows})[0].backward()
+
+
+def main(folder):
+    dist.init_process_group("gloo")
+    assert dist.get_world_size() == 2, dist.get_world_size()
+    found = {}
+    for kernel in ("joint", "stacked"):
+        whole, sharded = make(kernel), make(kernel)
+        for rank in range(2):
+            backward(whole, rank)
+        for layer in sharded.base_model.model.model.layers:
+            fully_shard(layer)
+        fully_shard(sharded)
+        backward(sharded, dist.get_rank())
+        assert all(isinstance(p, DTensor) for p in sharded.parameters())
+        gradients = {name: p.grad.full_tensor() for name, p in sharded.named_parameters() if p.grad is not None}
+        expected = {name: p.grad / 2 for name, p in whole.named_parameters() if p.grad is not None}
+        assert gradients.keys() == expected.keys()
+        joined = sum(layer.obstacle is None for layer in mixtures_of(sharded))
+        worst = max(float((gradients[name] - expected[name]).abs().max()) for name in expected)
+        found[kernel] = torch.tensor([worst, len(expected), joined])
+    if dist.get_rank() == 0:
+        torch.save(found, f"{folder}/found.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
