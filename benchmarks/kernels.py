@@ -112,9 +112,9 @@ def measure_growth(changes: dict[str, tuple[Case, Case]], repeats: int) -> list[
     return rows
 
 
-def list_changes(most_tokens: int) -> dict[str, tuple[Case, Case]]:
+def list_changes(most_tokens: int, rank: int = 32) -> dict[str, tuple[Case, Case]]:
     """What may grow: experts at the same rank and choice, tokens, and the share that one expert gets."""
-    site = Case(576, "float32", 32)
+    site = Case(576, "float32", rank)
     few = replace(site, tokens=256)
     return {
         "experts 8 to 64": (site, replace(site, experts=64)),
