@@ -181,8 +181,8 @@ def adamix_steps(layers: int, dtype: torch.dtype, device: str = "cpu") -> dict[s
     }
 
 
-def linear_step(case: Case) -> Step:
-    """One linear with experts and a router, kernel `auto`; as `Case` says, experts get an even load, or one gets all."""
+def make_linear(case: Case) -> tuple[Any, Tensor]:
+    """One linear with experts and a router, kernel `auto`, and its input; `skewed`: expert 0 serves every token."""
     torch.manual_seed(0)
     dtype = getattr(torch, case.dtype)
     expert = {"kind": "lora", "rank": case.rank}
@@ -195,13 +195,13 @@ def linear_step(case: Case) -> Step:
         x_BTI[..., 0] = 1
         with torch.no_grad():
             model.get_base_model().layers[0]["linear"].parameters_of("default")["router"][0, 0] = 100
-    return make_step(model, x_BTI)
+    return model, x_BTI
 
 
-def compare(label: str, steps: dict[str, Step], repeats: int, **facts: Any) -> dict[str, Any]:
+def compare(label: str, steps: dict[str, Step], repeats: int, device: str = "cpu", **facts: Any) -> dict[str, Any]:
     """Time and memory of the variants, and the ratio of the first to every other."""
-    ms = time_together(steps, repeats)
-    mebibytes = {name: peak_mebibytes(step) for name, step in steps.items()}
+    ms = time_together(steps, repeats, device)
+    mebibytes = {name: peak_mebibytes(step, device) for name, step in steps.items()}
     ours, *others = steps
     row: dict[str, Any] = {"layer": label, **facts, "ms": ms, "mebibytes": mebibytes}
     row["time"], row["memory"] = ({name: round(of[ours] / of[name], 3) for name in others} for of in (ms, mebibytes))
@@ -214,7 +214,7 @@ def measure_growth(most_tokens: int, repeats: int) -> list[dict[str, Any]]:
     rows = []
     for rank in (8, 32):
         for label, (before, after) in list_changes(most_tokens, rank).items():
-            steps = {"after": linear_step(after), "before": linear_step(before)}
+            steps = {name: make_step(*make_linear(case)) for name, case in (("after", after), ("before", before))}
             rows.append(compare(label, steps, repeats, rank=rank))
     return rows
 

@@ -86,9 +86,7 @@ def variants(layers: int, dtype: torch.dtype, device: str = "cpu") -> Iterator[t
     yield "mixora, kernel loop", make_step(make_mixture(make_base(layers, dtype, device), kernel="loop"), True, True)
 
 
-def measure(
-    dtype_name: str, layers: int, repeats: int, with_memory: bool, device: str = "cpu"
-) -> list[dict[str, Any]]:
+def measure(dtype_name: str, layers: int, repeats: int, with_memory: bool, device: str = "cpu") -> list[dict[str, Any]]:
     """A row for each variant."""
     steps = dict(variants(layers, getattr(torch, dtype_name), device))
     ms = time_together(steps, repeats, device)
