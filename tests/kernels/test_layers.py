@@ -10,7 +10,7 @@ from mixora.passes import tracing
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    monkeypatch.setattr(layers, "WIDTH", 16)
+    monkeypatch.setattr(layers, "WIDTH", 32)
     monkeypatch.setattr(layers, "INNER", 24)
     monkeypatch.setattr(layers, "TOKENS", 12)
     monkeypatch.setattr(training_step, "LENGTH", 4)
@@ -35,7 +35,7 @@ def test_the_adapter_beside_pesc_is_as_wide_as_the_chosen_experts():
     rows = [layers.compare("pesc", layers.pesc_steps(rank, torch.float32), 1) for rank in (4, 8)]
     assert [set(row["time"]) for row in rows] == [{"adapter"}] * 2
     model = layers.adapt(layers.make_mlp(torch.float32), layers.take_rule("pesc", "ffn", {"kind": "single"}, rank=8))
-    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 2 * 8 * 16
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 2 * 8 * 32
 
 
 def test_adamix_is_timed_with_and_without_consistency():
@@ -45,7 +45,7 @@ def test_adamix_is_timed_with_and_without_consistency():
 
 @pytest.mark.parametrize("skewed", [False, True])
 def test_one_expert_gets_all_tokens_of_a_skewed_linear(skewed):
-    model, x_BTI = layers.make_linear(Case(16, "float32", 4, tokens=12, skewed=skewed))
+    model, x_BTI = layers.make_linear(Case(32, "float32", 4, tokens=12, skewed=skewed))
     with tracing() as trace:
         model(x_BTI)
     (routing,) = trace.of("layers.0.linear")
