@@ -89,7 +89,7 @@ def pesc_steps(rank: int, dtype: torch.dtype) -> dict[str, Step]:
 
 
 class LateSum(nn.Module):
-    """MixLoRA as its authors' code orders it, from the tensors of ours: the weighted sum comes after the last linear.
+    """MixLoRA as its authors' code orders it, with the weighted sum after the last linear; our tensors' memory is used.
 
     `at_once`: frozen linears and experts' hidden for all slots together, else expert by expert.
     """
@@ -108,7 +108,8 @@ class LateSum(nn.Module):
 
     def forward(self, x_BTI: Tensor) -> Tensor:
         x_TI = x_BTI.flatten(0, 1)
-        probs_TE = F.linear(x_TI.float(), self.router).softmax(dim=-1)
+        wide = torch.promote_types(x_TI.dtype, torch.float32)
+        probs_TE = F.linear(x_TI.to(wide), self.router.to(wide)).softmax(dim=-1)
         weights_TK, experts_TK = probs_TE.topk(TOP_K, dim=-1)
         weights_TK = (weights_TK / weights_TK.sum(dim=-1, keepdim=True)).to(x_TI.dtype)
         gate_TF, up_TF = self.frozen[0](x_TI), self.frozen[1](x_TI)
