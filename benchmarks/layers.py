@@ -192,10 +192,11 @@ def make_linear(case: Case) -> tuple[Any, Tensor]:
     model = adapt(base, {"targets": ["linear"], "expert": expert, "router": router}, BALANCE)
     x_BTI = draw_input(dtype, case.tokens)
     if case.skewed:
-        # a feature that all tokens have, by which the router finds expert 0
+        # a feature that all tokens have, by which the router finds expert 0; with more than this, the other choice's
+        # weight would be a denormal number, with which a CPU is slow
         x_BTI[..., 0] = 1
         with torch.no_grad():
-            model.get_base_model().layers[0]["linear"].parameters_of("default")["router"][0, 0] = 100
+            model.get_base_model().layers[0]["linear"].parameters_of("default")["router"][0, 0] = 10
     return model, x_BTI
 
 
