@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import mixora.fused_loss
 from benchmarks import fused_loss, kernels, layers, training_step
 from benchmarks.measuring import RESULTS, peak_mebibytes, time_together
 from mixora.kernels import KERNELS
@@ -107,6 +108,15 @@ def time_training(sizes: Sizes) -> list[dict[str, Any]]:
 
 def time_fused_loss(sizes: Sizes) -> list[dict[str, Any]]:
     """The loss behind a head in bf16, fused with several chunk sizes and as transformers computes it."""
+    before = mixora.fused_loss.CHUNK
+    try:
+        return _time_chunks(sizes)
+    finally:
+        # later sections take the chunks that a user gets
+        mixora.fused_loss.CHUNK = before
+
+
+def _time_chunks(sizes: Sizes) -> list[dict[str, Any]]:
     width = sizes.widths[0]
     given = argparse.Namespace(tokens=sizes.tokens, width=width, vocabulary=sizes.vocabulary)
     tensors = [tensor.detach().to(sizes.device) for tensor in fused_loss.make_inputs(given, torch.bfloat16)]
