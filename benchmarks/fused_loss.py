@@ -46,9 +46,9 @@ def run_fused(passes, chunk, first, second, weight, labels):
     (total / len(labels)).backward()
 
 
-def variants(passes):
+def variants(passes, chunks=CHUNKS):
     yield "transformers", lambda *inputs: run_own(passes, *inputs)
-    for chunk in CHUNKS:
+    for chunk in chunks:
         yield f"fused, {chunk} tokens", lambda *inputs, chunk=chunk: run_fused(passes, chunk, *inputs)
 
 

@@ -62,16 +62,16 @@ def kernels_for(case: Case) -> list[str]:
     return [name for name, kernel in able.items() if not kernel.joins]
 
 
-def make_step(kernel_name: str, case: Case) -> Step:
-    """Forward and backward of a site's experts; every kernel gets the same numbers."""
+def make_step(kernel_name: str, case: Case, device: str = "cpu") -> Step:
+    """Forward and backward of a site's experts, on the same numbers each time; gives the output and all gradients."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*size: int) -> torch.Tensor:
-        return torch.randn(size, generator=generator)
+        return torch.randn(size, generator=generator).to(device)
 
     dtype, rank_sum = getattr(torch, case.dtype), case.experts * case.rank
     scores_TE = draw(case.tokens, case.experts)
-    ranking_TE = scores_TE.index_fill(1, torch.tensor([0]), torch.inf) if case.skewed else scores_TE
+    ranking_TE = scores_TE.index_fill(1, torch.tensor([0], device=device), torch.inf) if case.skewed else scores_TE
     experts_TK = ranking_TE.topk(case.top_k, dim=-1).indices
     x_TI, a_RI, b_RO, dy_TO = (draw(n, case.width).to(dtype) for n in (case.tokens, rank_sum, rank_sum, case.tokens))
     weights_TK = scores_TE.gather(1, experts_TK).softmax(dim=-1).requires_grad_()
@@ -82,16 +82,17 @@ def make_step(kernel_name: str, case: Case) -> Step:
 
     def step() -> object:
         y_TO = kernel.contract(kernel.expand(x_TI, a_RI, routing), b_RO, routing)
-        return torch.autograd.grad(y_TO, leaves, dy_TO)
+        return y_TO, *torch.autograd.grad(y_TO, leaves, dy_TO)
 
     return step
 
 
-def measure_speed(cases: Iterable[Case], repeats: int) -> list[dict]:
+def measure_speed(cases: Iterable[Case], repeats: int, device: str = "cpu") -> list[dict]:
     """Milliseconds of every kernel that can serve a case."""
     rows = []
     for case in cases:
-        times = time_together({name: make_step(name, case) for name in kernels_for(case)}, repeats)
+        steps = {name: make_step(name, case, device) for name in kernels_for(case)}
+        times = time_together(steps, repeats, device)
         rows.append({**vars(case), "breadth": case.breadth, "ms": times})
         print(f"{case.dtype:>9} width {case.width:4} R/K {case.breadth:6.0f}  {_list(times)}", flush=True)
     return rows
@@ -112,9 +113,9 @@ def measure_growth(changes: dict[str, tuple[Case, Case]], repeats: int) -> list[
     return rows
 
 
-def list_changes(most_tokens: int) -> dict[str, tuple[Case, Case]]:
+def list_changes(most_tokens: int, rank: int = 32) -> dict[str, tuple[Case, Case]]:
     """What may grow: experts at the same rank and choice, tokens, and the share that one expert gets."""
-    site = Case(576, "float32", 32)
+    site = Case(576, "float32", rank)
     few = replace(site, tokens=256)
     return {
         "experts 8 to 64": (site, replace(site, experts=64)),

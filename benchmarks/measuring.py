@@ -1,4 +1,7 @@
-"""How benchmarks measure: variants take turns on one thread, memory is what storages hold, figures are medians."""
+"""How benchmarks measure: variants take turns on one thread, memory is what storages hold, figures are medians.
+
+On CUDA, time is that between two events of the stream, memory what torch's allocator gave out at most.
+"""
 
 import gc
 import platform
@@ -15,7 +18,7 @@ RESULTS = Path(__file__).parent / "results"
 Step = Callable[[], object]
 
 
-def time_together(steps: dict[str, Step], repeats: int) -> dict[str, float]:
+def time_together(steps: dict[str, Step], repeats: int, device: str = "cpu") -> dict[str, float]:
     """Median milliseconds of each, taking turns in alternating order."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     for step in steps.values():
@@ -23,11 +26,25 @@ def time_together(steps: dict[str, Step], repeats: int) -> dict[str, float]:
     gc.disable()
     for turn in range(repeats):
         for name in list(steps)[:: -1 if turn % 2 else 1]:
-            start = time.thread_time()
-            steps[name]()
-            times[name].append(time.thread_time() - start)
+            times[name].append(_time_on_cuda(steps[name]) if device == "cuda" else _time_on_cpu(steps[name]))
     gc.enable()
-    return {name: round(1e3 * statistics.median(found), 3) for name, found in times.items()}
+    return {name: round(statistics.median(found), 3) for name, found in times.items()}
+
+
+def _time_on_cpu(step: Step) -> float:
+    start = time.thread_time()
+    step()
+    return 1e3 * (time.thread_time() - start)
+
+
+def _time_on_cuda(step: Step) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    step()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
 
 
 class LiveBytes(TorchDispatchMode):
@@ -58,9 +75,14 @@ def _tensors(tree: object) -> list[torch.Tensor]:
     return [leaf for leaf in torch.utils._pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
-def peak_mebibytes(step: Step) -> float:
-    """The most that a step holds at once besides what it reads, without the workspace of single operators."""
+def peak_mebibytes(step: Step, device: str = "cpu") -> float:
+    """The most that a step holds at once besides what it reads; on a CPU without the workspace of single operators."""
     gc.collect()
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        return round((torch.cuda.max_memory_allocated() - before) / 2**20, 2)
     with LiveBytes() as live:
         step()
     return round(live.peak / 2**20, 2)

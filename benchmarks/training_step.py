@@ -23,19 +23,24 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import mixora
 from benchmarks.measuring import RESULTS, Step, describe_machine, peak_mebibytes, time_together
 
-ROWS, LENGTH = 4, 256
+ROWS, LENGTH, VOCABULARY = 4, 256, 49152
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def make_base(layers: int, dtype: torch.dtype) -> LlamaForCausalLM:
+def make_base(layers: int, dtype: torch.dtype, device: str = "cpu") -> LlamaForCausalLM:
     """SmolLM2-135M's shape, random weights, the same ones each time."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
     config = LlamaConfig(
-        **sizes, num_hidden_layers=layers, vocab_size=49152, max_position_embeddings=2048, tie_word_embeddings=True
+        **sizes, num_hidden_layers=layers, vocab_size=VOCABULARY, max_position_embeddings=2048, tie_word_embeddings=True
     )
     config.use_cache = False
-    return LlamaForCausalLM(config).to(dtype)
+    return LlamaForCausalLM(config).to(device, dtype)
+
+
+def make_batch(device: str = "cpu") -> dict[str, torch.Tensor]:
+    ids = torch.randint(0, VOCABULARY, (ROWS, LENGTH), generator=torch.Generator().manual_seed(1)).to(device)
+    return {"input_ids": ids, "labels": ids}
 
 
 def fill(model: torch.nn.Module) -> torch.nn.Module:
@@ -57,10 +62,9 @@ def make_mixture(base: Any, **changes: Any) -> Any:
     return fill(peft.get_peft_model(base, mixora.recipe("mola", task_type="CAUSAL_LM", **{**settings, **changes})))
 
 
-def variants(layers: int, dtype: torch.dtype) -> Iterator[tuple[str, Step]]:
+def variants(layers: int, dtype: torch.dtype, device: str = "cpu") -> Iterator[tuple[str, Step]]:
     """Each with a base of its own."""
-    ids = torch.randint(0, 49152, (ROWS, LENGTH), generator=torch.Generator().manual_seed(1))
-    batch = {"input_ids": ids, "labels": ids}
+    batch = make_batch(device)
 
     def make_step(model: Any, fused: bool, is_ours: bool) -> Step:
         trained = [p for p in model.parameters() if p.requires_grad]
@@ -68,25 +72,25 @@ def variants(layers: int, dtype: torch.dtype) -> Iterator[tuple[str, Step]]:
         def step() -> object:
             for parameter in trained:
                 parameter.grad = None
-            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+            with torch.autocast(device, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
                 loss = mixora.compute_loss(model, batch, fused_loss=fused)[0] if is_ours else model(**batch).loss
             loss.backward()
             return loss.item()
 
         return step
 
-    yield "PEFT LoRA r=16", make_step(make_lora(make_base(layers, dtype)), False, False)
-    ours = make_mixture(make_base(layers, dtype))
+    yield "PEFT LoRA r=16", make_step(make_lora(make_base(layers, dtype, device)), False, False)
+    ours = make_mixture(make_base(layers, dtype, device))
     yield "mixora", make_step(ours, True, True)
     yield "mixora, loss not fused", make_step(ours, False, True)
-    yield "mixora, kernel loop", make_step(make_mixture(make_base(layers, dtype), kernel="loop"), True, True)
+    yield "mixora, kernel loop", make_step(make_mixture(make_base(layers, dtype, device), kernel="loop"), True, True)
 
 
-def measure(dtype_name: str, layers: int, repeats: int, with_memory: bool) -> list[dict[str, Any]]:
+def measure(dtype_name: str, layers: int, repeats: int, with_memory: bool, device: str = "cpu") -> list[dict[str, Any]]:
     """A row for each variant."""
-    steps = dict(variants(layers, getattr(torch, dtype_name)))
-    ms = time_together(steps, repeats)
-    peaks = {name: peak_mebibytes(step) for name, step in steps.items()} if with_memory else {}
+    steps = dict(variants(layers, getattr(torch, dtype_name), device))
+    ms = time_together(steps, repeats, device)
+    peaks = {name: peak_mebibytes(step, device) for name, step in steps.items()} if with_memory else {}
     rows = []
     for name in steps:
         row = {"dtype": dtype_name, "variant": name, "ms": ms[name], "time": round(ms[name] / ms["PEFT LoRA r=16"], 3)}

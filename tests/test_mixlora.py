@@ -6,8 +6,9 @@ from peft import PeftModel, get_peft_model
 from transformers import AlbertConfig, AlbertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 import mixora
+from mixora.mixture import mixtures_of
 from mixora.passes import tracing
-from mixora.training.trainers import auxiliary_loss, mixtures_of
+from mixora.training.batch_loss import auxiliary_loss
 from tests.models import (
     adapt,
     fill,

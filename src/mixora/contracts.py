@@ -92,9 +92,9 @@ class Expert(ABC):
 
     @abstractmethod
     def delta(self, x_TI: Tensor, parameters: Parameters, routing: Routing, kernel: Kernel, training: bool) -> Tensor:
-        """What the chosen experts add to the output of the frozen module, before the scale: [T, O], dtype of `x_TI`.
+        """What the chosen experts add to the output of the frozen module: [T, O], dtype of `x_TI`.
 
-        With `reads = "output"`, x is [T, O].
+        Linear in the weights of `routing`, which hold the scale already. With `reads = "output"`, x is [T, O].
         """
 
     @abstractmethod

@@ -103,6 +103,10 @@ class _Logits:
         self.product = weight_VI.new_empty(size)
         self.wide = self.product if dtype == weight_VI.dtype else weight_VI.new_empty(size, dtype=dtype)
 
+    def cut(self, whole: Tensor, count: int) -> Tensor:
+        """The part of such room that `count` tokens need: [C, V]."""
+        return whole[:, :count].T if self.is_flipped else whole[:count]
+
     def fill(self, x_CI: Tensor) -> Tensor:
         """The logits of a chunk, less the largest of each token: [C, V]."""
         weight_VI, bias_V, count = self.head.weight_VI, self.head.bias_V, len(x_CI)
@@ -135,15 +139,18 @@ class _Sums(torch.autograd.Function):
         most = min(CHUNK, len(tokens_N))
         room = _Logits(head, first_TI, most)
         other = None if second_TI is None else _Logits(head, second_TI, most)
+        ratio = None if other is None else torch.empty_like(other.wide)
 
         def sweep(rows_C: Tensor) -> tuple[Tensor, Tensor]:
             z_CV, labels_C = room.fill(first_TI[rows_C]), labels_T[rows_C]
             task_C = _label_scores(z_CV, labels_C, head.smoothing)
             agreement = z_CV.new_zeros(())
-            if second_TI is None or other is None:
+            if second_TI is None or other is None or ratio is None:
                 log_sum_C = _normalise(z_CV)
             else:
-                log_sum_C, agreement, apart_CV = _compare(z_CV, other.fill(second_TI[rows_C]))
+                log_sum_C, agreement, apart_CV = _compare(
+                    z_CV, other.fill(second_TI[rows_C]), room.cut(ratio, len(rows_C))
+                )
                 head.put_gradient(of_agreement_TI, rows_C, apart_CV)
             if wants_gradient:
                 head.put_gradient(of_task_TI, rows_C, _subtract_labels(z_CV, labels_C, head.smoothing))
@@ -189,14 +196,14 @@ def _subtract_labels(p_CV: Tensor, labels_C: Tensor, smoothing: float) -> Tensor
     return p_CV.sub_(smoothing / p_CV.shape[1]) if smoothing else p_CV
 
 
-def _compare(z_CV: Tensor, other_CV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _compare(z_CV: Tensor, other_CV: Tensor, ratio_CV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Normalise two sets of logits to p and q, in place.
 
     Returns the logarithm of p's sum, 1/2 sum (p - q) (log p - log q), and its gradient (p - q) / 2 by the first logits,
-    which takes the place of q.
+    which takes the place of q. `ratio_CV`: room to work in.
     """
-    ratio_CV = z_CV - other_CV
+    torch.sub(z_CV, other_CV, out=ratio_CV)
     log_sum_C, log_other_C = _normalise(z_CV), _normalise(other_CV)
-    apart_CV = other_CV.neg_().add_(z_CV).div_(2)
+    apart_CV = torch.sub(z_CV, other_CV, out=other_CV).div_(2)
     shift_C = (log_other_C - log_sum_C) * apart_CV.sum(dim=-1)
     return log_sum_C, ratio_CV.mul_(apart_CV).sum() + shift_C.sum(), apart_CV

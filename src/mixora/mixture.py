@@ -195,8 +195,8 @@ class Mixture(nn.Module, BaseTunerLayer):
             here.record(self.path, adapter, routing)
         top_k = parts.router.top_k
         delta_SO = self._delta(adapter, torch.cat([x] * top_k), routing.by_slot().unweighted())
-        y = torch.cat([self.base_layer(x)] * top_k)
-        y = y + delta_SO.to(y.dtype).reshape(y.shape)
+        y = self.base_layer(x)
+        y = slots.spread(y, delta_SO.to(y.dtype), top_k)
         return self._add_losses(adapter, y, routing, here) if self.training and parts.losses else y
 
     def _leave_slots(self, adapter: str, x: Tensor, here: passes.Pass) -> Tensor:

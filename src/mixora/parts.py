@@ -1,6 +1,6 @@
 """What serves one adapter at one module: its expert, router and kernel at work, and the losses it feels."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -39,8 +39,9 @@ class Parts:
         if self.router.draws:
             parameters, routing = self.router.serve(parameters, draw), Routing.even(routing.valid_T, (0,), 1)
             kernel = type(kernel)((len(parameters["A"]),))
-        delta_TO = self.expert.delta(read_TI, parameters, routing, kernel, training)
-        return self.expert.scale(self.shape) * delta_TO
+        # the scale on the weights: a [T, O] less to be made than on what the experts give
+        scaled = replace(routing, weights_TK=routing.weights_TK * self.expert.scale(self.shape))
+        return self.expert.delta(read_TI, parameters, scaled, kernel, training)
 
     def total(self, routing: Routing) -> tuple[Tensor | None, dict[str, Tensor]]:
         """This site's share of the auxiliary loss, and each term for the log (detached, without its coefficient)."""

@@ -5,8 +5,11 @@ so pass through whatever a model does between its linears, token by token.
 """
 
 from collections.abc import Set
+from typing import Any
 
+import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from mixora.errors import ModelError
 from mixora.passes import Shared
@@ -32,6 +35,27 @@ def find_routing(shared: Shared | None, leader: str, firsts: Set[str], path: str
     return shared.routing
 
 
+def spread(y: Tensor, delta_SO: Tensor, slots: int) -> Tensor:
+    """`y` [B, ..., O] in each slot, plus what the slots have of their own, which is overwritten: [K * B, ..., O]."""
+    return _Spread.apply(delta_SO, y.reshape(-1, y.shape[-1]), slots).view(slots * len(y), *y.shape[1:])
+
+
+class _Spread(torch.autograd.Function):
+    """In place: memory that is new costs more than the sum, and autograd would copy where a view is changed."""
+
+    @staticmethod
+    def forward(ctx: Any, delta_SO: Tensor, y_TO: Tensor, slots: int) -> Tensor:
+        ctx.mark_dirty(delta_SO)
+        ctx.size = (slots, *y_TO.shape)
+        delta_SO.view(ctx.size).add_(y_TO)
+        return delta_SO
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dspread_SO: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        return dspread_SO, dspread_SO.reshape(ctx.size).sum(dim=0) if ctx.needs_input_grad[1] else None, None
+
+
 def mix(x: Tensor, routing: Routing) -> Tensor:
     """The slots [K * B, ..., F] of each token, weighted: [B, ..., F].
 
@@ -39,7 +63,30 @@ def mix(x: Tensor, routing: Routing) -> Tensor:
     and a token without weights keeps its first.
     """
     tokens, slots = routing.experts_TK.shape
-    x_KTF = x.reshape(slots, tokens, x.shape[-1])
-    weights_KT1 = routing.weights_TK.T[..., None].to(x.dtype)
-    mixed_TF = x_KTF[0] + (weights_KT1[1:] * (x_KTF[1:] - x_KTF[0])).sum(dim=0)
+    mixed_TF = _Mix.apply(x.reshape(slots, tokens, x.shape[-1]), routing.weights_TK.T[..., None].to(x.dtype))
     return mixed_TF.reshape(len(x) // slots, *x.shape[1:])
+
+
+class _Mix(torch.autograd.Function):
+    """Hand-written, since K times the hidden is much: one temporary [T, F], whatever K is."""
+
+    @staticmethod
+    def forward(ctx: Any, x_KTF: Tensor, weights_KT1: Tensor) -> Tensor:
+        ctx.save_for_backward(x_KTF, weights_KT1)
+        first_TF, mixed_TF = x_KTF[0], x_KTF[0].clone()
+        apart_TF = torch.empty_like(first_TF)
+        for x_TF, weights_T1 in zip(x_KTF[1:], weights_KT1[1:], strict=True):
+            mixed_TF.addcmul_(weights_T1, torch.sub(x_TF, first_TF, out=apart_TF))
+        return mixed_TF
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dmixed_TF: Tensor) -> tuple[Tensor, Tensor]:
+        x_KTF, weights_KT1 = ctx.saved_tensors
+        dx_KTF, dweights_KT1 = torch.empty_like(x_KTF), torch.zeros_like(weights_KT1)
+        rest_TF, product_TF = dx_KTF[0].copy_(dmixed_TF), torch.empty_like(dmixed_TF)
+        for k in range(1, len(x_KTF)):
+            torch.sub(x_KTF[k], x_KTF[0], out=product_TF)
+            torch.sum(product_TF.mul_(dmixed_TF), dim=-1, keepdim=True, out=dweights_KT1[k])
+            rest_TF.sub_(torch.mul(dmixed_TF, weights_KT1[k], out=dx_KTF[k]))
+        return dx_KTF, dweights_KT1

@@ -1,0 +1,246 @@
+"""Time and memory of single layers and of AdaMix's step, each against what it is to be compared with.
+
+    OMP_NUM_THREADS=1 python -m benchmarks.layers [--reduced] [--dtype D] [--out FILE]
+
+A layer is the feed-forward module of SmolLM2-135M with random weights, 1024 tokens, forward and backward, the gradient
+of its input among those that are made. Variants take turns on one thread; figures are medians of the thread's own time.
+
+- `pesc`: the recipe's experts behind the module, against one adapter as wide as what a token uses.
+- `mixlora`: the recipe's experts in the module's linears, against the order of operations in which the last frozen
+  linear runs for every chosen expert and the results are summed: expert by expert, and for all slots at once.
+- `adamix-lora`: two passes that are compared, against two passes with the task's own loss.
+- growth: a linear with experts and router, kernel `auto`, as experts, tokens or the share of one expert grow.
+
+A ratio is the time (memory) of ours over that of the other.
+"""
+
+import argparse
+import json
+import shlex
+import sys
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaMLP
+
+import mixora
+from benchmarks.kernels import Case, list_changes
+from benchmarks.measuring import RESULTS, Step, describe_machine, peak_mebibytes, time_together
+from benchmarks.training_step import fill, make_base, make_batch
+from mixora.recipes import read_recipe
+
+WIDTH, INNER, TOKENS = 576, 1536, 1024
+EXPERTS, TOP_K = 8, 2
+BALANCE = {"load_balance": {"coefficient": 0.01}}
+
+
+class Model(nn.Module):
+    """One layer where a model has it, so that rules find it."""
+
+    def __init__(self, name: str, layer: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.ModuleDict({name: layer})])
+        self.name = name
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers[0][self.name](x)
+
+
+def make_mlp(dtype: torch.dtype) -> Model:
+    """Llama's feed-forward module, the same weights each time."""
+    torch.manual_seed(0)
+    return Model("mlp", LlamaMLP(LlamaConfig(hidden_size=WIDTH, intermediate_size=INNER))).to(dtype)
+
+
+def take_rule(recipe: str, name: str, router: dict[str, Any] | None = None, **of_expert: Any) -> dict[str, Any]:
+    """A rule of a recipe, without dropout."""
+    rule = read_recipe(recipe).rules[name].model_dump(mode="json")
+    changes = {"dropout": 0.0, **of_expert}
+    return {**rule, "expert": {**rule["expert"], **changes}, "router": router or rule["router"]}
+
+
+def adapt(base: nn.Module, rule: dict[str, Any], losses: dict[str, Any] | None = None) -> Any:
+    return fill(peft.get_peft_model(base, mixora.MixoraConfig(rules={"layer": rule}, losses=losses or {})))
+
+
+def make_step(model: nn.Module, x_BTI: Tensor) -> Step:
+    """Forward and backward with the gradients of the input and of all that is trained."""
+    leaves = [x_BTI.requires_grad_(), *(p for p in model.parameters() if p.requires_grad)]
+    with torch.no_grad():
+        dy_BTO = torch.randn(model(x_BTI).shape, generator=torch.Generator().manual_seed(2)).to(x_BTI.dtype)
+    return lambda: torch.autograd.grad(model(x_BTI), leaves, dy_BTO)
+
+
+def draw_input(dtype: torch.dtype, tokens: int = TOKENS) -> Tensor:
+    return torch.randn(1, tokens, WIDTH, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+def pesc_steps(rank: int, dtype: torch.dtype) -> dict[str, Step]:
+    """PESC's layer, and one adapter of the width that its chosen experts have together."""
+    experts = adapt(make_mlp(dtype), take_rule("pesc", "ffn", rank=rank), BALANCE)
+    single = adapt(make_mlp(dtype), take_rule("pesc", "ffn", {"kind": "single"}, rank=TOP_K * rank))
+    return {name: make_step(model, draw_input(dtype)) for name, model in (("mixora", experts), ("adapter", single))}
+
+
+class LateSum(nn.Module):
+    """MixLoRA as its authors' code orders it, with the weighted sum after the last linear; our tensors' memory is used.
+
+    `at_once`: frozen linears and experts' hidden for all slots together, else expert by expert.
+    """
+
+    def __init__(self, ours: Any, at_once: bool) -> None:
+        super().__init__()
+        mlp = ours.get_base_model().layers[0]["mlp"]
+        linears = (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+        self.frozen = nn.ModuleList(linear.base_layer for linear in linears)
+        self.scale = linears[0].parts["default"].expert.scale(linears[0].parts["default"].shape)
+        tensors = [{kind: t.detach() for kind, t in linear.parameters_of("default").items()} for linear in linears]
+        self.downs = nn.ParameterList(nn.Parameter(t["A"].unflatten(0, (EXPERTS, -1))) for t in tensors)
+        self.ups = nn.ParameterList(nn.Parameter(t["B"].unflatten(0, (EXPERTS, -1))) for t in tensors)
+        self.router = nn.Parameter(tensors[0]["router"].clone())
+        self.at_once = at_once
+
+    def forward(self, x_BTI: Tensor) -> Tensor:
+        x_TI = x_BTI.flatten(0, 1)
+        wide = torch.promote_types(x_TI.dtype, torch.float32)
+        probs_TE = F.linear(x_TI.to(wide), self.router.to(wide)).softmax(dim=-1)
+        weights_TK, experts_TK = probs_TE.topk(TOP_K, dim=-1)
+        weights_TK = (weights_TK / weights_TK.sum(dim=-1, keepdim=True)).to(x_TI.dtype)
+        gate_TF, up_TF = self.frozen[0](x_TI), self.frozen[1](x_TI)
+        if self.at_once:
+            return self._compute_at_once(x_TI, gate_TF, up_TF, weights_TK, experts_TK).view_as(x_BTI)
+        y_TO = torch.zeros_like(x_TI)
+        for expert in range(EXPERTS):
+            token_n, choice_n = (experts_TK == expert).nonzero(as_tuple=True)
+            y_nO = self._compute(expert, x_TI[token_n], gate_TF[token_n], up_TF[token_n])
+            y_TO = y_TO.index_add(0, token_n, weights_TK[token_n, choice_n, None] * y_nO)
+        return y_TO.view_as(x_BTI)
+
+    def _add(self, linear: int, expert: int, x_nI: Tensor) -> Tensor:
+        return self.scale * (F.linear(x_nI, self.downs[linear][expert]) @ self.ups[linear][expert])
+
+    def _compute(self, expert: int, x_nI: Tensor, gate_nF: Tensor, up_nF: Tensor) -> Tensor:
+        """One expert on its own tokens."""
+        hidden_nF = F.silu(gate_nF + self._add(0, expert, x_nI)) * (up_nF + self._add(1, expert, x_nI))
+        return self.frozen[2](hidden_nF) + self._add(2, expert, hidden_nF)
+
+    def _compute_at_once(self, x_TI: Tensor, gate_TF: Tensor, up_TF: Tensor, *choice: Tensor) -> Tensor:
+        """All experts as one wide adapter with a mask, on choice after choice."""
+        weights_TK, experts_TK = choice
+        mask_SE = F.one_hot(experts_TK.T.flatten(), EXPERTS).to(x_TI.dtype)
+
+        def add(linear: int, x_SI: Tensor) -> Tensor:
+            mask_SR = mask_SE.repeat_interleave(self.downs[linear].shape[1], dim=1)
+            hidden_SR = F.linear(x_SI, self.downs[linear].flatten(0, 1)) * mask_SR
+            return self.scale * (hidden_SR @ self.ups[linear].flatten(0, 1))
+
+        x_SI = x_TI.repeat(TOP_K, 1)
+        hidden_SF = F.silu(gate_TF.repeat(TOP_K, 1) + add(0, x_SI)) * (up_TF.repeat(TOP_K, 1) + add(1, x_SI))
+        y_KTO = (self.frozen[2](hidden_SF) + add(2, hidden_SF)).unflatten(0, (TOP_K, -1))
+        return (weights_TK.T[..., None] * y_KTO).sum(dim=0)
+
+
+def mixlora_models(rank: int, dtype: torch.dtype) -> dict[str, nn.Module]:
+    """Ours, and the two references, which compute the same."""
+    ours = adapt(make_mlp(dtype), take_rule("mixlora", "ffn", rank=rank, alpha=2 * rank))
+    late = {"late sum, by expert": LateSum(ours, at_once=False), "late sum, at once": LateSum(ours, at_once=True)}
+    return {"mixora": ours, **late}
+
+
+def mixlora_steps(rank: int, dtype: torch.dtype) -> dict[str, Step]:
+    return {name: make_step(model, draw_input(dtype)) for name, model in mixlora_models(rank, dtype).items()}
+
+
+def adamix_steps(layers: int, dtype: torch.dtype, device: str = "cpu") -> dict[str, Step]:
+    """A step with the consistency loss, and two passes forward and backward with the task's loss, not fused."""
+    batch = make_batch(device)
+
+    def adapt_all(**changes: Any) -> Any:
+        config = mixora.recipe("adamix-lora", task_type="CAUSAL_LM", **changes)
+        return fill(peft.get_peft_model(make_base(layers, dtype, device), config))
+
+    ours, plain = adapt_all(), adapt_all(**{"losses.consistency.coefficient": 0.0})
+
+    def run(model: Any, fused: bool, times: int) -> object:
+        model.zero_grad(set_to_none=True)
+        for _ in range(times):
+            with torch.autocast(device, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+                loss, _ = mixora.compute_loss(model, batch, fused_loss=fused)
+            loss.backward()
+        return loss.item()
+
+    return {
+        "mixora": lambda: run(ours, True, 1),
+        "two passes": lambda: run(plain, False, 2),
+        "mixora, loss not fused": lambda: run(ours, False, 1),
+    }
+
+
+def make_linear(case: Case) -> tuple[Any, Tensor]:
+    """One linear with experts and a router, kernel `auto`, and its input; `skewed`: expert 0 serves every token."""
+    torch.manual_seed(0)
+    dtype = getattr(torch, case.dtype)
+    expert = {"kind": "lora", "rank": case.rank}
+    router = {"kind": "topk", "num_experts": case.experts, "top_k": case.top_k, "renormalise": True}
+    base = Model("linear", nn.Linear(case.width, case.width, bias=False)).to(dtype)
+    model = adapt(base, {"targets": ["linear"], "expert": expert, "router": router}, BALANCE)
+    x_BTI = draw_input(dtype, case.tokens)
+    if case.skewed:
+        # a feature that all tokens have, by which the router finds expert 0; with more than this, the other choice's
+        # weight would be a denormal number, with which a CPU is slow
+        x_BTI[..., 0] = 1
+        with torch.no_grad():
+            model.get_base_model().layers[0]["linear"].parameters_of("default")["router"][0, 0] = 10
+    return model, x_BTI
+
+
+def compare(label: str, steps: dict[str, Step], repeats: int, device: str = "cpu", **facts: Any) -> dict[str, Any]:
+    """Time and memory of the variants, and the ratio of the first to every other."""
+    ms = time_together(steps, repeats, device)
+    mebibytes = {name: peak_mebibytes(step, device) for name, step in steps.items()}
+    ours, *others = steps
+    row: dict[str, Any] = {"layer": label, **facts, "ms": ms, "mebibytes": mebibytes}
+    row["time"], row["memory"] = ({name: round(of[ours] / of[name], 3) for name in others} for of in (ms, mebibytes))
+    print(label, facts, "time", row["time"], "memory", row["memory"], ms, mebibytes, flush=True)
+    return row
+
+
+def measure_growth(most_tokens: int, repeats: int) -> list[dict[str, Any]]:
+    """How time and memory of a whole linear grow, `auto` choosing the kernel of either case."""
+    rows = []
+    for rank in (8, 32):
+        for label, (before, after) in list_changes(most_tokens, rank).items():
+            steps = {name: make_step(*make_linear(case)) for name, case in (("after", after), ("before", before))}
+            rows.append(compare(label, steps, repeats, rank=rank))
+    return rows
+
+
+def measure(dtype: torch.dtype, layers: int, most_tokens: int, repeats: int) -> list[dict[str, Any]]:
+    rows = [compare("pesc", pesc_steps(rank, dtype), repeats, rank=rank) for rank in (64, 512)]
+    rows.append(compare("mixlora", mixlora_steps(8, dtype), repeats, rank=8))
+    rows.append(compare("adamix-lora", adamix_steps(layers, dtype), max(repeats // 3, 1), layers=layers))
+    return rows + measure_growth(most_tokens, repeats)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--reduced", action="store_true", help="fewer repeats, layers and tokens")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--out", type=Path, default=RESULTS / f"layers-{date.today()}.json")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    sizes = (2, 2048, 7) if options.reduced else (4, 8192, 25)
+    rows = measure(getattr(torch, options.dtype), *sizes)
+    command = shlex.join(["python", "-m", "benchmarks.layers", *sys.argv[1:]])
+    found = {"date": str(date.today()), "command": command, "torch": torch.__version__, "machine": describe_machine()}
+    options.out.write_text(json.dumps({**found, "dtype": options.dtype, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
