@@ -94,8 +94,8 @@ class Mixture(nn.Module, BaseTunerLayer):
 
     def parameters_of(self, adapter: str) -> dict[str, Tensor]:
         """The tensors of one adapter by kind (`A`, `B`, `router`, ...)."""
-        banks = {name.removeprefix(PREFIX): getattr(self, name) for name in self.adapter_layer_names}
-        return {kind: bank[adapter] for kind, bank in banks.items() if adapter in bank}
+        banks = [(name, self._modules[name]) for name in self.adapter_layer_names]
+        return {name[len(PREFIX) :]: bank[adapter] for name, bank in banks if adapter in bank}  # type: ignore[index]
 
     def is_router_trained(self, adapter: str) -> bool:
         """Whether the router that this module uses for `adapter` has trainable tensors."""
@@ -109,7 +109,9 @@ class Mixture(nn.Module, BaseTunerLayer):
         """
         if self.disable_adapters and self.merged:
             self.unmerge()
-        if (adapter := self._find_joined(x)) is not None:
+        if (here := self._find_inference()) is not None and (y := joining.infer(self, x, here)) is not None:
+            return y
+        if (adapter := self.find_joined(x)) is not None:
             with passes.entered() as here:
                 y, routing = joining.compute(self, adapter, x, here)
                 return self._finish(adapter, y, routing, here)
@@ -146,7 +148,12 @@ class Mixture(nn.Module, BaseTunerLayer):
         here.record(self.path, adapter, routing)
         return self._add_losses(adapter, y, routing, here) if self.training and self.parts[adapter].losses else y
 
-    def _find_joined(self, x: Tensor) -> str | None:
+    def _find_inference(self) -> passes.Pass | None:
+        """The pass being run, where nothing asks this module for a graph, a record or a loss."""
+        here = None if self.training or torch.is_grad_enabled() else passes.current()
+        return None if here is None or here.is_observed else here
+
+    def find_joined(self, x: Tensor) -> str | None:
         """The one active adapter, if its experts and the frozen module can be computed in one."""
         active = self.active_adapters
         if self.disable_adapters or self.merged or len(active) != 1 or active[0] not in self.parts:

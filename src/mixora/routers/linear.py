@@ -20,6 +20,11 @@ class LinearRouter(Router):
     joins = True
 
     @property
+    def is_by_token(self) -> bool:
+        """Whether, in evaluation, a token's products and nothing else decide: routers with equal settings can share it."""
+        return True
+
+    @property
     def num_experts(self) -> int:
         """E."""
         return self.config.num_experts

@@ -61,6 +61,11 @@ class TopK(LinearRouter):
         """Only renormalised, and where no capacity limit takes an expert away."""
         return self.config.renormalise and self.config.capacity.capacity_factor is None
 
+    @property
+    def is_by_token(self) -> bool:
+        """Unless experts are full in evaluation too."""
+        return self.config.capacity.capacity_factor is None or not self.config.capacity.capacity_at_inference
+
     def objection(self, is_causal: bool, expert: Expert) -> str | None:
         """K may not exceed E, and only admission token by token keeps earlier tokens independent of later ones."""
         if self.top_k > self.num_experts:
