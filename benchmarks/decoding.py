@@ -1,6 +1,6 @@
 """Time of a decoding step of a whole model with a KV cache: mixtures against PEFT's LoRA of the same active rank.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.decoding [--dtype D ...] [--batch N ...] [--layers N] [--repeats N] [--out FILE]
+    OMP_NUM_THREADS=1 python -m benchmarks.decoding [--dtype D ...] [--batch N ...] [--layers N] [--repeats N]
 
 Models are those of `benchmarks.training_step`, in evaluation mode, base weights in the dtype and no autocast. A prompt
 of 64 tokens fills the cache; a step then takes one more token for each sequence, greedily. Variants take turns.

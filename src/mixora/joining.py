@@ -76,9 +76,9 @@ def infer(module: Any, x: Tensor, here: Pass) -> Tensor | None:
         if adapter is None or cast_as_autocast(x) is not x:
             return None
         decided = here.decided = _decide(module, adapter, x, here)
-    parts, frozen, tensors = module.parts[decided.adapter], module.base_layer, module.parameters_of(decided.adapter)
+    parts, frozen = module.parts[decided.adapter], module.base_layer
     gates_TR, chosen_K = decided.gates.pop(module.path)
-    a_RI, b_RO = tensors["A"], tensors["B"]
+    a_RI, b_RO = module.mixora_A[decided.adapter], module.mixora_B[decided.adapter]
     if chosen_K is not None:
         a_RI, b_RO = (pick(rows, chosen_K, len(parts.shape.ranks)) for rows in (a_RI, b_RO))
     y_TO = serve(
@@ -110,8 +110,9 @@ def _decide(module: Any, adapter: str, x: Tensor, here: Pass) -> Decided:
     z_SC = z_TC.to(torch.promote_types(x.dtype, torch.float32)).reshape(-1, z_TC.shape[1] // len(leaders))
     tokens = here.tokens(parts.stream, x, len(leaders))
     routing = router.decide(z_SC, parameters[0], tokens, False)
-    if len(z_TC) == 1 and len(set(ranks)) == 1:
-        of_leader = list(zip(routing.weights_TK.repeat_interleave(ranks[0], dim=1)[:, None], routing.experts_TK))
+    if len(z_TC) == 1 and len(set(ranks)) == 1 and router.top_k < len(ranks):
+        gates_N1R = routing.weights_TK.repeat_interleave(ranks[0], dim=1)[:, None]
+        of_leader = list(zip(gates_N1R, routing.experts_TK, strict=True))
     else:
         gates_SR = routing.gates_TE() @ segments_ER(ranks, routing.weights_TK.dtype, x.device)
         of_leader = [(gates_TR, None) for gates_TR in gates_SR.view(len(z_TC), len(leaders), -1).unbind(dim=1)]

@@ -94,8 +94,8 @@ class Mixture(nn.Module, BaseTunerLayer):
 
     def parameters_of(self, adapter: str) -> dict[str, Tensor]:
         """The tensors of one adapter by kind (`A`, `B`, `router`, ...)."""
-        banks = [(name, self._modules[name]) for name in self.adapter_layer_names]
-        return {name[len(PREFIX) :]: bank[adapter] for name, bank in banks if adapter in bank}  # type: ignore[index]
+        banks = {name.removeprefix(PREFIX): getattr(self, name) for name in self.adapter_layer_names}
+        return {kind: bank[adapter] for kind, bank in banks.items() if adapter in bank}
 
     def is_router_trained(self, adapter: str) -> bool:
         """Whether the router that this module uses for `adapter` has trainable tensors."""

@@ -20,6 +20,9 @@ from torch.nn import functional as F
 
 from mixora.kernels.stacked import Stacked, segments_ER
 
+# fewer tokens than this cost less to cast than experts do
+FEW = 64
+
 
 class Joint(Stacked):
     """As `stacked` wherever the frozen module is no plain linear, or something needs its output."""
@@ -86,10 +89,10 @@ def serve(
     A few tokens are cast to the dtype of the experts, not the experts to theirs; A stands by itself, since to stack
     that of all sites takes longer than a few tokens gain by it.
     """
-    dtype = torch.promote_types(x_TI.dtype, a_RI.dtype) if len(x_TI) < len(a_RI) else x_TI.dtype
+    dtype = _choose_dtype(x_TI, a_RI)
     h_TR = F.linear(x_TI.to(dtype), a_RI.to(dtype))
     if gates_TR is not None:
-        h_TR *= gates_TR
+        h_TR *= gates_TR.to(dtype)
     y_TO = F.linear(x_TI, weight_OI.to(x_TI.dtype), None if bias_O is None else bias_O.to(x_TI.dtype))
     if dtype == y_TO.dtype:
         return y_TO.addmm_(h_TR, b_RO.to(dtype), alpha=scale)
@@ -99,8 +102,12 @@ def serve(
 def multiply(x_TI: Tensor, rows: list[Tensor]) -> Tensor:
     """The products of `x_TI` with the rows [C, I] of all routers, a few tokens in the dtype of the rows: [T, N * C]."""
     rows_CI = rows[0] if len(rows) == 1 else torch.cat(rows)
-    dtype = torch.promote_types(x_TI.dtype, rows_CI.dtype) if len(x_TI) < 64 else x_TI.dtype
+    dtype = _choose_dtype(x_TI, rows_CI)
     return F.linear(x_TI.to(dtype), rows_CI.to(dtype))
+
+
+def _choose_dtype(x_TI: Tensor, rows: Tensor) -> torch.dtype:
+    return torch.promote_types(x_TI.dtype, rows.dtype) if len(x_TI) < FEW else x_TI.dtype
 
 
 def pick(w_RX: Tensor, chosen_K: Tensor, experts: int) -> Tensor:

@@ -21,7 +21,7 @@ class LinearRouter(Router):
 
     @property
     def is_by_token(self) -> bool:
-        """Whether, in evaluation, a token's products and nothing else decide: routers with equal settings can share it."""
+        """Whether, in evaluation, nothing but its products decides for a token: then alike routers decide at once."""
         return True
 
     @property
