@@ -12,7 +12,7 @@ ORDER = [
     {"routing", "config", "folders", "low_rank", "fused_loss"},
     {"contracts", "passes", "depth"},
     {"experts", "routers", "kernels", "losses", "allocators", "slots", "parts", "plan", "entrances"},
-    {"method", "sites", "joining"},
+    {"method", "sites", "joining", "folding"},
     {"recipes", "mixture", "assignment", "feed_forward"},
     {"assembly"},
     {"allocation"},

@@ -8,20 +8,18 @@ In the second f runs once and stays out of the weighted sum: the weights sum to 
 router's gradient is not drowned in the rounding of f(x).
 """
 
-import weakref
 from dataclasses import replace
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from mixora import joining, passes, slots
 from mixora.contracts import kept_shapes
 from mixora.draws import MEAN, Draw
-from mixora.errors import MixoraError, ModelError, TrainingError
-from mixora.low_rank import LowRank
+from mixora.errors import ModelError, TrainingError
+from mixora.folding import Foldable
 from mixora.parts import Parts
 from mixora.routers.linear import LinearRouter
 from mixora.routing import Routing
@@ -29,7 +27,7 @@ from mixora.routing import Routing
 PREFIX = "mixora_"
 
 
-class Mixture(nn.Module, BaseTunerLayer):
+class Mixture(nn.Module, Foldable):
     """Wraps a frozen module. Tensors stand in one `ParameterDict` per kind, keyed by adapter name, as PEFT expects.
 
     `readings`: the auxiliary terms of the last training pass, per adapter. `auxiliary_scale`: factor on the auxiliary
@@ -109,7 +107,9 @@ class Mixture(nn.Module, BaseTunerLayer):
         """
         if self.disable_adapters and self.merged:
             self.unmerge()
-        if (adapter := self._find_joined(x)) is not None:
+        if (here := self._find_inference()) is not None and (y := joining.infer(self, x, here)) is not None:
+            return y
+        if (adapter := self.find_joined(x)) is not None:
             with passes.entered() as here:
                 y, routing = joining.compute(self, adapter, x, here)
                 return self._finish(adapter, y, routing, here)
@@ -146,7 +146,12 @@ class Mixture(nn.Module, BaseTunerLayer):
         here.record(self.path, adapter, routing)
         return self._add_losses(adapter, y, routing, here) if self.training and self.parts[adapter].losses else y
 
-    def _find_joined(self, x: Tensor) -> str | None:
+    def _find_inference(self) -> passes.Pass | None:
+        """The pass being run, where nothing asks this module for a graph, a record or a loss."""
+        here = None if self.training or torch.is_grad_enabled() else passes.current()
+        return None if here is None or here.is_observed else here
+
+    def find_joined(self, x: Tensor) -> str | None:
         """The one active adapter, if its experts and the frozen module can be computed in one."""
         active = self.active_adapters
         if self.disable_adapters or self.merged or len(active) != 1 or active[0] not in self.parts:
@@ -221,7 +226,7 @@ class Mixture(nn.Module, BaseTunerLayer):
         """
         parts, leader = self.parts[adapter], self.leader_of(adapter)
         shared = here.shared.get(adapter)
-        if shared is None or shared.path != leader.path or shared.made_from() is not x:
+        if shared is None or shared.path != leader.path or not shared.made_from.is_now(x):
             tokens = replace(here.tokens(parts.stream, x), draw=here.draw_at(self.path))
             parameters = leader.parameters_of(adapter)
             if z_TC is None:
@@ -230,7 +235,7 @@ class Mixture(nn.Module, BaseTunerLayer):
                 assert isinstance(parts.router, LinearRouter)
                 z_TC = z_TC.to(torch.promote_types(z_TC.dtype, torch.float32))
                 routing = parts.router.decide(z_TC, parameters, tokens, self.training)
-            shared = here.shared[adapter] = passes.Shared(leader.path, weakref.ref(x), routing)
+            shared = here.shared[adapter] = passes.Shared(leader.path, passes.Input.of(x), routing)
         shared.readers.add(self.path)
         return shared.routing
 
@@ -244,56 +249,6 @@ class Mixture(nn.Module, BaseTunerLayer):
         if total is None or not torch.is_grad_enabled():
             return y
         return _AddGradient.apply(y, total * self.auxiliary_scale)
-
-    def as_low_rank(self, adapter: str, members: tuple[int, ...] | None = None) -> LowRank:
-        """What a merge adds to the frozen weight, as a pair. Only where the routing does not depend on the input.
-
-        `members`: the experts whose mean it is, where one is drawn for each pass; None for all.
-        """
-        parts = self.parts[adapter]
-        if parts.expert.reads == "output" or parts.firsts:
-            place = "go through the feed-forward part" if parts.firsts else "stand behind the module"
-            raise MixoraError(
-                f"{self.path}: cannot be merged: its experts {place}, with a non-linearity inside; "
-                "valid: merge adapters beside linear modules (recipe 'lora'), or keep the adapter and use unload()"
-            )
-        if not parts.router.is_static:
-            raise MixoraError(
-                f"{self.path}: cannot be merged: its router chooses experts by the input; "
-                "valid: merge adapters without routing (recipe 'lora'), or keep the adapter and use unload()"
-            )
-        tensors = parts.router.serve(self.parameters_of(adapter), Draw(members=members))
-        return LowRank(tensors["A"], tensors["B"], parts.expert.scale(parts.shape))
-
-    def get_delta_weight(self, adapter: str) -> Tensor:
-        """What a merge adds to the frozen weight: [out, in]."""
-        return self.as_low_rank(adapter).delta_OI()
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add the active (or the named) adapters to the frozen weight."""
-        for adapter in adapter_names or self.active_adapters:
-            if adapter in self.parts and adapter not in self.merged_adapters:
-                self.shift_base_weight(self.get_delta_weight(adapter), safe_merge)
-                self.merged_adapters.append(adapter)
-
-    def unmerge(self) -> None:
-        """Take merged adapters out of the frozen weight again (to rounding)."""
-        while self.merged_adapters:
-            self.shift_base_weight(-self.get_delta_weight(self.merged_adapters.pop()), safe_merge=False)
-
-    def shift_base_weight(self, delta_OI: Tensor, safe_merge: bool) -> None:
-        """Add to the frozen weight; with `safe_merge`, `MixoraError` where the sum is not finite."""
-        weight = self.get_base_weight()
-        is_transposed = isinstance(self.get_base_layer(), Conv1D)
-        shifted = weight + (delta_OI.T if is_transposed else delta_OI).to(weight.dtype)
-        if safe_merge and not torch.isfinite(shifted).all():
-            raise MixoraError(f"{self.path}: merging gives weights that are not finite; nothing was changed here")
-        self.set_base_weight(shifted)
-
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether the adapter is a plain LoRA."""
-        parts = self.parts.get(adapter_name)
-        return parts is not None and parts.router.is_static and parts.expert.reads == "input" and not parts.firsts
 
 
 def mixtures_of(model: nn.Module) -> list[Mixture]:

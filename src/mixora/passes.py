@@ -25,6 +25,24 @@ Stream = Literal["source", "target"]
 logger = logging.getLogger("mixora")
 
 
+@dataclass(frozen=True)
+class Input:
+    """A tensor that something was made from, as it was then: `version` counts changes in place."""
+
+    tensor: weakref.ref[Tensor]
+    version: int
+
+    @classmethod
+    def of(cls, x: Tensor) -> "Input":
+        """`x` as it is now."""
+        # tensors of inference mode count no changes
+        return cls(weakref.ref(x), 0 if x.is_inference() else x._version)
+
+    def is_now(self, x: Tensor) -> bool:
+        """Whether it is `x`, and that has not changed since."""
+        return self.tensor() is x and self.version == Input.of(x).version
+
+
 @dataclass
 class Shared:
     """A routing that several layers use.
@@ -33,9 +51,22 @@ class Shared:
     """
 
     path: str
-    made_from: weakref.ref[Tensor]
+    made_from: Input
     routing: Routing
     readers: set[str] = field(default_factory=set)
+
+
+@dataclass
+class Decided:
+    """What the routers of linears that read one input decided, in a pass without gradients and records.
+
+    `made_from`: the input. `gates`: by path, taken out by its linear, the gate of each rank [T, R], None where one
+    expert serves every token; for a single token only the ranks of the chosen experts, and these [K].
+    """
+
+    adapter: str
+    made_from: Input
+    gates: dict[str, tuple[Tensor | None, Tensor | None]]
 
 
 @dataclass
@@ -48,7 +79,7 @@ class Pass:
     and `owns_losses` outlive it. `with_grad`: gradients were on at the entrance. `again`: this pass as recomputed
     layers see it. `seed`: what this pass's routes are drawn by, where they are; `serving`: what serves where not.
     `shared`: per adapter the last routing, which other layers may use. `joined`: per adapter the products that layers
-    made for each other.
+    made for each other; `decided`: the last of what takes their place without gradients.
     """
 
     mask_BS: dict[Stream, Tensor] = field(default_factory=dict)
@@ -64,17 +95,20 @@ class Pass:
     serving: Serving = MERGED
     shared: dict[str, Shared] = field(default_factory=dict)
     joined: dict[str, Any] = field(default_factory=dict)
-    _tokens: dict[tuple[Stream, torch.Size], Tokens] = field(default_factory=dict)
+    decided: Decided | None = None
+    _tokens: dict[tuple[Stream, torch.Size, int], Tokens] = field(default_factory=dict)
 
     def draw_at(self, path: str) -> Draw:
         """What serves the site at `path`, where its router draws."""
         return Draw(None if self.seed is None else f"{self.seed}/{path}", self.serving.members)
 
-    def tokens(self, stream: Stream, x: Tensor) -> Tokens:
-        """The tokens of a layer's input `x` [..., I], flattened to T."""
-        key = (stream, x.shape[:-1])
+    def tokens(self, stream: Stream, x: Tensor, times: int = 1) -> Tokens:
+        """The tokens of a layer's input `x` [..., I], flattened to T, each of them so many `times` in a row."""
+        key = (stream, x.shape[:-1], times)
         if key not in self._tokens:
-            self._tokens[key] = self._read_tokens(stream, x)
+            once = self._read_tokens(stream, x)
+            valid_T, group_T = (t.repeat_interleave(times) for t in (once.valid_T, once.group_T))
+            self._tokens[key] = replace(once, valid_T=valid_T, group_T=group_T)
         return self._tokens[key]
 
     def _read_tokens(self, stream: Stream, x: Tensor) -> Tokens:
@@ -147,6 +181,7 @@ def end(here: Pass, output: Any) -> None:
     _state.stack.pop()
     here.shared.clear()
     here.joined.clear()
+    here.decided = None
     mark(output, here)
     if here.trace is not None:
         here.trace.passes += 1
@@ -169,7 +204,7 @@ def tracing(owns_losses: bool = False) -> Iterator[Trace]:
 def replay(seen: Pass) -> Iterator[None]:
     """Run a layer again as in pass `seen`: the same tokens, nothing recorded twice."""
     if seen.again is None:
-        seen.again = replace(seen, trace=None, is_replay=True, depth=1, shared={}, joined={})
+        seen.again = replace(seen, trace=None, is_replay=True, depth=1, shared={}, joined={}, decided=None)
     _state.stack.append(seen.again)
     try:
         yield

@@ -9,7 +9,6 @@ written by hand: the gradient of x is handed from site to site and added to in p
 precision the router's outputs come from the same low-precision GEMM.
 """
 
-import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +18,10 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from mixora.kernels.stacked import Stacked, segments_ER
+from mixora.passes import Input
+
+# fewer tokens than this cost less to cast than experts do
+FEW = 64
 
 
 class Joint(Stacked):
@@ -31,20 +34,14 @@ class Joint(Stacked):
 class Joined:
     """The products of one input with the rows of all sites that read it.
 
-    `made_from`: the input, and its version, which counts changes in place. `x_TI`: the input as the next site takes it,
-    so that gradients pass from site to site. `hidden` and `outputs`: [T, R] and [T, C] by site, the former taken out by
-    their sites.
+    `x_TI`: the input as the next site takes it, so that gradients pass from site to site. `hidden` and `outputs`:
+    [T, R] and [T, C] by site, the former taken out by their sites.
     """
 
-    made_from: weakref.ref[Tensor]
-    version: int
+    made_from: Input
     x_TI: Tensor
     hidden: dict[str, Tensor]
     outputs: dict[str, Tensor]
-
-    def is_of(self, x: Tensor) -> bool:
-        """Whether they are the products of `x` as it is."""
-        return self.made_from() is x and self.version == _version_of(x)
 
 
 def join(x: Tensor, x_TI: Tensor, experts: dict[str, Tensor], routers: dict[str, Tensor], dropout: float) -> Joined:
@@ -56,7 +53,7 @@ def join(x: Tensor, x_TI: Tensor, experts: dict[str, Tensor], routers: dict[str,
     tail_TI, *found = _Expand.apply(x_TI, sum(map(len, experts.values())), dropout, *rows)
     hidden = dict(zip(experts, found, strict=False))
     outputs = dict(zip(routers, found[len(experts) :], strict=True))
-    return Joined(weakref.ref(x), _version_of(x), tail_TI, hidden, outputs)
+    return Joined(Input.of(x), tail_TI, hidden, outputs)
 
 
 def contract(
@@ -75,6 +72,46 @@ def contract(
     b_RO = b_RO.to(x_TI.dtype)
     y_TO, joined.x_TI = _Contract.apply(x_TI, h_TR, gates_TE, b_RO, segments, weight_OI, bias_O, scale)
     return y_TO
+
+
+def serve(
+    x_TI: Tensor,
+    a_RI: Tensor,
+    gates_TR: Tensor | None,
+    b_RO: Tensor,
+    scale: float,
+    weight_OI: Tensor,
+    bias_O: Tensor | None,
+) -> Tensor:
+    """The whole output of a site without a graph: [T, O]. `gates_TR`: those of the experts, for each of their ranks.
+
+    A few tokens are cast to the dtype of the experts, not the experts to theirs; A stands by itself, since to stack
+    that of all sites takes longer than a few tokens gain by it.
+    """
+    dtype = _choose_dtype(x_TI, a_RI)
+    h_TR = F.linear(x_TI.to(dtype), a_RI.to(dtype))
+    if gates_TR is not None:
+        h_TR *= gates_TR.to(dtype)
+    y_TO = F.linear(x_TI, weight_OI.to(x_TI.dtype), None if bias_O is None else bias_O.to(x_TI.dtype))
+    if dtype == y_TO.dtype:
+        return y_TO.addmm_(h_TR, b_RO.to(dtype), alpha=scale)
+    return y_TO.add_(h_TR @ b_RO.to(dtype), alpha=scale)
+
+
+def multiply(x_TI: Tensor, rows: list[Tensor]) -> Tensor:
+    """The products of `x_TI` with the rows [C, I] of all routers, a few tokens in the dtype of the rows: [T, N * C]."""
+    rows_CI = rows[0] if len(rows) == 1 else torch.cat(rows)
+    dtype = _choose_dtype(x_TI, rows_CI)
+    return F.linear(x_TI.to(dtype), rows_CI.to(dtype))
+
+
+def _choose_dtype(x_TI: Tensor, rows: Tensor) -> torch.dtype:
+    return torch.promote_types(x_TI.dtype, rows.dtype) if len(x_TI) < FEW else x_TI.dtype
+
+
+def pick(w_RX: Tensor, chosen_K: Tensor, experts: int) -> Tensor:
+    """The rows of the chosen ones of `experts` of one rank."""
+    return w_RX.view(experts, -1).index_select(0, chosen_K).view(-1, w_RX.shape[1])
 
 
 class _Expand(torch.autograd.Function):
@@ -166,11 +203,6 @@ def _spread(gates_TE: Tensor | None, segments_ER: Tensor, scale: float) -> Tenso
 def _add_product(sum_TI: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
     """sum + left right, in place: sums are made by the functions above and seen by no one else."""
     return left @ right if sum_TI is None else sum_TI.addmm_(left, right)
-
-
-def _version_of(x: Tensor) -> int:
-    # tensors of inference mode count no changes
-    return 0 if x.is_inference() else x._version
 
 
 def _drop(x_TI: Tensor, mask_TI: Tensor, dropout: float) -> Tensor:

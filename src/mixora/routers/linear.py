@@ -22,6 +22,11 @@ class LinearRouter(Router):
     joins = True
 
     @property
+    def is_by_token(self) -> bool:
+        """Whether, in evaluation, nothing but its products decides for a token: then alike routers decide at once."""
+        return True
+
+    @property
     def num_experts(self) -> int:
         """E."""
         return self.config.num_experts

@@ -52,6 +52,11 @@ class Threshold(LinearRouter):
         nn.init.zeros_(parameters["router_threshold_bias"])
 
     @property
+    def is_by_token(self) -> bool:
+        """Each has a bias of its own."""
+        return False
+
+    @property
     def sums_to_one(self) -> bool:
         """What exceeds the threshold is renormalised."""
         return True

@@ -61,6 +61,11 @@ class TopK(LinearRouter):
         """Only renormalised, and where no capacity limit takes an expert away."""
         return self.config.renormalise and self.config.capacity.capacity_factor is None
 
+    @property
+    def is_by_token(self) -> bool:
+        """Unless experts are full in evaluation too."""
+        return self.config.capacity.capacity_factor is None or not self.config.capacity.capacity_at_inference
+
     def objection(self, is_causal: bool, expert: Expert) -> str | None:
         """K may not exceed E, and only admission token by token keeps earlier tokens independent of later ones."""
         if self.top_k > self.num_experts:
@@ -79,7 +84,7 @@ class TopK(LinearRouter):
         """Top-k routing with expert dropout and capacity; padding is never routed."""
         config = self.config
         probs_TE = softmax(z_TC)
-        kept_TE = F.dropout(probs_TE, config.expert_dropout, training)
+        kept_TE = F.dropout(probs_TE, config.expert_dropout) if training else probs_TE
         weights_TK, experts_TK = kept_TE.topk(self.top_k, dim=-1)
         # a slot whose probability was dropped is no choice: weight 0, and it takes no place
         assigned_TK = (weights_TK > 0) & tokens.valid_T[:, None]

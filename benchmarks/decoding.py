@@ -1,0 +1,88 @@
+"""Time of a decoding step of a whole model with a KV cache: mixtures against PEFT's LoRA of the same active rank.
+
+    OMP_NUM_THREADS=1 python -m benchmarks.decoding [--dtype D ...] [--batch N ...] [--layers N] [--repeats N]
+
+Models are those of `benchmarks.training_step`, in evaluation mode, base weights in the dtype and no autocast. A prompt
+of 64 tokens fills the cache; a step then takes one more token for each sequence, greedily. Variants take turns.
+"""
+
+import argparse
+import json
+import shlex
+import sys
+from collections.abc import Iterator
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+
+from benchmarks.measuring import RESULTS, Step, describe_machine, time_together
+from benchmarks.training_step import make_base, make_lora, make_mixture
+
+PROMPT = 64
+
+
+def variants(layers: int, dtype: torch.dtype, batch: int) -> Iterator[tuple[str, Step]]:
+    """Each with a base of its own."""
+    prompt_BS = torch.randint(0, 49152, (batch, PROMPT), generator=torch.Generator().manual_seed(1))
+
+    def make_step(model: Any) -> Step:
+        model.eval()
+        cache = DynamicCache()
+
+        @torch.no_grad()
+        def advance(ids_BS: torch.Tensor) -> torch.Tensor:
+            logits_BSV = model(input_ids=ids_BS, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+            return logits_BSV[:, -1:].argmax(dim=-1)
+
+        token_B1 = advance(prompt_BS)
+
+        def step() -> None:
+            nonlocal token_B1
+            token_B1 = advance(token_B1)
+
+        return step
+
+    yield "frozen base", make_step(make_base(layers, dtype))
+    yield "PEFT LoRA r=16", make_step(make_lora(make_base(layers, dtype)))
+    yield "mixora", make_step(make_mixture(make_base(layers, dtype)))
+    yield "mixora, kernel loop", make_step(make_mixture(make_base(layers, dtype), kernel="loop"))
+
+
+def measure(dtype_name: str, batch: int, layers: int, repeats: int) -> list[dict[str, Any]]:
+    """A row for each variant."""
+    ms = time_together(dict(variants(layers, getattr(torch, dtype_name), batch)), repeats)
+    rows = []
+    for name, found in ms.items():
+        row = {"dtype": dtype_name, "batch": batch, "variant": name, "ms": found}
+        row["to_lora"] = round(found / ms["PEFT LoRA r=16"], 3)
+        row["to_base"] = round(found / ms["frozen base"], 3)
+        rows.append(row)
+        print(row, flush=True)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--batch", nargs="+", type=int, default=[1, 32])
+    parser.add_argument("--layers", type=int, default=30)
+    parser.add_argument("--repeats", type=int, default=31)
+    parser.add_argument("--out", type=Path, default=RESULTS / f"decoding-{date.today()}.json")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = [
+        row
+        for dtype in options.dtype
+        for batch in options.batch
+        for row in measure(dtype, batch, options.layers, options.repeats)
+    ]
+    command = shlex.join(["python", "-m", "benchmarks.decoding", *sys.argv[1:]])
+    found = {"date": str(date.today()), "command": command, "torch": torch.__version__, "machine": describe_machine()}
+    options.out.write_text(json.dumps({**found, "layers": options.layers, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
