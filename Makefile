@@ -22,7 +22,7 @@ quickstart: $(READY)  ## fine-tune a real language model, evaluate, generate, sa
 	$(BIN)/mixora train examples/quickstart/run.yaml --overwrite
 
 test: $(READY)   ## all tests
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal  # a thread for each of the two
 
 lint: $(READY)   ## format, lint and types: all clean
 	$(BIN)/ruff format --check .
