@@ -7,9 +7,6 @@ of 64 tokens fills the cache; a step then takes one more token for each sequence
 """
 
 import argparse
-import json
-import shlex
-import sys
 from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
@@ -18,7 +15,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from benchmarks.measuring import RESULTS, Step, describe_machine, time_together
+from benchmarks.measuring import RESULTS, Step, time_together, write_results
 from benchmarks.training_step import make_base, make_lora, make_mixture
 
 PROMPT = 64
@@ -79,9 +76,7 @@ def main() -> None:
         for batch in options.batch
         for row in measure(dtype, batch, options.layers, options.repeats)
     ]
-    command = shlex.join(["python", "-m", "benchmarks.decoding", *sys.argv[1:]])
-    found = {"date": str(date.today()), "command": command, "torch": torch.__version__, "machine": describe_machine()}
-    options.out.write_text(json.dumps({**found, "layers": options.layers, "rows": rows}, indent=1) + "\n")
+    write_results(options.out, "decoding", layers=options.layers, rows=rows)
 
 
 if __name__ == "__main__":

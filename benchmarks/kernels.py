@@ -9,11 +9,8 @@ little. `--reduced` takes fewer repeats and at most 2048 tokens. Without `--out`
 """
 
 import argparse
-import json
 import math
-import shlex
 import statistics
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from datetime import date
@@ -21,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.measuring import RESULTS, Step, describe_machine, peak_mebibytes, time_together
+from benchmarks.measuring import RESULTS, Step, peak_mebibytes, time_together, write_results
 from mixora.contracts import Shape
 from mixora.kernels import KERNELS
 from mixora.routing import Routing
@@ -160,16 +157,7 @@ def main() -> None:
     growth = measure_growth(list_changes(2048 if options.reduced else 8192), repeats)
     limits = find_limits(speed)
     print(f"limits: {limits}")
-    found = {
-        "date": str(date.today()),
-        "command": shlex.join(["python", "-m", "benchmarks.kernels", *sys.argv[1:]]),
-        "torch": torch.__version__,
-        "machine": describe_machine(),
-        "limits": limits,
-        "speed": speed,
-        "growth": growth,
-    }
-    options.out.write_text(json.dumps(found, indent=1) + "\n")
+    write_results(options.out, "kernels", limits=limits, speed=speed, growth=growth)
 
 
 if __name__ == "__main__":

@@ -15,9 +15,6 @@ A ratio is the time (memory) of ours over that of the other.
 """
 
 import argparse
-import json
-import shlex
-import sys
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -31,7 +28,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 import mixora
 from benchmarks.kernels import Case, list_changes
-from benchmarks.measuring import RESULTS, Step, describe_machine, peak_mebibytes, time_together
+from benchmarks.measuring import RESULTS, Step, peak_mebibytes, time_together, write_results
 from benchmarks.training_step import fill, make_base, make_batch
 from mixora.recipes import read_recipe
 
@@ -237,9 +234,7 @@ def main() -> None:
     torch.set_num_threads(1)
     sizes = (2, 2048, 7) if options.reduced else (4, 8192, 25)
     rows = measure(getattr(torch, options.dtype), *sizes)
-    command = shlex.join(["python", "-m", "benchmarks.layers", *sys.argv[1:]])
-    found = {"date": str(date.today()), "command": command, "torch": torch.__version__, "machine": describe_machine()}
-    options.out.write_text(json.dumps({**found, "dtype": options.dtype, "rows": rows}, indent=1) + "\n")
+    write_results(options.out, "layers", dtype=options.dtype, rows=rows)
 
 
 if __name__ == "__main__":

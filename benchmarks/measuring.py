@@ -4,12 +4,17 @@ On CUDA, time is that between two events of the stream, memory what torch's allo
 """
 
 import gc
+import json
 import platform
+import shlex
 import statistics
+import sys
 import time
 import weakref
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -93,3 +98,10 @@ def describe_machine() -> str:
     found = torch.cpu.get_capabilities()
     products = [name for name in ("avx512_bf16", "amx_bf16") if found.get(name)]
     return ", ".join([found.get("cpu_name", platform.machine()), *products, f"{torch.get_num_threads()} thread(s)"])
+
+
+def write_results(out: Path, script: str, **found: Any) -> None:
+    """Write what `script` found, with its date, command, torch and machine."""
+    command = shlex.join(["python", "-m", f"benchmarks.{script}", *sys.argv[1:]])
+    facts = {"date": str(date.today()), "command": command, "torch": torch.__version__, "machine": describe_machine()}
+    out.write_text(json.dumps({**facts, **found}, indent=1) + "\n")

@@ -8,9 +8,6 @@ gets it: in bfloat16, weights in bfloat16 under autocast. A step is forward, los
 """
 
 import argparse
-import json
-import shlex
-import sys
 from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
@@ -21,7 +18,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import mixora
-from benchmarks.measuring import RESULTS, Step, describe_machine, peak_mebibytes, time_together
+from benchmarks.measuring import RESULTS, Step, peak_mebibytes, time_together, write_results
 
 ROWS, LENGTH, VOCABULARY = 4, 256, 49152
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -113,9 +110,7 @@ def main() -> None:
     rows = [
         row for dtype in options.dtype for row in measure(dtype, options.layers, options.repeats, not options.no_memory)
     ]
-    command = shlex.join(["python", "-m", "benchmarks.training_step", *sys.argv[1:]])
-    found = {"date": str(date.today()), "command": command, "torch": torch.__version__, "machine": describe_machine()}
-    options.out.write_text(json.dumps({**found, "layers": options.layers, "rows": rows}, indent=1) + "\n")
+    write_results(options.out, "training_step", layers=options.layers, rows=rows)
 
 
 if __name__ == "__main__":

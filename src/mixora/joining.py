@@ -50,7 +50,6 @@ def compute(module: Any, adapter: str, x: Tensor, here: Pass) -> tuple[Tensor, R
     parts, frozen = module.parts[adapter], module.base_layer
     joined = _find_products(module, adapter, x, here)
     routing = module.route(adapter, x, here, joined.outputs.get(module.leader_of(adapter).path))
-    weight_OI = frozen.weight.T if isinstance(frozen, Conv1D) else frozen.weight
     y_TO = contract(
         joined,
         module.path,
@@ -58,7 +57,7 @@ def compute(module: Any, adapter: str, x: Tensor, here: Pass) -> tuple[Tensor, R
         parts.shape.ranks,
         module.parameters_of(adapter)["B"],
         parts.expert.scale(parts.shape),
-        weight_OI,
+        _weight_of(frozen),
         frozen.bias,
     )
     return y_TO.view(*x.shape[:-1], y_TO.shape[-1]), routing
@@ -86,10 +85,15 @@ def infer(module: Any, x: Tensor, here: Pass) -> Tensor | None:
         gates_TR,
         b_RO,
         parts.expert.scale(parts.shape),
-        frozen.weight.T if isinstance(frozen, Conv1D) else frozen.weight,
+        _weight_of(frozen),
         frozen.bias,
     )
     return y_TO.view(*x.shape[:-1], y_TO.shape[-1])
+
+
+def _weight_of(frozen: Any) -> Tensor:
+    """[O, I]."""
+    return frozen.weight.T if isinstance(frozen, Conv1D) else frozen.weight
 
 
 def _decide(module: Any, adapter: str, x: Tensor, here: Pass) -> Decided:

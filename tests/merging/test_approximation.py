@@ -12,6 +12,7 @@ import mixora
 from mixora.errors import ConfigError, DataError
 from mixora.merging import approximation as module
 from mixora.mixture import Mixture
+from mixora.routers import TopK
 from tests.models import adapt, tiny_bert_classifier, tiny_gpt2, tiny_llama, tiny_t5, token_ids
 
 SMALL = {"num_experts": 4, "top_k": 2, "rank": 2, "expert_dropout": 0.0}
@@ -140,6 +141,25 @@ def test_sites_that_read_one_tensor_share_its_sums(monkeypatch):
     monkeypatch.setattr(torch.linalg, "eigh", lambda gram: calls.append(gram.shape) or eigh(gram))
     fit(adapt(tiny_llama(), sira(targets=["all-linear"])), material(), 3)
     assert len(calls) == 8
+
+
+def test_a_site_is_fitted_to_the_routing_that_it_used(monkeypatch):
+    """Each router decides once per pass: a second decision, made otherwise, could fall differently."""
+    decisions, decide = [], TopK.decide
+
+    def spy(self, *arguments):
+        decisions.append(self)
+        return decide(self, *arguments)
+
+    monkeypatch.setattr(TopK, "decide", spy)
+    settings = {"targets": ["o_proj"], "num_experts": 3, "top_k": 2, "rank": 2}
+    model = adapt(tiny_llama(), mixora.recipe("sira", **settings))
+    modules = [m for m in model.modules() if isinstance(m, Mixture)]
+    batches = [{"input_ids": token_ids(2, 6, seed=n)} for n in range(3)]
+    material = module.Approximation(fit=batches, held_out=batches)
+    module.approximate(model, modules, "default", material, 2, lambda done, total: None)
+    # one pass looks at who reads what
+    assert len(decisions) == len(modules) * (1 + len(batches))
 
 
 def test_the_model_stays_as_it_was(tmp_path):

@@ -1,6 +1,5 @@
 """Run by torchrun on two gloo ranks: one step of each trainer; rank 0 writes its routers' gradients."""
 
-import os
 import sys
 
 import torch
@@ -8,6 +7,7 @@ import torch.distributed as dist
 import transformers
 
 import mixora
+from tests.training.ranks import leave
 from tests.training.setups import make_trainer
 from tests.training.test_auxiliary_gradient import Catch
 
@@ -24,11 +24,7 @@ def main(folder):
         gradients[name] = catch.gradient
     checked = mixora.check_router_gradient(make_trainer(mixora.Trainer, f"{folder}/check", ddp_backend="gloo"))
     gradients["ratio"] = torch.tensor(checked.ratio)
-    if dist.get_rank() == 0:
-        torch.save(gradients, f"{folder}/found.pt")
-    dist.barrier()
-    # without destructors: DDP's holds the interpreter's lock while it joins a thread that may wait for it
-    os._exit(0)
+    leave(gradients, folder)
 
 
 if __name__ == "__main__":

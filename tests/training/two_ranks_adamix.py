@@ -1,6 +1,5 @@
 """Run by torchrun on two gloo ranks: a few steps of AdaMix; rank 0 writes what both drew and hold."""
 
-import os
 import sys
 
 import torch
@@ -9,6 +8,7 @@ import torch.distributed as dist
 import mixora
 from mixora.mixture import mixtures_of
 from mixora.passes import tracing
+from tests.training.ranks import leave
 from tests.training.setups import make_trainer
 from tests.training.test_consistency import make_model
 
@@ -46,11 +46,7 @@ def main(folder):
     idle = torch.tensor(sum(torch.equal(p, before[name]) for name, p in trained.items()))
     found = {"routes": gather(torch.tensor(trainer.routes)), "weights": gather(weights), "idle": gather(idle)}
     assert len(mixtures_of(model)) == 4
-    if dist.get_rank() == 0:
-        torch.save(found, f"{folder}/found.pt")
-    dist.barrier()
-    # without destructors: DDP's holds the interpreter's lock while it joins a thread that may wait for it
-    os._exit(0)
+    leave(found, folder)
 
 
 if __name__ == "__main__":

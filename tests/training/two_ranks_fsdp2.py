@@ -1,6 +1,5 @@
 """Run by torchrun on two gloo ranks: one step of a fully sharded model; rank 0 writes what it found."""
 
-import os
 import sys
 
 import torch
@@ -11,6 +10,7 @@ from torch.distributed.tensor import DTensor
 import mixora
 from mixora.mixture import mixtures_of
 from tests.models import adapt, tiny_llama, token_ids
+from tests.training.ranks import leave
 
 IDS = token_ids(4, 8)
 
@@ -44,11 +44,7 @@ def main(folder):
         joined = sum(layer.obstacle is None for layer in mixtures_of(sharded))
         worst = max(float((gradients[name] - expected[name]).abs().max()) for name in expected)
         found[kernel] = torch.tensor([worst, len(expected), joined])
-    if dist.get_rank() == 0:
-        torch.save(found, f"{folder}/found.pt")
-    dist.barrier()
-    # without destructors: DDP's holds the interpreter's lock while it joins a thread that may wait for it
-    os._exit(0)
+    leave(found, folder)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """Run by torchrun on two gloo ranks: one step with the loss fused and not; rank 0 writes both gradients."""
 
-import os
 import sys
 
 import torch
@@ -10,6 +9,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 import mixora
 from mixora.training.fused_head import why_not_fused
+from tests.training.ranks import leave
 from tests.training.setups import make_trainer
 from tests.training.test_consistency import Catch, make_model
 from tests.training.test_fused_head import CHANGED, adapt
@@ -51,11 +51,7 @@ def main(folder):
         for name, changes in cases.items()
     }
     found["sharded"] = reason_of_a_sharded_head()
-    if dist.get_rank() == 0:
-        torch.save(found, f"{folder}/found.pt")
-    dist.barrier()
-    # without destructors: DDP's holds the interpreter's lock while it joins a thread that may wait for it
-    os._exit(0)
+    leave(found, folder)
 
 
 if __name__ == "__main__":

@@ -72,7 +72,9 @@ def approximate(
         sums = _Sums(group, adapter)
         with inference(model) as device, sums.collecting():
             for done, batch in enumerate(material.fit, start=1 + number * len(material.fit)):
-                model(**{name: tensor.to(device) for name, tensor in batch.items()})
+                # under a trace a module keeps its routing, which the sums are to be made with
+                with passes.tracing():
+                    model(**{name: tensor.to(device) for name, tensor in batch.items()})
                 advance(done, total)
         found |= sums.solve(rank)
     return found
@@ -157,7 +159,7 @@ class _Sums:
 
     def _add(self, module: Mixture, args: tuple[Any, ...], output: Tensor) -> None:
         x = args[0]
-        # inside of the pass the routing that the module itself used is found again, not drawn anew
+        # finds the routing that the module itself has just used
         delta_TO, routing = module.delta(self.adapter, x, x, passes.current() or passes.Pass())
         x_TI = x.reshape(-1, x.shape[-1])[routing.valid_T].double()
         if module.path in self.inputs:

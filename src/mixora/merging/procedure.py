@@ -65,8 +65,7 @@ def merge(
         found |= _fit(model, routed, adapter, approximation, rank, progress)
     pairs = {path: pair for path, (pair, _) in found.items()}
     sites = tuple(_describe(module, adapter, found) for module in modules)
-    base, made_by = str(name_base(config.base_model_name_or_path)), getattr(config, "recipe", None)
-    merged = Merged(folder, form, base, made_by, sites, soup=cooked)
+    merged = Merged(folder, form, str(name_base(config.base_model_name_or_path)), config.recipe, sites, soup=cooked)
     if approximation is not None:
         origin = f"{len(approximation.fit)} batches of {approximation.origin}"
         changes = _measure(model, modules, pairs, approximation, progress)
