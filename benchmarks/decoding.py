@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from benchmarks.measuring import RESULTS, Step, time_together, write_results
+from benchmarks.measuring import RESULTS, Step, compare, write_results
 from benchmarks.training_step import make_base, make_lora, make_mixture
 
 PROMPT = 64
@@ -50,12 +50,10 @@ def variants(layers: int, dtype: torch.dtype, batch: int) -> Iterator[tuple[str,
 
 def measure(dtype_name: str, batch: int, layers: int, repeats: int) -> list[dict[str, Any]]:
     """A row for each variant."""
-    ms = time_together(dict(variants(layers, getattr(torch, dtype_name), batch)), repeats)
+    steps = dict(variants(layers, getattr(torch, dtype_name), batch))
     rows = []
-    for name, found in ms.items():
-        row = {"dtype": dtype_name, "batch": batch, "variant": name, "ms": found}
-        row["to_lora"] = round(found / ms["PEFT LoRA r=16"], 3)
-        row["to_base"] = round(found / ms["frozen base"], 3)
+    for name, found in compare(steps, "PEFT LoRA r=16", repeats).items():
+        row = {"dtype": dtype_name, "batch": batch, "variant": name, **found}
         rows.append(row)
         print(row, flush=True)
     return rows

@@ -23,8 +23,8 @@ RESULTS = Path(__file__).parent / "results"
 Step = Callable[[], object]
 
 
-def time_together(steps: dict[str, Step], repeats: int, device: str = "cpu") -> dict[str, float]:
-    """Median milliseconds of each, taking turns in alternating order."""
+def take_turns(steps: dict[str, Step], repeats: int, device: str = "cpu") -> dict[str, list[float]]:
+    """Milliseconds of each step by turn, after one step that does not count; the order alternates."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     for step in steps.values():
         step()
@@ -33,7 +33,31 @@ def time_together(steps: dict[str, Step], repeats: int, device: str = "cpu") -> 
         for name in list(steps)[:: -1 if turn % 2 else 1]:
             times[name].append(_time_on_cuda(steps[name]) if device == "cuda" else _time_on_cpu(steps[name]))
     gc.enable()
-    return {name: round(statistics.median(found), 3) for name, found in times.items()}
+    return times
+
+
+def time_together(steps: dict[str, Step], repeats: int, device: str = "cpu") -> dict[str, float]:
+    """Median milliseconds of each, taking turns."""
+    return {name: round(statistics.median(found), 3) for name, found in take_turns(steps, repeats, device).items()}
+
+
+def compare(steps: dict[str, Step], yardstick: str, repeats: int, device: str = "cpu") -> dict[str, dict[str, Any]]:
+    """For each: `ms` and `ratio`, medians, with the quartiles around them.
+
+    A ratio is taken within a turn, to the `yardstick`: what slows a machine for a while slows both.
+    """
+    times = take_turns(steps, repeats, device)
+    found = {}
+    for name, own in times.items():
+        ratios = [one / other for one, other in zip(own, times[yardstick], strict=True)]
+        found[name] = {**_summarise("ms", own), **_summarise("ratio", ratios)}
+    return found
+
+
+def _summarise(name: str, values: list[float]) -> dict[str, Any]:
+    quartiles = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+    low, middle, high = (round(value, 3) for value in quartiles)
+    return {name: middle, f"{name}_quartiles": [low, high]}
 
 
 def _time_on_cpu(step: Step) -> float:

@@ -18,7 +18,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import mixora
-from benchmarks.measuring import RESULTS, Step, peak_mebibytes, time_together, write_results
+from benchmarks.measuring import RESULTS, Step, compare, peak_mebibytes, write_results
 
 ROWS, LENGTH, VOCABULARY = 4, 256, 49152
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -86,13 +86,13 @@ def variants(layers: int, dtype: torch.dtype, device: str = "cpu") -> Iterator[t
 def measure(dtype_name: str, layers: int, repeats: int, with_memory: bool, device: str = "cpu") -> list[dict[str, Any]]:
     """A row for each variant."""
     steps = dict(variants(layers, getattr(torch, dtype_name), device))
-    ms = time_together(steps, repeats, device)
+    times = compare(steps, "PEFT LoRA r=16", repeats, device)
     peaks = {name: peak_mebibytes(step, device) for name, step in steps.items()} if with_memory else {}
     rows = []
     for name in steps:
-        row = {"dtype": dtype_name, "variant": name, "ms": ms[name], "time": round(ms[name] / ms["PEFT LoRA r=16"], 3)}
+        row = {"dtype": dtype_name, "variant": name, **times[name]}
         if with_memory:
-            row |= {"mebibytes": peaks[name], "memory": round(peaks[name] / peaks["PEFT LoRA r=16"], 3)}
+            row |= {"mebibytes": peaks[name], "memory_ratio": round(peaks[name] / peaks["PEFT LoRA r=16"], 3)}
         rows.append(row)
         print(row, flush=True)
     return rows
