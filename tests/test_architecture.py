@@ -13,6 +13,7 @@ ORDER = [
     {"contracts", "passes", "depth"},
     {"experts", "routers", "kernels", "losses", "allocators", "slots", "parts", "plan", "entrances"},
     {"method", "sites", "joining", "folding"},
+    {"decoding"},
     {"recipes", "mixture", "assignment", "feed_forward"},
     {"assembly"},
     {"allocation"},

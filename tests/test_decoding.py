@@ -1,12 +1,15 @@
 """Without gradients, linears that read one input decide at once: the same numbers, token by token, whatever changed."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
 from transformers import DynamicCache
 
 import mixora
+from mixora import decoding
 from mixora.passes import tracing
 from tests.models import adapt, fill, tiny_llama, token_ids
 
@@ -133,3 +136,75 @@ def test_merging_and_back_leaves_what_is_decoded():
     torch.testing.assert_close(decode(model, ids, 2), before, rtol=1e-3, atol=1e-4)
     model.unmerge_adapter()
     torch.testing.assert_close(decode(model, ids, 2), before, rtol=1e-3, atol=1e-4)
+
+
+def change_in_place(model):
+    with torch.no_grad():
+        for parameter in (p for p in model.parameters() if p.requires_grad):
+            parameter.mul_(1.5)
+
+
+def disable(model):
+    model.base_model.disable_adapter_layers()
+
+
+def hook_a_frozen_linear(model):
+    frozen = model.get_submodule("base_model.model.model.layers.1.mlp.up_proj.base_layer")
+    frozen.register_forward_hook(lambda module, args, output: output * 2)
+
+
+def replace_a_frozen_weight(model):
+    frozen = model.get_submodule("base_model.model.model.layers.1.self_attn.k_proj.base_layer")
+    frozen.weight = torch.nn.Parameter(frozen.weight * 2, requires_grad=False)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [change_in_place, train, switch, disable, hook_a_frozen_linear, replace_a_frozen_weight],
+    ids=lambda f: f.__name__,
+)
+def test_what_changes_between_two_tokens_is_seen(change):
+    model, ids, cache = make(), token_ids(1, 4), DynamicCache()
+    with torch.no_grad():
+        model(input_ids=ids[:, :2], past_key_values=cache)
+        before = model(input_ids=ids[:, 2:3], past_key_values=cache).logits
+    change(model)
+    plain = model(input_ids=ids[:, 3:], past_key_values=copy.deepcopy(cache)).logits.detach()
+    with torch.no_grad():
+        found = model(input_ids=ids[:, 3:], past_key_values=cache).logits
+    assert not torch.allclose(found, before, atol=1e-3)
+    torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-5)
+
+
+def test_weights_are_stacked_once_for_a_cache_and_go_with_it(monkeypatch):
+    model, made = make(), []
+
+    def spy(members, adapter, dtype, own=decoding.Stack.of):
+        made.append(own(members, adapter, dtype))
+        return made[-1]
+
+    monkeypatch.setattr(decoding.Stack, "of", spy)
+    found = decode(model, token_ids(1, 6), 2)
+    groups = 4 * len([("q", "k", "v"), ("o",), ("gate", "up"), ("down",)])
+    assert len(made) == groups
+    torch.testing.assert_close(decode(model, token_ids(1, 6), 2), found)
+    assert len(made) == 2 * groups
+    rows = [weakref.ref(stack.rows_CI) for stack in made]
+    made.clear()
+    gc.collect()
+    assert not [row for row in rows if row() is not None]
+
+
+def test_without_a_cache_nothing_is_kept(monkeypatch):
+    model, rows = make(), []
+
+    def spy(members, adapter, dtype, own=decoding.Stack.of):
+        stack = own(members, adapter, dtype)
+        rows.append(weakref.ref(stack.rows_CI))
+        return stack
+
+    monkeypatch.setattr(decoding.Stack, "of", spy)
+    with torch.no_grad():
+        model(input_ids=token_ids(2, 5), use_cache=False)
+    assert rows
+    assert not [row for row in rows if row() is not None]

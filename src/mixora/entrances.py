@@ -4,12 +4,16 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from transformers import Cache
 
 from mixora.draws import current_serving
 from mixora.passes import Pass, Stream, begin, current, current_trace, end, seed_of
+
+_kept: WeakKeyDictionary[Cache, dict[str, Any]] = WeakKeyDictionary()
 
 
 def expect_draws(model: nn.Module) -> None:
@@ -92,6 +96,7 @@ def _read_pass(module: nn.Module, inputs: dict[str, Any]) -> Pass:
         with_grad=torch.is_grad_enabled(),
         seed=seed_of(module.training) if getattr(module, "_mixora_draws", False) else None,
         serving=current_serving(),
+        kept=_kept_for(inputs.get("past_key_values")),
     )
     if inputs.get("encoder_hidden_states") is not None:
         # a decoder called by itself
@@ -103,6 +108,11 @@ def _read_pass(module: nn.Module, inputs: dict[str, Any]) -> Pass:
     if getattr(getattr(module, "config", None), "is_encoder_decoder", False):
         _put(here.mask_BS, "target", _target_mask(inputs), torch.bool)
     return here
+
+
+def _kept_for(cache: Any) -> dict[str, Any] | None:
+    """What passes keep for each other as long as `cache`, a `transformers.Cache`, lives."""
+    return _kept.setdefault(cache, {}) if isinstance(cache, Cache) else None
 
 
 def _put(into: dict[Stream, Tensor], stream: Stream, value: Any, dtype: torch.dtype | None) -> None:

@@ -1,8 +1,7 @@
 """Linears that read the same input, computed together with their experts and routers (see `kernels.joint`).
 
 Whichever of them is called first makes the products for all; each takes its own when it is called. A pass keeps what
-waits, so nothing stands on a layer, and a recomputed layer makes its products anew. Where no one asks for gradients
-or records, they share no more than what their routers decide (`infer`).
+waits, so nothing stands on a layer, and a recomputed layer makes its products anew.
 """
 
 import logging
@@ -13,10 +12,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
-from mixora.kernels.joint import Joined, contract, join, multiply, pick, serve
+from mixora.kernels.joint import Joined, contract, join
 from mixora.kernels.sorting import cast_as_autocast
-from mixora.kernels.stacked import segments_ER
-from mixora.passes import Decided, Input, Pass
+from mixora.passes import Pass
 from mixora.routing import Routing
 
 logger = logging.getLogger("mixora")
@@ -57,70 +55,15 @@ def compute(module: Any, adapter: str, x: Tensor, here: Pass) -> tuple[Tensor, R
         parts.shape.ranks,
         module.parameters_of(adapter)["B"],
         parts.expert.scale(parts.shape),
-        _weight_of(frozen),
+        weight_of(frozen),
         frozen.bias,
     )
     return y_TO.view(*x.shape[:-1], y_TO.shape[-1]), routing
 
 
-def infer(module: Any, x: Tensor, here: Pass) -> Tensor | None:
-    """What `compute` gives, without a graph and without a routing; None where the module does not join or casts.
-
-    For a few tokens the time goes into the number of operations, so the linears that read `x` decide in one.
-    """
-    decided = here.decided
-    if decided is None or module.path not in decided.gates or not decided.made_from.is_now(x):
-        adapter = module.find_joined(x)
-        if adapter is None or cast_as_autocast(x) is not x:
-            return None
-        decided = here.decided = _decide(module, adapter, x, here)
-    parts, frozen = module.parts[decided.adapter], module.base_layer
-    gates_TR, chosen_K = decided.gates.pop(module.path)
-    a_RI, b_RO = module.mixora_A[decided.adapter], module.mixora_B[decided.adapter]
-    if chosen_K is not None:
-        a_RI, b_RO = (pick(rows, chosen_K, len(parts.shape.ranks)) for rows in (a_RI, b_RO))
-    y_TO = serve(
-        x.reshape(-1, x.shape[-1]),
-        a_RI,
-        gates_TR,
-        b_RO,
-        parts.expert.scale(parts.shape),
-        _weight_of(frozen),
-        frozen.bias,
-    )
-    return y_TO.view(*x.shape[:-1], y_TO.shape[-1])
-
-
-def _weight_of(frozen: Any) -> Tensor:
-    """[O, I]."""
+def weight_of(frozen: Any) -> Tensor:
+    """That of a frozen linear without obstacle: [O, I]."""
     return frozen.weight.T if isinstance(frozen, Conv1D) else frozen.weight
-
-
-def _decide(module: Any, adapter: str, x: Tensor, here: Pass) -> Decided:
-    parts = module.parts[adapter]
-    router, ranks = parts.router, parts.shape.ranks
-    if router.is_static:
-        return Decided(adapter, Input.of(x), {module.path: (None, None)})
-    members = [module]
-    if router.is_by_token:
-        # kin are under one rule, so their routers differ in nothing but these two
-        found = [(kin, kin.parts[adapter]) for kin in _find_members(module, adapter, x)]
-        members = [kin for kin, its in found if its.shape.ranks == ranks and its.router.top_k == router.top_k]
-    leaders = list(dict.fromkeys(member.leader_of(adapter) for member in members))
-    parameters = [leader.parameters_of(adapter) for leader in leaders]
-    z_TC = multiply(x.reshape(-1, x.shape[-1]), [router.rows(own) for own in parameters])
-    # a token as often as there are routers: row t N + n is what the n-th of N has for token t
-    z_SC = z_TC.to(torch.promote_types(x.dtype, torch.float32)).reshape(-1, z_TC.shape[1] // len(leaders))
-    tokens = here.tokens(parts.stream, x, len(leaders))
-    routing = router.decide(z_SC, parameters[0], tokens, False)
-    if len(z_TC) == 1 and len(set(ranks)) == 1 and router.top_k < len(ranks):
-        gates_N1R = routing.weights_TK.repeat_interleave(ranks[0], dim=1)[:, None]
-        of_leader = list(zip(gates_N1R, routing.experts_TK, strict=True))
-    else:
-        gates_SR = routing.gates_TE() @ segments_ER(ranks, routing.weights_TK.dtype, x.device)
-        of_leader = [(gates_TR, None) for gates_TR in gates_SR.view(len(z_TC), len(leaders), -1).unbind(dim=1)]
-    gates = {member.path: of_leader[leaders.index(member.leader_of(adapter))] for member in members}
-    return Decided(adapter, Input.of(x), gates)
 
 
 def _find_products(module: Any, adapter: str, x: Tensor, here: Pass) -> Joined:
@@ -129,12 +72,13 @@ def _find_products(module: Any, adapter: str, x: Tensor, here: Pass) -> Joined:
     if joined is not None and waits and joined.made_from.is_now(x):
         return joined
     # what waits was made from something else: these linears do not read one input here
-    members = [module] if waits else _find_members(module, adapter, x)
+    members = [module] if waits else find_members(module, adapter, x)
     here.joined[adapter] = joined = _multiply(members, adapter, x)
     return joined
 
 
-def _find_members(module: Any, adapter: str, x: Tensor) -> list[Any]:
+def find_members(module: Any, adapter: str, x: Tensor) -> list[Any]:
+    """`module` and those of its kin that can join where they read `x`."""
     return [kin for kin in module.parts[adapter].kin if kin is module or kin.can_join(adapter, x)]
 
 

@@ -15,7 +15,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from mixora import joining, passes, slots
+from mixora import decoding, joining, passes, slots
 from mixora.contracts import kept_shapes
 from mixora.draws import MEAN, Draw
 from mixora.errors import ModelError, TrainingError
@@ -105,10 +105,12 @@ class Mixture(nn.Module, Foldable):
 
         Between the linears of a feed-forward part that experts go through, K times as many rows as in the frozen model.
         """
+        here = None if self.training or torch.is_grad_enabled() else passes.current()
+        # nothing asks for a graph, a record or a loss
+        if here is not None and not here.is_observed and (y := decoding.infer(self, x, here)) is not None:
+            return y
         if self.disable_adapters and self.merged:
             self.unmerge()
-        if (here := self._find_inference()) is not None and (y := joining.infer(self, x, here)) is not None:
-            return y
         if (adapter := self.find_joined(x)) is not None:
             with passes.entered() as here:
                 y, routing = joining.compute(self, adapter, x, here)
@@ -145,11 +147,6 @@ class Mixture(nn.Module, Foldable):
     def _finish(self, adapter: str, y: Tensor, routing: Routing, here: passes.Pass) -> Tensor:
         here.record(self.path, adapter, routing)
         return self._add_losses(adapter, y, routing, here) if self.training and self.parts[adapter].losses else y
-
-    def _find_inference(self) -> passes.Pass | None:
-        """The pass being run, where nothing asks this module for a graph, a record or a loss."""
-        here = None if self.training or torch.is_grad_enabled() else passes.current()
-        return None if here is None or here.is_observed else here
 
     def find_joined(self, x: Tensor) -> str | None:
         """The one active adapter, if its experts and the frozen module can be computed in one."""

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,8 +25,7 @@ Stream = Literal["source", "target"]
 logger = logging.getLogger("mixora")
 
 
-@dataclass(frozen=True)
-class Input:
+class Input(NamedTuple):
     """A tensor that something was made from, as it was then: `version` counts changes in place."""
 
     tensor: weakref.ref[Tensor]
@@ -35,12 +34,16 @@ class Input:
     @classmethod
     def of(cls, x: Tensor) -> "Input":
         """`x` as it is now."""
-        # tensors of inference mode count no changes
-        return cls(weakref.ref(x), 0 if x.is_inference() else x._version)
+        return cls(weakref.ref(x), version_of(x))
 
     def is_now(self, x: Tensor) -> bool:
         """Whether it is `x`, and that has not changed since."""
-        return self.tensor() is x and self.version == Input.of(x).version
+        return self.tensor() is x and self.version == version_of(x)
+
+
+def version_of(tensor: Tensor) -> int:
+    """How often it was changed in place; tensors of inference mode do not count that."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 @dataclass
@@ -57,19 +60,6 @@ class Shared:
 
 
 @dataclass
-class Decided:
-    """What the routers of linears that read one input decided, in a pass without gradients and records.
-
-    `made_from`: the input. `gates`: by path, taken out by its linear, the gate of each rank [T, R], None where one
-    expert serves every token; for a single token only the ranks of the chosen experts, and these [K].
-    """
-
-    adapter: str
-    made_from: Input
-    gates: dict[str, tuple[Tensor | None, Tensor | None]]
-
-
-@dataclass
 class Pass:
     """The tokens of one forward pass.
 
@@ -79,7 +69,8 @@ class Pass:
     and `owns_losses` outlive it. `with_grad`: gradients were on at the entrance. `again`: this pass as recomputed
     layers see it. `seed`: what this pass's routes are drawn by, where they are; `serving`: what serves where not.
     `shared`: per adapter the last routing, which other layers may use. `joined`: per adapter the products that layers
-    made for each other; `decided`: the last of what takes their place without gradients.
+    made for each other; `outputs`: what takes their place without gradients. `kept`: what the passes that go on with
+    one cache of keys and values keep for each other; None without a cache.
     """
 
     mask_BS: dict[Stream, Tensor] = field(default_factory=dict)
@@ -95,8 +86,10 @@ class Pass:
     serving: Serving = MERGED
     shared: dict[str, Shared] = field(default_factory=dict)
     joined: dict[str, Any] = field(default_factory=dict)
-    decided: Decided | None = None
+    outputs: Any = None
+    kept: dict[str, Any] | None = None
     _tokens: dict[tuple[Stream, torch.Size, int], Tokens] = field(default_factory=dict)
+    _has_padding: dict[Stream, bool] = field(default_factory=dict)
 
     def draw_at(self, path: str) -> Draw:
         """What serves the site at `path`, where its router draws."""
@@ -110,6 +103,13 @@ class Pass:
             valid_T, group_T = (t.repeat_interleave(times) for t in (once.valid_T, once.group_T))
             self._tokens[key] = replace(once, valid_T=valid_T, group_T=group_T)
         return self._tokens[key]
+
+    def has_padding(self, stream: Stream) -> bool:
+        """Whether some token of a stream is padding, as far as that can be told without waiting for a device."""
+        if stream not in self._has_padding:
+            mask_BS = self.mask_BS.get(stream)
+            self._has_padding[stream] = mask_BS is not None and (mask_BS.device.type != "cpu" or not mask_BS.all())
+        return self._has_padding[stream]
 
     def _read_tokens(self, stream: Stream, x: Tensor) -> Tokens:
         mask, positions = _fit(self.mask_BS.get(stream), x), _fit(self.positions_BS.get(stream), x)
@@ -181,7 +181,7 @@ def end(here: Pass, output: Any) -> None:
     _state.stack.pop()
     here.shared.clear()
     here.joined.clear()
-    here.decided = None
+    here.outputs = None
     mark(output, here)
     if here.trace is not None:
         here.trace.passes += 1
@@ -204,7 +204,7 @@ def tracing(owns_losses: bool = False) -> Iterator[Trace]:
 def replay(seen: Pass) -> Iterator[None]:
     """Run a layer again as in pass `seen`: the same tokens, nothing recorded twice."""
     if seen.again is None:
-        seen.again = replace(seen, trace=None, is_replay=True, depth=1, shared={}, joined={}, decided=None)
+        seen.again = replace(seen, trace=None, is_replay=True, depth=1, shared={}, joined={}, outputs=None)
     _state.stack.append(seen.again)
     try:
         yield

@@ -20,9 +20,6 @@ from torch.nn import functional as F
 from mixora.kernels.stacked import Stacked, segments_ER
 from mixora.passes import Input
 
-# fewer tokens than this cost less to cast than experts do
-FEW = 64
-
 
 class Joint(Stacked):
     """As `stacked` wherever the frozen module is no plain linear, or something needs its output."""
@@ -72,46 +69,6 @@ def contract(
     b_RO = b_RO.to(x_TI.dtype)
     y_TO, joined.x_TI = _Contract.apply(x_TI, h_TR, gates_TE, b_RO, segments, weight_OI, bias_O, scale)
     return y_TO
-
-
-def serve(
-    x_TI: Tensor,
-    a_RI: Tensor,
-    gates_TR: Tensor | None,
-    b_RO: Tensor,
-    scale: float,
-    weight_OI: Tensor,
-    bias_O: Tensor | None,
-) -> Tensor:
-    """The whole output of a site without a graph: [T, O]. `gates_TR`: those of the experts, for each of their ranks.
-
-    A few tokens are cast to the dtype of the experts, not the experts to theirs; A stands by itself, since to stack
-    that of all sites takes longer than a few tokens gain by it.
-    """
-    dtype = _choose_dtype(x_TI, a_RI)
-    h_TR = F.linear(x_TI.to(dtype), a_RI.to(dtype))
-    if gates_TR is not None:
-        h_TR *= gates_TR.to(dtype)
-    y_TO = F.linear(x_TI, weight_OI.to(x_TI.dtype), None if bias_O is None else bias_O.to(x_TI.dtype))
-    if dtype == y_TO.dtype:
-        return y_TO.addmm_(h_TR, b_RO.to(dtype), alpha=scale)
-    return y_TO.add_(h_TR @ b_RO.to(dtype), alpha=scale)
-
-
-def multiply(x_TI: Tensor, rows: list[Tensor]) -> Tensor:
-    """The products of `x_TI` with the rows [C, I] of all routers, a few tokens in the dtype of the rows: [T, N * C]."""
-    rows_CI = rows[0] if len(rows) == 1 else torch.cat(rows)
-    dtype = _choose_dtype(x_TI, rows_CI)
-    return F.linear(x_TI.to(dtype), rows_CI.to(dtype))
-
-
-def _choose_dtype(x_TI: Tensor, rows: Tensor) -> torch.dtype:
-    return torch.promote_types(x_TI.dtype, rows.dtype) if len(x_TI) < FEW else x_TI.dtype
-
-
-def pick(w_RX: Tensor, chosen_K: Tensor, experts: int) -> Tensor:
-    """The rows of the chosen ones of `experts` of one rank."""
-    return w_RX.view(experts, -1).index_select(0, chosen_K).view(-1, w_RX.shape[1])
 
 
 class _Expand(torch.autograd.Function):

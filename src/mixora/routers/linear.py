@@ -56,6 +56,11 @@ class LinearRouter(Router):
     def decide(self, z_TC: Tensor, parameters: Parameters, tokens: Tokens, training: bool) -> Routing:
         """The routing of T tokens by the products of x and the rows, in at least fp32."""
 
+    def choose(self, z_TC: Tensor, parameters: Parameters, tokens: Tokens) -> tuple[Tensor, Tensor]:
+        """Weights and experts, [T, K] each, that `decide` gives real tokens in evaluation; padding may have any."""
+        routing = self.decide(z_TC, parameters, tokens, False)
+        return routing.weights_TK, routing.experts_TK
+
 
 def multiply(x_TI: Tensor, w_CI: Tensor) -> Tensor:
     """W x in at least fp32 (fp64 for fp64 inputs), also under autocast: [T, C]."""

@@ -85,10 +85,10 @@ class TopK(LinearRouter):
         config = self.config
         probs_TE = softmax(z_TC)
         kept_TE = F.dropout(probs_TE, config.expert_dropout, training) if training else probs_TE
-        weights_TK, experts_TK = kept_TE.topk(self.top_k, dim=-1)
+        priority_TK, experts_TK = kept_TE.topk(self.top_k, dim=-1)
         # a slot whose probability was dropped is no choice: weight 0, and it takes no place
-        assigned_TK = (weights_TK > 0) & tokens.valid_T[:, None]
-        priority_TK = weights_TK
+        assigned_TK = (priority_TK > 0) & tokens.valid_T[:, None]
+        weights_TK = priority_TK
         if config.renormalise:
             weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(weights_TK.dtype).tiny)
         is_limited = training or config.capacity.capacity_at_inference
@@ -99,3 +99,14 @@ class TopK(LinearRouter):
         return Routing(
             experts_TK, weights_TK, assigned_TK, admitted_TK, tokens.valid_T, config.num_experts, z_TC, probs_TE
         )
+
+    def choose(self, z_TC: Tensor, parameters: Parameters, tokens: Tokens) -> tuple[Tensor, Tensor]:
+        """Without the record of what was assigned and admitted, where no capacity limit needs it."""
+        if not self.is_by_token:
+            return super().choose(z_TC, parameters, tokens)
+        if not self.config.renormalise:
+            weights_TK, experts_TK = z_TC.softmax(dim=-1).topk(self.top_k, dim=-1)
+            return weights_TK, experts_TK
+        # the softmax over the chosen is that over all experts, renormalised
+        chosen_TK, experts_TK = z_TC.topk(self.top_k, dim=-1)
+        return chosen_TK.softmax(dim=-1), experts_TK
