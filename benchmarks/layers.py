@@ -120,7 +120,8 @@ class LateSum(nn.Module):
         return y_TO.view_as(x_BTI)
 
     def _add(self, linear: int, expert: int, x_nI: Tensor) -> Tensor:
-        return self.scale * (F.linear(x_nI, self.downs[linear][expert]) @ self.ups[linear][expert])
+        down_rI, up_rO = (rows[linear][expert].to(x_nI.dtype) for rows in (self.downs, self.ups))
+        return self.scale * (F.linear(x_nI, down_rI) @ up_rO)
 
     def _compute(self, expert: int, x_nI: Tensor, gate_nF: Tensor, up_nF: Tensor) -> Tensor:
         """One expert on its own tokens."""
@@ -134,8 +135,8 @@ class LateSum(nn.Module):
 
         def add(linear: int, x_SI: Tensor) -> Tensor:
             mask_SR = mask_SE.repeat_interleave(self.downs[linear].shape[1], dim=1)
-            hidden_SR = F.linear(x_SI, self.downs[linear].flatten(0, 1)) * mask_SR
-            return self.scale * (hidden_SR @ self.ups[linear].flatten(0, 1))
+            down_RI, up_RO = (rows[linear].flatten(0, 1).to(x_SI.dtype) for rows in (self.downs, self.ups))
+            return self.scale * ((F.linear(x_SI, down_RI) * mask_SR) @ up_RO)
 
         x_SI = x_TI.repeat(TOP_K, 1)
         hidden_SF = F.silu(gate_TF.repeat(TOP_K, 1) + add(0, x_SI)) * (up_TF.repeat(TOP_K, 1) + add(1, x_SI))

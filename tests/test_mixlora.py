@@ -204,7 +204,7 @@ def test_generation_with_and_without_cache_agrees(make):
     assert torch.equal(with_cache, without)
 
 
-@pytest.mark.parametrize("kernel", ["loop", "stacked"])
+@pytest.mark.parametrize("kernel", ["loop", "stacked", "sorted"])
 @pytest.mark.parametrize("form", ["bf16", "autocast"])
 def test_low_precision(form, kernel):
     base, model = tiny_llama(), adapt(tiny_llama(), mixlora(kernel=kernel, dropout=0.0))

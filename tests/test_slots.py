@@ -11,7 +11,7 @@ from tests.models import adapt, fill, gradients, tiny_llama
 from tests.parts import Part, batch, ffn_only, logits, mixlora, with_router
 
 
-@pytest.mark.parametrize("kernel", ["loop", "stacked"])
+@pytest.mark.parametrize("kernel", ["loop", "stacked", "sorted"])
 def test_an_empty_batch(kernel):
     model = adapt(Part(), ffn_only(kernel=kernel))
     x_BSI = torch.zeros(0, 5, 6, requires_grad=True)
@@ -62,6 +62,12 @@ def test_a_single_expert_is_plain_lora():
     kinds = ("ffn_lora", "lora")
     one, other = (adapt(tiny_llama(), with_router({"kind": "single"}, kind)) for kind in kinds)
     torch.testing.assert_close(logits(one, tiny_llama()), logits(other, tiny_llama()))
+    for model in (one, other):
+        model(**batch(tiny_llama())).loss.backward()
+    expected = gradients(other)
+    assert gradients(one).keys() == expected.keys()
+    for name, gradient in gradients(one).items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-5)
 
 
 def test_two_active_adapters_of_which_one_spans_the_part_are_refused():

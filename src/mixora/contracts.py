@@ -60,6 +60,14 @@ class Kernel(ABC):
         """The slots with `function` applied to each number."""
 
     @abstractmethod
+    def by_slot(self, slots: Any, routing: Routing) -> Any:
+        """The slots of T tokens as those of K T tokens with one expert each, as `Routing.by_slot` orders them."""
+
+    @abstractmethod
+    def by_token(self, slots: Any, routing: Routing) -> Any:
+        """The inverse of `by_slot`: what K T tokens hold, each for its one expert, as the slots of T tokens."""
+
+    @abstractmethod
     def contract(self, slots: Any, w_RO: Tensor, routing: Routing) -> Tensor:
         """sum_e weight_te W_e^T slot_te: [T, O], in the dtype of the slots."""
 
@@ -100,6 +108,18 @@ class Expert(ABC):
     @abstractmethod
     def scale(self, shape: Shape) -> float:
         """The factor s in front of the sum over experts."""
+
+
+class SpanningExpert(Expert):
+    """An expert that goes through a feed-forward part: its first linears give K T slots, of which the last gives T."""
+
+    @abstractmethod
+    def enter(self, x_TI: Tensor, parameters: Parameters, routing: Routing, kernel: Kernel, training: bool) -> Tensor:
+        """What each slot has of its own behind a first linear, in the order of `Routing.by_slot`: [K T, O]."""
+
+    @abstractmethod
+    def leave(self, x_SI: Tensor, parameters: Parameters, routing: Routing, kernel: Kernel, training: bool) -> Tensor:
+        """The weighted sum of what the slots [K T, I] have of their own behind the last linear: [T, O]."""
 
 
 class Router(ABC):

@@ -195,10 +195,9 @@ class Mixture(nn.Module, Foldable):
         parts, routing = self.parts[adapter], self.route(adapter, x, here)
         if not parts.leader:
             here.record(self.path, adapter, routing)
-        top_k = parts.router.top_k
-        delta_SO = self._delta(adapter, torch.cat([x] * top_k), routing.by_slot().unweighted())
+        delta_SO = parts.enter(x.reshape(-1, x.shape[-1]), self.parameters_of(adapter), routing, self.training)
         y = self.base_layer(x)
-        y = slots.spread(y, delta_SO.to(y.dtype), top_k)
+        y = slots.spread(y, delta_SO.to(y.dtype), parts.router.top_k)
         return self._add_losses(adapter, y, routing, here) if self.training and parts.losses else y
 
     def _leave_slots(self, adapter: str, x: Tensor, here: passes.Pass) -> Tensor:
@@ -208,9 +207,10 @@ class Mixture(nn.Module, Foldable):
         """
         parts = self.parts[adapter]
         routing = slots.find_routing(here.shared.get(adapter), parts.leader[0].path, parts.firsts, self.path, x)
-        y = self.base_layer(slots.mix(x, routing))
-        delta_SO = self._delta(adapter, x, routing.by_slot())
-        return y + delta_SO.reshape(parts.router.top_k, *y.shape).sum(dim=0).to(y.dtype)
+        mixed, x_SI = slots.mix(x, routing)
+        y = self.base_layer(mixed)
+        delta_TO = parts.leave(x_SI, self.parameters_of(adapter), routing, self.training)
+        return y + delta_TO.to(y.dtype).reshape(y.shape)
 
     def leader_of(self, adapter: str) -> "Mixture":
         """The module whose router this one uses for `adapter`."""

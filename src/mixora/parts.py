@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mixora.contracts import Expert, Kernel, Parameters, PassLoss, Router, Shape, SiteLoss
+from mixora.contracts import Expert, Kernel, Parameters, PassLoss, Router, Shape, SiteLoss, SpanningExpert
 from mixora.draws import Draw
 from mixora.passes import Stream
 from mixora.routing import Routing
@@ -39,9 +39,21 @@ class Parts:
         if self.router.draws:
             parameters, routing = self.router.serve(parameters, draw), Routing.even(routing.valid_T, (0,), 1)
             kernel = type(kernel)((len(parameters["A"]),))
-        # the scale on the weights: a [T, O] less to be made than on what the experts give
-        scaled = replace(routing, weights_TK=routing.weights_TK * self.expert.scale(self.shape))
-        return self.expert.delta(read_TI, parameters, scaled, kernel, training)
+        return self.expert.delta(read_TI, parameters, self._scale(routing), kernel, training)
+
+    def enter(self, x_TI: Tensor, parameters: Parameters, routing: Routing, training: bool) -> Tensor:
+        """What the experts that go through a feed-forward part add to each slot in its first linears: [K T, O]."""
+        assert isinstance(self.expert, SpanningExpert)
+        return self.expert.enter(x_TI, parameters, self._scale(routing.unweighted()), self.kernel, training)
+
+    def leave(self, x_SI: Tensor, parameters: Parameters, routing: Routing, training: bool) -> Tensor:
+        """What they add in its last linear, weighted, for the slots `x_SI` [K T, I]: [T, O]."""
+        assert isinstance(self.expert, SpanningExpert)
+        return self.expert.leave(x_SI, parameters, self._scale(routing), self.kernel, training)
+
+    def _scale(self, routing: Routing) -> Routing:
+        """The scale on the weights: a [T, O] less to be made than on what the experts give."""
+        return replace(routing, weights_TK=routing.weights_TK * self.expert.scale(self.shape))
 
     def total(self, routing: Routing) -> tuple[Tensor | None, dict[str, Tensor]]:
         """This site's share of the auxiliary loss, and each term for the log (detached, without its coefficient)."""

@@ -5,6 +5,7 @@ so pass through whatever a model does between its linears, token by token.
 """
 
 from collections.abc import Set
+from functools import reduce
 from typing import Any
 
 import torch
@@ -53,40 +54,46 @@ class _Spread(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dspread_SO: Tensor) -> tuple[Tensor, Tensor | None, None]:
-        return dspread_SO, dspread_SO.reshape(ctx.size).sum(dim=0) if ctx.needs_input_grad[1] else None, None
+        # one after the other: as a sum over so few rows far apart it takes many times as long in low precision
+        dy_TO = reduce(torch.add, dspread_SO.reshape(ctx.size)) if ctx.needs_input_grad[1] else None
+        return dspread_SO, dy_TO, None
 
 
-def mix(x: Tensor, routing: Routing) -> Tensor:
-    """The slots [K * B, ..., F] of each token, weighted: [B, ..., F].
+def mix(x: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
+    """The slots [K * B, ..., F] of each token, weighted: [B, ..., F]; and the slots for what else reads them, [K T, F].
 
     The weights sum to 1. As the first slot plus weighted differences, equal slots give exactly what one of them holds,
-    and a token without weights keeps its first.
+    and a token without weights keeps its first. The gradient of what is read elsewhere is added to in place.
     """
     tokens, slots = routing.experts_TK.shape
-    mixed_TF = _Mix.apply(x.reshape(slots, tokens, x.shape[-1]), routing.weights_TK.T[..., None].to(x.dtype))
-    return mixed_TF.reshape(len(x) // slots, *x.shape[1:])
+    weights_KT1 = routing.weights_TK.T[..., None].to(x.dtype)
+    mixed_TF, x_KTF = _Mix.apply(x.reshape(slots, tokens, x.shape[-1]), weights_KT1)
+    return mixed_TF.reshape(len(x) // slots, *x.shape[1:]), x_KTF.flatten(0, 1)
 
 
 class _Mix(torch.autograd.Function):
     """Hand-written, since K times the hidden is much: one temporary [T, F], whatever K is."""
 
     @staticmethod
-    def forward(ctx: Any, x_KTF: Tensor, weights_KT1: Tensor) -> Tensor:
+    def forward(ctx: Any, x_KTF: Tensor, weights_KT1: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(x_KTF, weights_KT1)
-        first_TF, mixed_TF = x_KTF[0], x_KTF[0].clone()
-        apart_TF = torch.empty_like(first_TF)
+        mixed_TF, apart_TF = x_KTF[0].clone(), torch.empty_like(x_KTF[0])
         for x_TF, weights_T1 in zip(x_KTF[1:], weights_KT1[1:], strict=True):
-            mixed_TF.addcmul_(weights_T1, torch.sub(x_TF, first_TF, out=apart_TF))
-        return mixed_TF
+            mixed_TF.addcmul_(weights_T1, torch.sub(x_TF, x_KTF[0], out=apart_TF))
+        return mixed_TF, x_KTF.view_as(x_KTF)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dmixed_TF: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, dmixed_TF: Tensor | None, dx_KTF: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        if dmixed_TF is None:
+            return dx_KTF, None
         x_KTF, weights_KT1 = ctx.saved_tensors
-        dx_KTF, dweights_KT1 = torch.empty_like(x_KTF), torch.zeros_like(weights_KT1)
-        rest_TF, product_TF = dx_KTF[0].copy_(dmixed_TF), torch.empty_like(dmixed_TF)
+        dx_KTF = torch.zeros_like(x_KTF) if dx_KTF is None else dx_KTF
+        dweights_KT1, product_TF = torch.zeros_like(weights_KT1), torch.empty_like(dmixed_TF)
+        dx_KTF[0].addcmul_(1 - weights_KT1[1:].sum(dim=0), dmixed_TF)
         for k in range(1, len(x_KTF)):
             torch.sub(x_KTF[k], x_KTF[0], out=product_TF)
             torch.sum(product_TF.mul_(dmixed_TF), dim=-1, keepdim=True, out=dweights_KT1[k])
-            rest_TF.sub_(torch.mul(dmixed_TF, weights_KT1[k], out=dx_KTF[k]))
+            dx_KTF[k].addcmul_(weights_KT1[k], dmixed_TF)
         return dx_KTF, dweights_KT1

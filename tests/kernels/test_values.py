@@ -241,3 +241,45 @@ def test_a_bias_is_added_before_the_map(kernel, case, dtype):
         outcomes.append([tensor.detach().double() for tensor in (y_TO, *gradients)])
     for got, want in zip(*outcomes, strict=True):
         torch.testing.assert_close(got, want, rtol=TOLERANCES[dtype], atol=TOLERANCES[dtype])
+
+
+def turn(tensor_TK):
+    """[T, K] as one column, all first choices before all second ones."""
+    return tensor_TK.T.reshape(-1, 1)
+
+
+def enter(kernel, x_TI, a_RI, b_RO, routing):
+    slots = kernel.map(F.gelu, kernel.expand(x_TI, a_RI, routing))
+    return kernel.contract(kernel.by_slot(slots, routing), b_RO, routing.by_slot())
+
+
+def leave(kernel, x_SI, a_RI, b_RO, routing):
+    slots = kernel.map(F.gelu, kernel.expand(x_SI, a_RI, routing.by_slot()))
+    return kernel.contract(kernel.by_token(slots, routing), b_RO, routing)
+
+
+@pytest.mark.parametrize("through", [enter, leave])
+@pytest.mark.parametrize(("kernel", "case", "dtype"), combine(torch.float64, torch.float32))
+def test_slots_by_slot_and_by_token(kernel, case, dtype, through):
+    """Of one hidden per token a result for each slot, and of one hidden per slot their sum."""
+    ranks, experts_TK, used_TK, (x_TI, *leaves) = make(case)
+    tokens, top_k = experts_TK.shape
+    x_TI = torch.cat([(k + 1) * x_TI for k in range(top_k)]) if through is leave else x_TI
+
+    def by_kernel_verbs(x_TI, a_RI, b_RO, weights_TK):
+        return through(KERNELS[kernel](ranks), x_TI, a_RI, b_RO, routing_of(experts_TK, weights_TK, len(ranks)))
+
+    def by_single_slots(x_TI, a_RI, b_RO, weights_TK):
+        x_SI = x_TI if through is leave else torch.cat([x_TI] * top_k)
+        y_SO = straight_loops(x_SI, a_RI, b_RO, turn(weights_TK), turn(experts_TK), ranks, F.gelu)
+        return y_SO.reshape(top_k, tokens, OUT).sum(dim=0) if through is leave else y_SO
+
+    outcomes = []
+    for compute, of_dtype in ((by_kernel_verbs, dtype), (by_single_slots, torch.float64)):
+        given = [leaf.to(of_dtype).clone().requires_grad_() for leaf in (x_TI, *leaves)]
+        y_TO = compute(*given[:3], torch.where(used_TK, given[3], 0.0))
+        upstream_TO = torch.linspace(-1, 1, y_TO.numel(), dtype=of_dtype).reshape(y_TO.shape)
+        gradients = torch.autograd.grad((y_TO * upstream_TO).sum(), given)
+        outcomes.append([tensor.detach().double() for tensor in (y_TO, *gradients)])
+    for got, want in zip(*outcomes, strict=True):
+        torch.testing.assert_close(got, want, rtol=TOLERANCES[dtype], atol=TOLERANCES[dtype])

@@ -205,13 +205,13 @@ def compare(family, router, kernel, monkeypatch=None):
         torch.testing.assert_close(gradient, want, rtol=1e-8, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@pytest.mark.parametrize("kernel", ["loop", "stacked"])
+@pytest.mark.parametrize("kernel", ["loop", "stacked", "sorted"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_outputs_losses_and_gradients(family, kernel):
     compare(family, "topk", kernel)
 
 
-@pytest.mark.parametrize("kernel", ["loop", "stacked"])
+@pytest.mark.parametrize("kernel", ["loop", "stacked", "sorted"])
 @pytest.mark.parametrize("router", [name for name in ROUTERS if name != "topk"])
 def test_other_routers(router, kernel):
     compare("llama", router, kernel)

@@ -33,6 +33,18 @@ class Loop(Kernel):
         """The slots with `function` applied to each number."""
         return [(token_n, function(h_nr)) for token_n, h_nr in slots]
 
+    def by_slot(self, slots: Slots, routing: Routing) -> Slots:
+        """Token t becomes k T + t where the expert is its k-th."""
+        tokens, turned = len(routing.experts_TK), []
+        for expert, (token_n, h_nr) in enumerate(slots):
+            choice_n = (routing.experts_TK[token_n] == expert).byte().argmax(dim=1)
+            turned.append((choice_n * tokens + token_n, h_nr))
+        return turned
+
+    def by_token(self, slots: Slots, routing: Routing) -> Slots:
+        """Token k T + t becomes t."""
+        return [(token_n % len(routing.experts_TK), h_nr) for token_n, h_nr in slots]
+
     def contract(self, slots: Slots, w_RO: Tensor, routing: Routing) -> Tensor:
         """Weighted sum over the experts of each token: [T, O]."""
         gates_TE = routing.gates_TE()

@@ -17,7 +17,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mixora.contracts import Kernel
-from mixora.kernels.sorting import cast_as_autocast, sort_by_expert, without_autocast
+from mixora.kernels.sorting import (
+    cast_as_autocast,
+    sort_by_expert,
+    turn_to_slots,
+    turn_to_tokens,
+    without_autocast,
+)
 from mixora.routing import Routing
 
 
@@ -37,6 +43,14 @@ class _Sizes:
     def rows(self) -> list[slice]:
         """Where each expert's ranks stand among all."""
         return [slice(end - rank, end) for rank, end in zip(self.ranks, accumulate(self.ranks), strict=True)]
+
+    def new_gradient(self, w_RX: Tensor) -> Tensor:
+        """Room for the gradient of all experts' rows, 0 for experts without a slot."""
+        dw_RX = torch.empty_like(w_RX)
+        for rows, count in zip(self.rows, self.counts, strict=True):
+            if not count:
+                dw_RX[rows] = 0
+        return dw_RX
 
     def split(self, hidden_F: Tensor) -> list[Tensor]:
         """Views of each expert's hidden: [n, R_e]."""
@@ -75,6 +89,16 @@ class Sorted(Kernel):
         """The slots with `function` applied to each number."""
         return replace(slots, hidden_F=function(slots.hidden_F))
 
+    def by_slot(self, slots: _Slots, routing: Routing) -> _Slots:
+        """The k-th slot of token t becomes that of token k T + t."""
+        place_N = turn_to_slots(slots.place_N, routing)
+        return replace(slots, place_N=place_N, token_N=place_N)
+
+    def by_token(self, slots: _Slots, routing: Routing) -> _Slots:
+        """The slot of token k T + t becomes the k-th of token t."""
+        place_N = turn_to_tokens(slots.place_N, routing)
+        return replace(slots, place_N=place_N, token_N=place_N // routing.experts_TK.shape[1])
+
     def contract(self, slots: _Slots, w_RO: Tensor, routing: Routing) -> Tensor:
         """Weighted sum over the experts of each token: [T, O]."""
         weight_N = routing.weights_TK.flatten().index_select(0, slots.place_N)
@@ -102,13 +126,15 @@ class _Expand(torch.autograd.Function):
         ctx.sizes, ctx.bias_dtype = sizes, None if bias_R is None else bias_R.dtype
         hidden_F = x_TI.new_empty(sum(sizes.numbers))
         biases = [None] * len(sizes.ranks) if bias_R is None else bias_R.to(x_TI.dtype).split(sizes.ranks)
-        weights = w_RI.to(x_TI.dtype).split(sizes.ranks)
-        parts = zip(token_N.split(sizes.counts), sizes.split(hidden_F), weights, biases, strict=True)
+        parts = zip(token_N.split(sizes.counts), sizes.split(hidden_F), w_RI.split(sizes.ranks), biases, strict=True)
         for token_n, hidden_nr, w_rI, bias_r in parts:
-            if len(token_n) and bias_r is None:
-                torch.mm(x_TI.index_select(0, token_n), w_rI.T, out=hidden_nr)
-            elif len(token_n):
-                torch.addmm(bias_r, x_TI.index_select(0, token_n), w_rI.T, out=hidden_nr)
+            if not len(token_n):
+                continue
+            x_nI, w_Ir = x_TI.index_select(0, token_n), w_rI.to(x_TI.dtype).T
+            if bias_r is None:
+                torch.mm(x_nI, w_Ir, out=hidden_nr)
+            else:
+                torch.addmm(bias_r, x_nI, w_Ir, out=hidden_nr)
         return hidden_F
 
     @staticmethod
@@ -117,23 +143,21 @@ class _Expand(torch.autograd.Function):
         x_TI, w_RI, token_N = ctx.saved_tensors
         sizes: _Sizes = ctx.sizes
         needs_x, needs_w, needs_bias = ctx.needs_input_grad[:3]
-        weights = w_RI.to(x_TI.dtype).split(sizes.ranks)
-        # what belongs to experts without a slot stays zero
         dx_TI = torch.zeros_like(x_TI) if needs_x else None
-        dw_RI = torch.zeros_like(w_RI, dtype=x_TI.dtype) if needs_w else None
+        dw_RI = sizes.new_gradient(w_RI) if needs_w else None
         dbias_R = x_TI.new_zeros(len(w_RI)) if needs_bias else None
-        parts = zip(token_N.split(sizes.counts), sizes.split(dhidden_F.contiguous()), weights, sizes.rows, strict=True)
+        per_rank = (w_RI.split(sizes.ranks), sizes.rows)
+        parts = zip(token_N.split(sizes.counts), sizes.split(dhidden_F.contiguous()), *per_rank, strict=True)
         with without_autocast(x_TI):
             for token_n, dhidden_nr, w_rI, rows in parts:
                 if not len(token_n):
                     continue
                 if dx_TI is not None:
-                    dx_TI.index_add_(0, token_n, dhidden_nr @ w_rI)
+                    dx_TI.index_add_(0, token_n, dhidden_nr @ w_rI.to(x_TI.dtype))
                 if dw_RI is not None:
-                    torch.mm(dhidden_nr.T, x_TI.index_select(0, token_n), out=dw_RI[rows])
+                    _multiply_into(dw_RI[rows], dhidden_nr.T, x_TI.index_select(0, token_n))
                 if dbias_R is not None:
                     torch.sum(dhidden_nr, dim=0, out=dbias_R[rows])
-        dw_RI = None if dw_RI is None else dw_RI.to(w_RI.dtype)
         return dx_TI, dw_RI, None if dbias_R is None else dbias_R.to(ctx.bias_dtype), None, None
 
 
@@ -148,10 +172,10 @@ class _Contract(torch.autograd.Function):
         ctx.sizes = sizes
         y_TO = hidden_F.new_zeros(count, w_RO.shape[1])
         slots = (token_N.split(sizes.counts), weight_N[:, None].to(hidden_F.dtype).split(sizes.counts))
-        parts = zip(*slots, sizes.split(hidden_F), w_RO.to(hidden_F.dtype).split(sizes.ranks), strict=True)
+        parts = zip(*slots, sizes.split(hidden_F), w_RO.split(sizes.ranks), strict=True)
         for token_n, weight_n1, hidden_nr, w_rO in parts:
             if len(token_n):
-                y_TO.index_add_(0, token_n, (hidden_nr * weight_n1) @ w_rO)
+                y_TO.index_add_(0, token_n, (hidden_nr * weight_n1) @ w_rO.to(hidden_F.dtype))
         return y_TO
 
     @staticmethod
@@ -160,19 +184,26 @@ class _Contract(torch.autograd.Function):
         hidden_F, weight_N, w_RO, token_N = ctx.saved_tensors
         sizes: _Sizes = ctx.sizes
         dhidden_F, dweight_N = torch.empty_like(hidden_F), torch.empty_like(weight_N)
-        # rows of experts without a slot stay zero
-        dw_RO = torch.zeros_like(w_RO, dtype=hidden_F.dtype) if ctx.needs_input_grad[2] else None
+        dw_RO = sizes.new_gradient(w_RO) if ctx.needs_input_grad[2] else None
         per_slot = [t.split(sizes.counts) for t in (token_N, weight_N[:, None].to(hidden_F.dtype), dweight_N)]
-        per_rank = (w_RO.to(hidden_F.dtype).split(sizes.ranks), sizes.rows)
+        per_rank = (w_RO.split(sizes.ranks), sizes.rows)
         parts = zip(*per_slot, sizes.split(hidden_F), sizes.split(dhidden_F), *per_rank, strict=True)
         with without_autocast(hidden_F):
             for token_n, weight_n1, dweight_n, hidden_nr, dhidden_nr, w_rO, rows in parts:
                 if not len(token_n):
                     continue
                 dy_nO = dy_TO.index_select(0, token_n)
-                dgated_nr = dy_nO @ w_rO.T
-                torch.sum(dgated_nr * hidden_nr, dim=1, dtype=weight_N.dtype, out=dweight_n)
+                dgated_nr = dy_nO @ w_rO.to(hidden_F.dtype).T
                 torch.mul(dgated_nr, weight_n1, out=dhidden_nr)
+                torch.sum(dgated_nr.mul_(hidden_nr), dim=1, dtype=weight_N.dtype, out=dweight_n)
                 if dw_RO is not None:
-                    torch.mm((hidden_nr * weight_n1).T, dy_nO, out=dw_RO[rows])
-        return dhidden_F, dweight_N, None if dw_RO is None else dw_RO.to(w_RO.dtype), None, None, None
+                    _multiply_into(dw_RO[rows], torch.mul(hidden_nr, weight_n1, out=dgated_nr).T, dy_nO)
+        return dhidden_F, dweight_N, dw_RO, None, None, None
+
+
+def _multiply_into(product: Tensor, left: Tensor, right: Tensor) -> None:
+    """left right, in the dtype of `product`."""
+    if product.dtype == left.dtype:
+        torch.mm(left, right, out=product)
+    else:
+        product.copy_(left @ right)

@@ -5,6 +5,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+from mixora.routing import Routing
+
 
 def sort_by_expert(experts_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     """Places of the flattened slots with those of each expert next to each other, and how many each expert has.
@@ -15,6 +17,18 @@ def sort_by_expert(experts_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor
     expert_N = experts_TK.flatten()
     counts = expert_N.new_zeros(num_experts + 1).index_add_(0, expert_N, torch.ones_like(expert_N))
     return expert_N.argsort(stable=True), counts[:num_experts]
+
+
+def turn_to_slots(place_N: Tensor, routing: Routing) -> Tensor:
+    """Places in the flattened [T, K] as places in the flattened [K, T]."""
+    tokens, top_k = routing.experts_TK.shape
+    return place_N % top_k * tokens + place_N // top_k
+
+
+def turn_to_tokens(place_N: Tensor, routing: Routing) -> Tensor:
+    """Places in the flattened [K, T] as places in the flattened [T, K]."""
+    tokens, top_k = routing.experts_TK.shape
+    return place_N % tokens * top_k + place_N // tokens
 
 
 def cast_as_autocast(tensor: Tensor) -> Tensor:

@@ -28,11 +28,22 @@ class Stacked(Kernel):
         """The slots with `function` applied to each number."""
         return function(slots)
 
+    def by_slot(self, slots: Tensor, routing: Routing) -> Tensor:
+        """The hidden of all experts once per slot: [K T, R]."""
+        return slots.repeat(routing.experts_TK.shape[1], 1)
+
+    def by_token(self, slots: Tensor, routing: Routing) -> Tensor:
+        """The hidden of each chosen expert from its slot: [T, R]."""
+        chosen_SR = slots * self._spread(routing.by_slot().unweighted(), slots)
+        return chosen_SR.view(routing.experts_TK.shape[1], -1, slots.shape[1]).sum(dim=0)
+
     def contract(self, slots: Tensor, w_RO: Tensor, routing: Routing) -> Tensor:
         """Weighted sum over the experts of each token: [T, O]."""
-        gates_TE = routing.gates_TE().to(slots.dtype)
-        gates_TR = gates_TE @ segments_ER(self.ranks, slots.dtype, slots.device)
-        return (slots * gates_TR) @ w_RO.to(slots.dtype)
+        return (slots * self._spread(routing, slots)) @ w_RO.to(slots.dtype)
+
+    def _spread(self, routing: Routing, slots: Tensor) -> Tensor:
+        """The gate of its expert for each rank, in the dtype of the slots: [T, R]."""
+        return routing.gates_TE().to(slots.dtype) @ segments_ER(self.ranks, slots.dtype, slots.device)
 
 
 _segments: dict[tuple[tuple[int, ...], torch.dtype, torch.device], Tensor] = {}

@@ -79,11 +79,14 @@ def softmax(z_TC: Tensor) -> Tensor:
 
 
 class _Softmax(torch.autograd.Function):
+    """Probabilities below the smallest normal number are 0: a product with them takes a CPU many times as long."""
+
     @staticmethod
     def forward(ctx: Any, z_TC: Tensor) -> Tensor:
         ctx.set_materialize_grads(False)
         powers_TC = (z_TC - z_TC.amax(dim=-1, keepdim=True)).exp_()
         p_TC = powers_TC.div_(powers_TC.sum(dim=-1, keepdim=True))
+        torch.threshold_(p_TC, torch.finfo(p_TC.dtype).tiny, 0.0)
         ctx.save_for_backward(p_TC)
         return p_TC
 
