@@ -8,7 +8,8 @@ of its input among those that are made. Variants take turns on one thread; figur
 - `pesc`: the recipe's experts behind the module, against one adapter as wide as what a token uses.
 - `mixlora`: the recipe's experts in the module's linears, against the order of operations in which the last frozen
   linear runs for every chosen expert and the results are summed: expert by expert, and for all slots at once.
-- `adamix-lora`: two passes that are compared, against two passes with the task's own loss.
+- `adamix-lora`: two passes that are compared, against two plain forwards: ordinary logits, cross entropy of the first,
+  both divergences written out, one backward; and against two passes with the task's own loss, not compared.
 - growth: a linear with experts and router, kernel `auto`, as experts, tokens or the share of one expert grow.
 
 A ratio is the time (memory) of ours over that of the other.
@@ -156,7 +157,7 @@ def mixlora_steps(rank: int, dtype: torch.dtype) -> dict[str, Step]:
 
 
 def adamix_steps(layers: int, dtype: torch.dtype, device: str = "cpu") -> dict[str, Step]:
-    """A step with the consistency loss, and two passes forward and backward with the task's loss, not fused."""
+    """A step with the consistency loss, the same by hand, and two passes with the task's loss alone, not fused."""
     batch = make_batch(device)
 
     def adapt_all(**changes: Any) -> Any:
@@ -173,11 +174,26 @@ def adamix_steps(layers: int, dtype: torch.dtype, device: str = "cpu") -> dict[s
             loss.backward()
         return loss.item()
 
+    def run_by_hand() -> object:
+        plain.zero_grad(set_to_none=True)
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+            p, q = (plain(input_ids=batch["input_ids"]).logits[:, :-1].flatten(0, 1).float() for _ in range(2))
+            task = F.cross_entropy(p, batch["labels"][:, 1:].flatten())
+            loss = task + (_divergence(p, q.detach()) + _divergence(q, p.detach())) / 2
+        loss.backward()
+        return loss.item()
+
     return {
         "mixora": lambda: run(ours, True, 1),
+        "two plain forwards": run_by_hand,
         "two passes": lambda: run(plain, False, 2),
         "mixora, loss not fused": lambda: run(ours, False, 1),
     }
+
+
+def _divergence(from_NC: Tensor, of_NC: Tensor) -> Tensor:
+    """KL(of || from), the mean over tokens, as one writes it."""
+    return F.kl_div(F.log_softmax(from_NC, dim=-1), F.softmax(of_NC, dim=-1), reduction="batchmean")
 
 
 def make_linear(case: Case) -> tuple[Any, Tensor]:

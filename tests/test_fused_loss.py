@@ -182,7 +182,7 @@ def test_the_whole_logits_never_exist():
     with Largest() as largest:
         task, agreement = cross_entropy_and_agreement(first, second, *swap(rest), 0.1)
         (task + agreement).backward()
-    assert largest.numbers == fused_loss.CHUNK * vocabulary
+    assert largest.numbers == 2 * fused_loss.CHUNK * vocabulary
 
 
 def test_unsupervised_tokens_cost_nothing():

@@ -200,6 +200,11 @@ class Loss(ABC):
 class PassLoss(Loss):
     """Compares the outputs of two forward passes over the same batch, whose routes differ."""
 
+    @property
+    def recomputes(self) -> bool:
+        """Whether the first pass keeps no activations and is run again in backward, when the second one's are gone."""
+        return False
+
     @abstractmethod
     def of_items(self, first_NC: Tensor, second_NC: Tensor, is_regression: bool) -> Tensor:
         """The loss of each of N items (examples, or supervised tokens) with C outputs: fp32 [N], no coefficient."""

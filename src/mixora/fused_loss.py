@@ -14,7 +14,9 @@ from mixora.errors import TrainingError
 
 IGNORED = -100
 CHUNK = 128
-"""Tokens at a time: fastest in bf16; fp32 gains a little from more, at more memory (benchmarks/fused_loss.py)."""
+"""Tokens at a time; on a CPU twice as many where the head is in 16 bits (benchmarks/fused_loss.py)."""
+BLOCK = 2**16
+"""Logits at a time, on a CPU, between the products: few enough to stay in a core's cache."""
 
 
 def cross_entropy(
@@ -84,47 +86,79 @@ class _Head:
     bias_V: Tensor | None
     smoothing: float
 
-    def put_gradient(self, into_TI: Tensor | None, rows_C: Tensor, of_logits_CV: Tensor) -> None:
-        if into_TI is not None:
-            into_TI[rows_C] = (of_logits_CV.to(self.weight_VI.dtype) @ self.weight_VI).to(into_TI.dtype)
+    def put_logits(self, into_PV: Tensor, x_PI: Tensor) -> None:
+        factors = x_PI.to(self.weight_VI.dtype), self.weight_VI.T
+        if self.bias_V is None:
+            torch.mm(*factors, out=into_PV)
+        else:
+            torch.addmm(self.bias_V, *factors, out=into_PV)
 
 
-class _Logits:
-    """Room for the logits of a chunk, in at least fp32, that is used again for the next one: fresh memory costs more.
+class _Sweep:
+    """Goes over the supervised tokens of one pass or two, chunk by chunk, in memory that every chunk uses again.
 
-    On a CPU products in low precision are about twice as fast transposed, [V, C].
+    `hidden`: the hidden states of each pass. `gradients`: by the first ones, of the cross entropy; by the second ones,
+    of twice the agreement, with the sign changed. Empty where none are wanted.
     """
 
-    def __init__(self, head: _Head, hidden_TI: Tensor, most: int) -> None:
-        self.head, weight_VI = head, head.weight_VI
-        dtype = torch.promote_types(torch.promote_types(hidden_TI.dtype, weight_VI.dtype), torch.float32)
-        self.is_flipped = weight_VI.itemsize < 4 and weight_VI.device.type == "cpu"
-        size = (len(weight_VI), most) if self.is_flipped else (most, len(weight_VI))
-        self.product = weight_VI.new_empty(size)
-        self.wide = self.product if dtype == weight_VI.dtype else weight_VI.new_empty(size, dtype=dtype)
+    def __init__(self, head: _Head, hidden: list[Tensor], labels_T: Tensor, wants_gradient: bool) -> None:
+        self.head, self.hidden, self.labels_T = head, hidden, labels_T
+        self.gradients = [torch.zeros_like(hidden_TI) for hidden_TI in hidden] if wants_gradient else []
+        self.tokens_N = (labels_T != IGNORED).nonzero().squeeze(1)
+        weight_VI, on_cpu = head.weight_VI, head.weight_VI.device.type == "cpu"
+        # as many bytes, and a CPU's products in 16 bits want more rows
+        self.chunk = 2 * CHUNK if on_cpu and weight_VI.itemsize < 4 else CHUNK
+        most = min(self.chunk, len(self.tokens_N))
+        self.block = max(BLOCK // len(weight_VI), 1) if on_cpu else self.chunk
+        self.logits = weight_VI.new_empty(len(hidden) * most, len(weight_VI))
+        dtype = torch.promote_types(torch.promote_types(hidden[0].dtype, weight_VI.dtype), torch.float32)
+        copies = 0 if dtype == weight_VI.dtype else len(hidden)
+        room = weight_VI.new_empty(copies + len(hidden) - 1, min(self.block, most), len(weight_VI), dtype=dtype)
+        self.wide, self.ratio = room[:copies], room[copies:]
 
-    def cut(self, whole: Tensor, count: int) -> Tensor:
-        """The part of such room that `count` tokens need: [C, V]."""
-        return whole[:, :count].T if self.is_flipped else whole[:count]
+    def run(self) -> tuple[Tensor, Tensor]:
+        """Both sums; leaves the gradients behind."""
+        sums = [of_block for rows_C in self.tokens_N.split(self.chunk) for of_block in self._run(rows_C)]
+        task, agreement = (torch.stack(values).sum() for values in zip(*sums, strict=True))
+        return task, agreement
 
-    def fill(self, x_CI: Tensor) -> Tensor:
-        """The logits of a chunk, less the largest of each token: [C, V]."""
-        weight_VI, bias_V, count = self.head.weight_VI, self.head.bias_V, len(x_CI)
-        x_CI = x_CI.to(weight_VI.dtype)
-        if self.is_flipped:
-            product, wide = self.product[:, :count], self.wide[:, :count]
-            factors, bias = (weight_VI, x_CI.T), None if bias_V is None else bias_V[:, None]
+    def _run(self, rows_C: Tensor) -> list[tuple[Tensor, Tensor]]:
+        passes = len(self.hidden)
+        z_PV = self.logits[: passes * len(rows_C)]
+        rows = [hidden_TI[rows_C] for hidden_TI in self.hidden]
+        self.head.put_logits(z_PV, torch.cat(rows) if passes > 1 else rows[0])
+        del rows
+        blocks = zip(*(z_CV.split(self.block) for z_CV in z_PV.chunk(passes)), strict=True)
+        labels = self.labels_T[rows_C].split(self.block)
+        sums = [self._reduce(z, labels_r) for z, labels_r in zip(blocks, labels, strict=True)]
+        if self.gradients:
+            for into_TI, of_CI in zip(self.gradients, (z_PV @ self.head.weight_VI).chunk(passes), strict=True):
+                into_TI[rows_C] = of_CI.to(into_TI.dtype)
+        return sums
+
+    def _reduce(self, z: tuple[Tensor, ...], labels_r: Tensor) -> tuple[Tensor, Tensor]:
+        """The cross entropy of a block of tokens, and 1/2 sum (p - q) (log p - log q), or 0 for one pass.
+
+        `z`: the logits of each pass, [r, V]; what `gradients` are made from takes their place.
+        """
+        wide = [self._widen(number, z_rV) for number, z_rV in enumerate(z)]
+        p_rV, smoothing = wide[0], self.head.smoothing
+        task_r, agreement = -_label_scores(p_rV, labels_r, smoothing), p_rV.new_zeros(())
+        if len(wide) == 1:
+            task_r += _normalise(p_rV)
         else:
-            product, wide = self.product[:count], self.wide[:count]
-            factors, bias = (x_CI, weight_VI.T), bias_V
-        if bias is None:
-            torch.mm(*factors, out=product)
-        else:
-            torch.addmm(bias, *factors, out=product)
-        if wide.dtype != product.dtype:
-            wide.copy_(product)
-        z_CV = wide.T if self.is_flipped else wide
-        return z_CV.sub_(z_CV.amax(dim=-1, keepdim=True))
+            log_sum_r, agreement = _compare(p_rV, wide[1], self.ratio[0, : len(p_rV)])
+            task_r += log_sum_r
+        _subtract_labels(p_rV, labels_r, smoothing)
+        if len(self.wide):
+            for z_rV, wide_rV in zip(z, wide, strict=True):
+                z_rV.copy_(wide_rV)
+        return task_r.sum(), agreement
+
+    def _widen(self, number: int, z_rV: Tensor) -> Tensor:
+        """The logits of a block in at least fp32, less the largest of each token; in place where they are so wide."""
+        wide_rV = self.wide[number, : len(z_rV)].copy_(z_rV) if len(self.wide) else z_rV
+        return wide_rV.sub_(wide_rV.amax(dim=-1, keepdim=True))
 
 
 class _Sums(torch.autograd.Function):
@@ -133,32 +167,9 @@ class _Sums(torch.autograd.Function):
         ctx: Any, first_TI: Tensor, second_TI: Tensor | None, head: _Head, labels_T: Tensor, wants_gradient: bool
     ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        of_task_TI = torch.zeros_like(first_TI) if wants_gradient else None
-        of_agreement_TI = torch.zeros_like(first_TI) if wants_gradient and second_TI is not None else None
-        tokens_N = (labels_T != IGNORED).nonzero().squeeze(1)
-        most = min(CHUNK, len(tokens_N))
-        room = _Logits(head, first_TI, most)
-        other = None if second_TI is None else _Logits(head, second_TI, most)
-        ratio = None if other is None else torch.empty_like(other.wide)
-
-        def sweep(rows_C: Tensor) -> tuple[Tensor, Tensor]:
-            z_CV, labels_C = room.fill(first_TI[rows_C]), labels_T[rows_C]
-            task_C = _label_scores(z_CV, labels_C, head.smoothing)
-            agreement = z_CV.new_zeros(())
-            if second_TI is None or other is None or ratio is None:
-                log_sum_C = _normalise(z_CV)
-            else:
-                log_sum_C, agreement, apart_CV = _compare(
-                    z_CV, other.fill(second_TI[rows_C]), room.cut(ratio, len(rows_C))
-                )
-                head.put_gradient(of_agreement_TI, rows_C, apart_CV)
-            if wants_gradient:
-                head.put_gradient(of_task_TI, rows_C, _subtract_labels(z_CV, labels_C, head.smoothing))
-            return (log_sum_C - task_C).sum(), agreement
-
-        chunks = tokens_N.split(CHUNK)
-        task, agreement = (torch.stack(values).sum() for values in zip(*map(sweep, chunks), strict=True))
-        ctx.save_for_backward(of_task_TI, of_agreement_TI)
+        sweep = _Sweep(head, [first_TI] if second_TI is None else [first_TI, second_TI], labels_T, wants_gradient)
+        task, agreement = sweep.run()
+        ctx.save_for_backward(*sweep.gradients)
         return task, agreement
 
     @staticmethod
@@ -167,12 +178,12 @@ class _Sums(torch.autograd.Function):
             raise TrainingError(
                 "fused loss: has no second derivative; valid: create_graph=False, or train with fused_loss=False"
             )
-        of_task_TI, of_agreement_TI = ctx.saved_tensors
+        of_task_TI, *of_agreement_TI = ctx.saved_tensors
         first_TI = None if by_task is None else of_task_TI * by_task
         second_TI = None
-        if by_agreement is not None and of_agreement_TI is not None:
+        if by_agreement is not None and of_agreement_TI:
             # both passes share the head, so what pulls one way here pulls the other way there
-            second_TI = of_agreement_TI * -by_agreement
+            second_TI = of_agreement_TI[0] * (-by_agreement / 2)
             first_TI = -second_TI if first_TI is None else first_TI.sub_(second_TI)
         return first_TI, second_TI, None, None, None
 
@@ -184,26 +195,26 @@ def _label_scores(z_CV: Tensor, labels_C: Tensor, smoothing: float) -> Tensor:
 
 
 def _normalise(z_CV: Tensor) -> Tensor:
-    """Make logits probabilities, in place; the logarithm of what they were divided by: [C]."""
+    """Turn logits into probabilities, in place; the logarithm of what they were divided by: [C]."""
     sum_C1 = z_CV.exp_().sum(dim=-1, keepdim=True)
-    z_CV.div_(sum_C1)
+    z_CV.mul_(1 / sum_C1)
     return sum_C1.squeeze(1).log()
 
 
-def _subtract_labels(p_CV: Tensor, labels_C: Tensor, smoothing: float) -> Tensor:
+def _subtract_labels(p_CV: Tensor, labels_C: Tensor, smoothing: float) -> None:
     """From probabilities the gradient of the cross entropy, in place."""
     p_CV.scatter_add_(1, labels_C[:, None], torch.full_like(p_CV[:, :1], smoothing - 1))
-    return p_CV.sub_(smoothing / p_CV.shape[1]) if smoothing else p_CV
+    if smoothing:
+        p_CV.sub_(smoothing / p_CV.shape[1])
 
 
-def _compare(z_CV: Tensor, other_CV: Tensor, ratio_CV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Normalise two sets of logits to p and q, in place.
+def _compare(p_CV: Tensor, q_CV: Tensor, ratio_CV: Tensor) -> tuple[Tensor, Tensor]:
+    """Normalise two sets of logits to p and q, in place, then put p - q in the place of q.
 
-    Returns the logarithm of p's sum, 1/2 sum (p - q) (log p - log q), and its gradient (p - q) / 2 by the first logits,
-    which takes the place of q. `ratio_CV`: room to work in.
+    Returns the logarithm of p's sum, and 1/2 sum (p - q) (log p - log q). `ratio_CV`: room to work in.
     """
-    torch.sub(z_CV, other_CV, out=ratio_CV)
-    log_sum_C, log_other_C = _normalise(z_CV), _normalise(other_CV)
-    apart_CV = torch.sub(z_CV, other_CV, out=other_CV).div_(2)
-    shift_C = (log_other_C - log_sum_C) * apart_CV.sum(dim=-1)
-    return log_sum_C, ratio_CV.mul_(apart_CV).sum() + shift_C.sum(), apart_CV
+    torch.sub(p_CV, q_CV, out=ratio_CV)
+    log_p_C, log_q_C = _normalise(p_CV), _normalise(q_CV)
+    apart_CV = torch.sub(p_CV, q_CV, out=q_CV)
+    shift_C = (log_q_C - log_p_C) * apart_CV.sum(dim=-1)
+    return log_p_C, (ratio_CV.mul_(apart_CV).sum() + shift_C.sum()) / 2

@@ -4,7 +4,7 @@ arXiv 2106.14448)."""
 from typing import Annotated
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -13,9 +13,20 @@ from mixora.contracts import PassLoss
 
 
 class ConsistencyConfig(Strict):
-    """`coefficient` weighs the loss against the task's; 0 switches it, and with it the second pass, off."""
+    """`coefficient` weighs the loss against the task's; 0 switches it, and with it the second pass, off.
+
+    `recompute`: keep the activations of one pass at a time, and run the first one again in backward: the same
+    gradients for less memory and one more forward pass.
+    """
 
     coefficient: Annotated[float, Field(ge=0)] = 0.0
+    recompute: bool = False
+
+    @model_validator(mode="after")
+    def _fits(self) -> "ConsistencyConfig":
+        if self.recompute and not self.coefficient:
+            raise ValueError("recompute has no effect with coefficient 0; valid: recompute with a coefficient above 0")
+        return self
 
 
 class Consistency(PassLoss):
@@ -25,6 +36,11 @@ class Consistency(PassLoss):
     """
 
     Config = ConsistencyConfig
+
+    @property
+    def recomputes(self) -> bool:
+        """As configured."""
+        return bool(self.config.recompute)
 
     def of_items(self, first_NC: Tensor, second_NC: Tensor, is_regression: bool) -> Tensor:
         """As the class says: fp32 (fp64 for fp64 outputs) [N]."""

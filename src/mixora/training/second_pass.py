@@ -1,17 +1,20 @@
 """A second forward pass over each batch, with routes of its own, and the losses that compare the two (AdaMix)."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mixora.contracts import PassLoss
 from mixora.entrances import followed_by
 from mixora.errors import TrainingError
 from mixora.fused_loss import IGNORED
 from mixora.mixture import mixtures_of
+from mixora.passes import current, replay
 
 Pair = tuple[Tensor | None, Tensor | None]
 """The logits of both passes, as the model gives them; None where it gives none."""
@@ -40,10 +43,11 @@ def second_passes(model: nn.Module, close: Callable[[Any, Any], None] | None = N
     `close` is called with both outputs (None for a second one that is not run), and may change the first.
     """
     pairs: list[Pair] = []
-    compares = model.training and bool(pass_losses(model))
+    losses = pass_losses(model) if model.training else []
+    base = base_of(model)
 
     def follow(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        second = _run_again(module, args, kwargs) if compares else None
+        second = _run_again(module, args, kwargs) if losses else None
         if close is not None:
             close(output, second)
         if second is not None:
@@ -52,10 +56,11 @@ def second_passes(model: nn.Module, close: Callable[[Any, Any], None] | None = N
                 output["logits"] = _Hang.apply(*pairs[-1])
         return output
 
-    if not compares and close is None:
+    if not losses and close is None:
         yield pairs
         return
-    with followed_by(base_of(model), follow):
+    recomputes = any(loss.recomputes for _, loss, _ in losses)
+    with followed_by(base, follow), _recomputed(base) if recomputes else nullcontext():
         yield pairs
 
 
@@ -63,6 +68,33 @@ def _run_again(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     # an encoder-decoder makes its decoder's input from the labels
     dropped = {"num_items_in_batch", *(() if module.config.is_encoder_decoder else ("labels",))}
     return module(*args, **{name: value for name, value in kwargs.items() if name not in dropped})
+
+
+@contextmanager
+def _recomputed(base: nn.Module) -> Iterator[None]:
+    """Have the first pass through `base` keep no activations while open, but run again in backward.
+
+    Autograd works on the latest pass first, so the second one's activations are gone by then.
+    """
+    own, replaced = base.forward, vars(base).get("forward")
+    is_first = True
+
+    @wraps(own)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        nonlocal is_first
+        here, is_mine = current(), is_first
+        is_first = False
+        if here is None or not is_mine:
+            return own(*args, **kwargs)
+        return checkpoint(own, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), replay(here)), **kwargs)
+
+    base.forward = forward
+    try:
+        yield
+    finally:
+        del base.forward
+        if replaced is not None:
+            base.forward = replaced
 
 
 class _Hang(torch.autograd.Function):
