@@ -162,7 +162,7 @@ def _find_obstacle_to_routing(module: Any, adapter: str, x: Tensor, x_TI: Tensor
     """Why routing cannot be part of the launch that multiplies; None where it can."""
     router = module.parts[adapter].router
     if router.is_static or not router.is_plain(module.training):
-        return "more than softmax and top-k decides its routes"
+        return "its router is not softmax and top-k alone"
     if dropout:
         return "its experts' input has dropout"
     if x_TI.dtype != x.dtype:

@@ -167,9 +167,9 @@ def test_recomputed_layers_compute_the_same():
     ("recipe", "changes", "reason"),
     [
         ("mola", {"num_experts": 4, "top_k": 2, "dropout": 0.3}, "its experts' input has dropout"),
-        ("sira", {"num_experts": 4, "top_k": 2}, "more than softmax and top-k decides its routes"),
-        ("adamoe", {"num_experts": 3, "null_experts": 2, "top_k": 2}, "more than softmax and top-k"),
-        ("lora", {}, "more than softmax and top-k"),
+        ("sira", {"num_experts": 4, "top_k": 2}, "its router is not softmax and top-k alone"),
+        ("adamoe", {"num_experts": 3, "null_experts": 2, "top_k": 2}, "its router is not softmax and top-k alone"),
+        ("lora", {}, "its router is not softmax and top-k alone"),
     ],
 )
 def test_where_routes_need_more_joint_computes(recipe, changes, reason, caplog):
