@@ -7,7 +7,7 @@ of 64 tokens fills the cache; a step then takes one more token for each sequence
 """
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,18 @@ from benchmarks.training_step import make_base, make_lora, make_mixture
 PROMPT = 64
 
 
-def variants(layers: int, dtype: torch.dtype, batch: int) -> Iterator[tuple[str, Step]]:
+def variants(
+    layers: int, dtype: torch.dtype, batch: int, device: str = "cpu", make_base: Callable[..., Any] = make_base
+) -> Iterator[tuple[str, Step]]:
     """Each with a base of its own."""
-    prompt_BS = torch.randint(0, 49152, (batch, PROMPT), generator=torch.Generator().manual_seed(1))
+
+    def make() -> Any:
+        return make_base(layers, dtype, device)
 
     def make_step(model: Any) -> Step:
         model.eval()
+        generator = torch.Generator().manual_seed(1)
+        prompt_BS = torch.randint(0, model.config.vocab_size, (batch, PROMPT), generator=generator).to(device)
         cache = DynamicCache()
 
         @torch.no_grad()
@@ -42,17 +48,19 @@ def variants(layers: int, dtype: torch.dtype, batch: int) -> Iterator[tuple[str,
 
         return step
 
-    yield "frozen base", make_step(make_base(layers, dtype))
-    yield "PEFT LoRA r=16", make_step(make_lora(make_base(layers, dtype)))
-    yield "mixora", make_step(make_mixture(make_base(layers, dtype)))
-    yield "mixora, kernel loop", make_step(make_mixture(make_base(layers, dtype), kernel="loop"))
+    yield "frozen base", make_step(make())
+    yield "PEFT LoRA r=16", make_step(make_lora(make()))
+    yield "mixora", make_step(make_mixture(make()))
+    yield "mixora, kernel loop", make_step(make_mixture(make(), kernel="loop"))
 
 
-def measure(dtype_name: str, batch: int, layers: int, repeats: int) -> list[dict[str, Any]]:
-    """A row for each variant."""
-    steps = dict(variants(layers, getattr(torch, dtype_name), batch))
+def measure(
+    dtype_name: str, batch: int, layers: int, repeats: int, device: str = "cpu", **given: Any
+) -> list[dict[str, Any]]:
+    """A row for each variant; `given` to `variants`."""
+    steps = dict(variants(layers, getattr(torch, dtype_name), batch, device, **given))
     rows = []
-    for name, found in compare(steps, "PEFT LoRA r=16", repeats).items():
+    for name, found in compare(steps, "PEFT LoRA r=16", repeats, device).items():
         row = {"dtype": dtype_name, "batch": batch, "variant": name, **found}
         rows.append(row)
         print(row, flush=True)

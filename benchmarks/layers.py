@@ -156,9 +156,11 @@ def mixlora_steps(rank: int, dtype: torch.dtype) -> dict[str, Step]:
     return {name: make_step(model, draw_input(dtype)) for name, model in mixlora_models(rank, dtype).items()}
 
 
-def adamix_steps(layers: int, dtype: torch.dtype, device: str = "cpu") -> dict[str, Step]:
+def adamix_steps(
+    layers: int, dtype: torch.dtype, device: str = "cpu", make_base: Any = make_base, batch: Any = None
+) -> dict[str, Step]:
     """A step with the consistency loss, the same by hand, and two passes with the task's loss alone, not fused."""
-    batch = make_batch(device)
+    batch = batch or make_batch(device)
 
     def adapt_all(**changes: Any) -> Any:
         config = mixora.recipe("adamix-lora", task_type="CAUSAL_LM", **changes)

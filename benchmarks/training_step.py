@@ -8,7 +8,7 @@ gets it: in bfloat16, weights in bfloat16 under autocast. A step is forward, los
 """
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -59,9 +59,16 @@ def make_mixture(base: Any, **changes: Any) -> Any:
     return fill(peft.get_peft_model(base, mixora.recipe("mola", task_type="CAUSAL_LM", **{**settings, **changes})))
 
 
-def variants(layers: int, dtype: torch.dtype, device: str = "cpu") -> Iterator[tuple[str, Step]]:
-    """Each with a base of its own."""
-    batch = make_batch(device)
+def variants(
+    layers: int,
+    dtype: torch.dtype,
+    device: str = "cpu",
+    make_base: Callable[..., Any] = make_base,
+    batch: Mapping[str, torch.Tensor] | None = None,
+    kernels: Sequence[str] = ("loop",),
+) -> Iterator[tuple[str, Step]]:
+    """Each with a base of its own. `kernels`: those that are named, besides what `auto` stands for."""
+    batch = batch or make_batch(device)
 
     def make_step(model: Any, fused: bool, is_ours: bool) -> Step:
         trained = [p for p in model.parameters() if p.requires_grad]
@@ -80,12 +87,16 @@ def variants(layers: int, dtype: torch.dtype, device: str = "cpu") -> Iterator[t
     ours = make_mixture(make_base(layers, dtype, device))
     yield "mixora", make_step(ours, True, True)
     yield "mixora, loss not fused", make_step(ours, False, True)
-    yield "mixora, kernel loop", make_step(make_mixture(make_base(layers, dtype, device), kernel="loop"), True, True)
+    for kernel in kernels:
+        model = make_mixture(make_base(layers, dtype, device), kernel=kernel)
+        yield f"mixora, kernel {kernel}", make_step(model, True, True)
 
 
-def measure(dtype_name: str, layers: int, repeats: int, with_memory: bool, device: str = "cpu") -> list[dict[str, Any]]:
-    """A row for each variant."""
-    steps = dict(variants(layers, getattr(torch, dtype_name), device))
+def measure(
+    dtype_name: str, layers: int, repeats: int, with_memory: bool, device: str = "cpu", **given: Any
+) -> list[dict[str, Any]]:
+    """A row for each variant; `given` to `variants`."""
+    steps = dict(variants(layers, getattr(torch, dtype_name), device, **given))
     times = compare(steps, "PEFT LoRA r=16", repeats, device)
     peaks = {name: peak_mebibytes(step, device) for name, step in steps.items()} if with_memory else {}
     rows = []

@@ -39,7 +39,7 @@ FAMILIES = [
     (tiny_t5, "encoder.block.0.layer.1.DenseReluDense", 4, 32),
 ]
 # kernels for experts behind a module
-APART = [name for name in KERNELS if name != "joint"]
+APART = [name for name, kernel in KERNELS.items() if not kernel.joins]
 MAKERS = [family[0] for family in FAMILIES]
 
 

@@ -2,16 +2,15 @@
 
     python -m benchmarks.gpu.run [--tiny] [--device cuda] [--out FILE]
 
-Each section has a budget of seconds; one that fails or runs out of it leaves its error in the file, and the next one
-begins. The file is written anew after each section. Without CUDA every section is skipped, with the reason; `--device
-cpu` runs them all on a CPU. `--tiny`: sizes at which that takes seconds.
+Models have Llama's 1B and 8B shapes in bf16 and random weights, the 8B few blocks and extrapolated (see `llama`); steps
+have their fraction of the roofline (see `roofline`). Sections come in the order of their weight. Each has a budget of
+seconds; one that fails or runs out of it leaves its error in the file, and the next one begins. The file is written
+anew after each section. Without CUDA every section is skipped, with the reason; `--device cpu` runs them all on a CPU.
+`--tiny`: sizes at which that takes a minute. What the kernels compute on a GPU is tested by `pytest tests/kernels`.
 """
 
 import argparse
 import gc
-import importlib
-import importlib.util
-import inspect
 import json
 import platform
 import shlex
@@ -23,6 +22,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from torch import Tensor
 
 import mixora.fused_loss
 from benchmarks import fused_loss, kernels, layers, training_step
+from benchmarks.gpu import llama, roofline
 from benchmarks.measuring import RESULTS, peak_mebibytes, time_together
 from mixora.kernels import KERNELS
 
@@ -41,7 +42,6 @@ TOLERANCE = {"float32": 2e-5, "bfloat16": 3e-2}
 @dataclass(frozen=True)
 class Sizes:
     device: str
-    layers: int = 30
     few_layers: int = 4
     tokens: int = 4096
     vocabulary: int = 49152
@@ -49,10 +49,29 @@ class Sizes:
     ranks: tuple[int, ...] = kernels.RANKS
     chunks: tuple[int, ...] = (64, 128, 256, 512, 1024, 2048, 4096)
     repeats: int = 15
+    small: roofline.Llama = llama.SMALL
+    one_b: roofline.Llama = llama.ONE_B
+    eight_b: roofline.Llama = llama.EIGHT_B
+    few_blocks: tuple[int, int] = (2, 6)
+    batch: tuple[int, int] = (4, 1024)
+    joined_ranks: tuple[int, ...] = (8, 32, 128)
+
+    @property
+    def peak(self) -> roofline.Peak | None:
+        """Of the device that measures."""
+        return roofline.find_peak(torch.cuda.get_device_name()) if self.device == "cuda" else None
 
 
 def make_tiny(device: str) -> Sizes:
-    return Sizes(device, 1, 1, 24, 512, (16,), (8, 512), (8, 16), 1)
+    shape = {
+        "small": llama.TINY,
+        "one_b": llama.TINY,
+        "eight_b": llama.TINY,
+        "few_blocks": (1, 2),
+        "batch": (2, 8),
+        "joined_ranks": (8,),
+    }
+    return Sizes(device, 1, 24, 512, (16,), (8, 512), (8, 16), 1, **shape)
 
 
 def describe_environment(sizes: Sizes) -> dict[str, Any]:
@@ -60,6 +79,7 @@ def describe_environment(sizes: Sizes) -> dict[str, Any]:
     if sizes.device == "cuda":
         device = torch.cuda.get_device_properties(0)
         found |= {"gpu": device.name, "cuda": torch.version.cuda, "mebibytes": device.total_memory >> 20}
+        found["peak"] = vars(sizes.peak) if sizes.peak else "not in the table of benchmarks/gpu/roofline.py"
         found |= {"capability": f"{device.major}.{device.minor}", "multiprocessors": device.multi_processor_count}
     return found
 
@@ -78,19 +98,23 @@ def check_kernels(sizes: Sizes) -> list[dict[str, Any]]:
 
 
 def check_joint(sizes: Sizes) -> list[dict[str, Any]]:
-    """A model's loss and gradients with `joint` against `stacked`."""
+    """A model's loss and gradients with kernels that compute the frozen linear too, against `loop`."""
     rows = []
     for dtype in kernels.DTYPES:
-        found = {name: _differentiate(name, getattr(torch, dtype), sizes) for name in ("joint", "stacked")}
-        rows.append(_judge("joint", dtype, found["joint"], found["stacked"], False))
+        of_dtype = getattr(torch, dtype)
+        shape = kernels.Case(16, dtype, 8).shape
+        wanted = _differentiate("loop", of_dtype, sizes)
+        for name, kernel in KERNELS.items():
+            if kernel.joins and kernel.objection(shape, of_dtype) is None:
+                rows.append(_judge(name, dtype, _differentiate(name, of_dtype, sizes), wanted, False))
     return rows
 
 
 def _differentiate(kernel: str, dtype: torch.dtype, sizes: Sizes) -> list[Tensor]:
-    base = training_step.make_base(sizes.few_layers, dtype, sizes.device)
+    base = llama.make_base(sizes.small, sizes.few_layers, dtype, sizes.device)
     # every expert serves every token, so that no rounding turns a choice
     model = training_step.make_mixture(base, kernel=kernel, top_k=8)
-    loss = model(**training_step.make_batch(sizes.device)).loss
+    loss = model(**llama.make_batch(sizes.small, *sizes.batch, sizes.device)).loss
     loss.backward()
     return [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
 
@@ -102,8 +126,8 @@ def _judge(name: str, dtype: str, found: list[Tensor], wanted: list[Tensor], ske
     return {**facts, "passed": error <= TOLERANCE[dtype]}
 
 
-def time_training(sizes: Sizes) -> list[dict[str, Any]]:
-    return training_step.measure("bfloat16", sizes.layers, sizes.repeats, True, sizes.device)
+def train_small(sizes: Sizes) -> dict[str, Any]:
+    return llama.train_whole(sizes.small, sizes.batch, _some(sizes, 5), sizes.device, sizes.peak)
 
 
 def time_fused_loss(sizes: Sizes) -> list[dict[str, Any]]:
@@ -145,29 +169,59 @@ def time_kernels(sizes: Sizes) -> dict[str, Any]:
 
 
 def time_adamix(sizes: Sizes) -> dict[str, Any]:
-    steps = layers.adamix_steps(sizes.few_layers, torch.bfloat16, sizes.device)
+    base, batch = partial(llama.make_base, sizes.small), llama.make_batch(sizes.small, *sizes.batch, sizes.device)
+    steps = layers.adamix_steps(sizes.few_layers, torch.bfloat16, sizes.device, base, batch)
     return layers.compare("adamix-lora", steps, sizes.repeats, sizes.device, layers=sizes.few_layers)
 
 
-def time_decoding(sizes: Sizes) -> Any:
-    if importlib.util.find_spec("benchmarks.decoding") is None:
-        return {"skipped": "there is no benchmarks/decoding.py"}
-    measure = importlib.import_module("benchmarks.decoding").measure
-    if "device" not in inspect.signature(measure).parameters:
-        return {"skipped": "benchmarks/decoding.py measures on a CPU alone"}
-    return measure("bfloat16", 1, sizes.layers, sizes.repeats, device=sizes.device)
+def decode_small(sizes: Sizes) -> list[dict[str, Any]]:
+    return llama.decode(sizes.small, sizes.small.layers, (1,), sizes.repeats, sizes.device, sizes.peak)
 
 
-# name, what it runs, its budget in seconds: 570 in all
+def train_one_b(sizes: Sizes) -> dict[str, Any]:
+    return llama.train_whole(sizes.one_b, sizes.batch, _some(sizes, 7), sizes.device, sizes.peak)
+
+
+def train_eight_b(sizes: Sizes) -> dict[str, Any]:
+    return llama.train_part(sizes.eight_b, sizes.few_blocks, sizes.batch, _some(sizes, 5), sizes.device, sizes.peak)
+
+
+def decode_one_b(sizes: Sizes) -> list[dict[str, Any]]:
+    return llama.decode(sizes.one_b, sizes.one_b.layers, (1, 32), sizes.repeats, sizes.device, sizes.peak)
+
+
+def decode_eight_b(sizes: Sizes) -> list[dict[str, Any]]:
+    """The larger number of blocks alone."""
+    return llama.decode(sizes.eight_b, max(sizes.few_blocks), (1, 32), sizes.repeats, sizes.device, sizes.peak)
+
+
+def time_linears(sizes: Sizes) -> list[dict[str, Any]]:
+    """A linear of the 8B shape with all kernels over R / K."""
+    width, tokens = sizes.eight_b.width, sizes.batch[0] * sizes.batch[1]
+    return [
+        llama.time_linear(width, rank, tokens, sizes.repeats, sizes.device, sizes.peak) for rank in sizes.joined_ranks
+    ]
+
+
+def _some(sizes: Sizes, most: int) -> int:
+    return min(sizes.repeats, most)
+
+
+# name, what it runs, its budget in seconds: 585 in all
 SECTIONS: list[tuple[str, Callable[[Sizes], Any], int]] = [
     ("environment", describe_environment, 10),
-    ("kernel parity", check_kernels, 40),
+    ("kernel parity", check_kernels, 30),
     ("joint parity", check_joint, 40),
-    ("training step", time_training, 180),
-    ("fused loss", time_fused_loss, 60),
-    ("kernels", time_kernels, 120),
-    ("adamix", time_adamix, 60),
-    ("decoding", time_decoding, 60),
+    ("training step, 1B", train_one_b, 90),
+    ("training step, 8B", train_eight_b, 90),
+    ("linears", time_linears, 50),
+    ("decoding, 1B", decode_one_b, 60),
+    ("decoding, 8B", decode_eight_b, 40),
+    ("kernels", time_kernels, 50),
+    ("training step, 135M", train_small, 50),
+    ("decoding, 135M", decode_small, 25),
+    ("fused loss", time_fused_loss, 20),
+    ("adamix", time_adamix, 30),
 ]
 
 

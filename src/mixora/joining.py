@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
+from mixora.kernels import triton
 from mixora.kernels.joint import Joined, contract, join
 from mixora.kernels.sorting import cast_as_autocast
 from mixora.passes import Pass
@@ -36,25 +37,26 @@ def find_obstacle(frozen: nn.Module, x: Tensor) -> str | None:
     return "is being compiled" if torch.compiler.is_compiling() else None
 
 
-def warn_once(module: Any, obstacle: str) -> None:
-    """Say why a module is computed by itself, in the log."""
+def warn_once(module: Any, obstacle: str, kernel: str = "stacked") -> None:
+    """Say in the log why `kernel` takes the place of a module's own."""
     if module.obstacle != obstacle:
         module.obstacle = obstacle
-        logger.info("%s: the frozen module %s, so kernel 'stacked' computes its experts", module.path, obstacle)
+        logger.info("%s: %s, so kernel %r computes its experts", module.path, obstacle, kernel)
 
 
 def compute(module: Any, adapter: str, x: Tensor, here: Pass) -> tuple[Tensor, Routing]:
     """What `mixture.Mixture` `module` gives for `x`, frozen part included, and the routing of its experts."""
     parts, frozen = module.parts[adapter], module.base_layer
     joined = _find_products(module, adapter, x, here)
-    routing = module.route(adapter, x, here, joined.outputs.get(module.leader_of(adapter).path))
+    weighted = joined.routings.get(module.path)
+    routing = weighted or module.route(adapter, x, here, joined.outputs.get(module.leader_of(adapter).path))
     y_TO = contract(
         joined,
         module.path,
-        None if parts.router.is_static else routing.gates_TE(),
+        None if parts.router.is_static or weighted else routing.gates_TE(),
         parts.shape.ranks,
         module.parameters_of(adapter)["B"],
-        parts.expert.scale(parts.shape),
+        1.0 if weighted else parts.expert.scale(parts.shape),
         weight_of(frozen),
         frozen.bias,
     )
@@ -73,7 +75,7 @@ def _find_products(module: Any, adapter: str, x: Tensor, here: Pass) -> Joined:
         return joined
     # what waits was made from something else: these linears do not read one input here
     members = [module] if waits else find_members(module, adapter, x)
-    here.joined[adapter] = joined = _multiply(members, adapter, x)
+    here.joined[adapter] = joined = _multiply(members, adapter, x, here)
     return joined
 
 
@@ -82,14 +84,43 @@ def find_members(module: Any, adapter: str, x: Tensor) -> list[Any]:
     return [kin for kin in module.parts[adapter].kin if kin is module or kin.can_join(adapter, x)]
 
 
-def _multiply(members: list[Any], adapter: str, x: Tensor) -> Joined:
+def _multiply(members: list[Any], adapter: str, x: Tensor, here: Pass) -> Joined:
     experts, routers, x_TI = {}, {}, cast_as_autocast(x).reshape(-1, x.shape[-1])
+    first, expert = members[0], members[0].parts[adapter].expert
+    dropout = expert.config.dropout if first.training else 0.0
+    if isinstance(first.parts[adapter].kernel, triton.Triton):
+        obstacle = _find_obstacle_to_routing(first, adapter, x, x_TI, dropout)
+        if obstacle is None:
+            return _shrink(members, adapter, x, x_TI, here)
+        warn_once(first, obstacle, "joint")
     for member in members:
         parts, leader = member.parts[adapter], member.leader_of(adapter)
         experts[member.path] = member.parameters_of(adapter)["A"]
         # where only autocast computes in low precision, routers keep theirs and multiply by themselves
         if not parts.router.is_static and x_TI.dtype == x.dtype:
             routers[leader.path] = parts.router.rows(leader.parameters_of(adapter))
-    expert = members[0].parts[adapter].expert
-    dropout = expert.config.dropout if members[0].training else 0.0
     return join(x, x_TI, experts, routers, dropout)
+
+
+def _find_obstacle_to_routing(module: Any, adapter: str, x: Tensor, x_TI: Tensor, dropout: float) -> str | None:
+    """Why routing cannot be part of the launch that multiplies; None where it can."""
+    router = module.parts[adapter].router
+    if router.is_static or not router.is_plain(module.training):
+        return "its router is not softmax and top-k alone"
+    if dropout:
+        return "its experts' input has dropout"
+    if x_TI.dtype != x.dtype:
+        return f"autocast computes in {x_TI.dtype}, routers in {x.dtype}"
+    return triton.find_obstacle(x_TI)
+
+
+def _shrink(members: list[Any], adapter: str, x: Tensor, x_TI: Tensor, here: Pass) -> Joined:
+    terms = []
+    for member in members:
+        parts, leader = member.parts[adapter], member.leader_of(adapter)
+        rows = member.parameters_of(adapter)["A"], parts.router.rows(leader.parameters_of(adapter))
+        terms.append(
+            triton.Term(member.path, *rows, parts.shape.ranks, parts.router.top_k, parts.expert.scale(parts.shape))
+        )
+    tokens = here.tokens(members[0].parts[adapter].stream, x)
+    return triton.shrink(x, x_TI, terms, tokens.valid_T, members[0].parts[adapter].router.config.renormalise)

@@ -162,7 +162,7 @@ class Mixture(nn.Module, Foldable):
             return False
         obstacle = joining.find_obstacle(self.base_layer, x)
         if obstacle is not None:
-            joining.warn_once(self, obstacle)
+            joining.warn_once(self, f"the frozen module {obstacle}")
         return obstacle is None
 
     def delta(self, adapter: str, x: Tensor, read: Tensor, here: passes.Pass) -> tuple[Tensor, Routing]:

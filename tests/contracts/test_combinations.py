@@ -73,7 +73,10 @@ def assert_same(found, expected):
 
 
 def test_every_kernel_is_allowed_somewhere():
-    assert {kernel for _, _, kernel in ALL} == set(KERNELS)
+    """But for one that cannot run on this machine."""
+    able = {n for n, kernel in KERNELS.items() if kernel.objection(Shape(IN, OUT, (RANK,)), torch.float32) is None}
+    assert {kernel for _, _, kernel in ALL} == able
+    assert set(KERNELS) - able <= {"triton"}
 
 
 @pytest.mark.parametrize(("router", "expert"), sorted({c[:2] for c in ALL}))

@@ -144,7 +144,9 @@ def test_grouped_with_unequal_ranks_is_refused():
         mixora.plan(tiny_llama(), config)
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(
+    "kernel", [n for n, k in KERNELS.items() if k.objection(Shape(8, 8, (8,)), torch.float32) is None]
+)
 def test_an_adapter_trained_with_any_kernel_loads_where_that_cannot_serve(tmp_path, kernel):
     model = adapt(tiny_llama(), grouped(kernel=kernel, capacity_factor=None)).eval()
     ids = token_ids(2, 6)

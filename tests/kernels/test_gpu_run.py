@@ -6,16 +6,10 @@ import time
 import pytest
 import torch
 
-from benchmarks import training_step
 from benchmarks.gpu import run
 from mixora import fused_loss
+from mixora.contracts import Shape
 from mixora.kernels import KERNELS
-
-
-@pytest.fixture(autouse=True)
-def small_batches(monkeypatch):
-    monkeypatch.setattr(training_step, "LENGTH", 4)
-    monkeypatch.setattr(training_step, "VOCABULARY", 64)
 
 
 def test_every_section_runs_on_a_cpu(tmp_path):
@@ -26,7 +20,8 @@ def test_every_section_runs_on_a_cpu(tmp_path):
     assert list(sections) == [name for name, _, _ in run.SECTIONS]
     assert [name for name, section in sections.items() if "error" in section] == []
     parity = sections["kernel parity"]["found"] + sections["joint parity"]["found"]
-    assert {row["kernel"] for row in parity} == set(KERNELS)
+    able = {name for name, kernel in KERNELS.items() if kernel.objection(Shape(16, 16, (8,)), torch.float32) is None}
+    assert {row["kernel"] for row in parity} == able
     assert all(row["passed"] for row in parity)
     assert {row["passes"] for row in sections["fused loss"]["found"]} == {1, 2}
     assert before == fused_loss.CHUNK

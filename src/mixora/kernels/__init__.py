@@ -9,6 +9,7 @@ from mixora.kernels.joint import Joint
 from mixora.kernels.loop import Loop
 from mixora.kernels.sorted import Sorted
 from mixora.kernels.stacked import Stacked
+from mixora.kernels.triton import Triton
 
 KERNELS: dict[str, type[Kernel]] = {
     "loop": Loop,
@@ -16,6 +17,7 @@ KERNELS: dict[str, type[Kernel]] = {
     "joint": Joint,
     "sorted": Sorted,
     "grouped": Grouped,
+    "triton": Triton,
 }
 
-__all__ = ["KERNELS", "Grouped", "Joint", "Loop", "Sorted", "Stacked"]
+__all__ = ["KERNELS", "Grouped", "Joint", "Loop", "Sorted", "Stacked", "Triton"]

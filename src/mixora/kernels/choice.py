@@ -58,8 +58,7 @@ class Choice:
         `shape`: of the experts that are computed at once. `joins`: experts and router do. `where` heads the message.
         """
         able = [name for name in KERNELS if KERNELS[name].objection(shape, self.dtype) is None]
-        if not joins:
-            able.remove("joint")
+        able = [name for name in able if joins or not KERNELS[name].joins]
         if kernel in able:
             return kernel
         if kernel != "auto" and not self.is_stored:
@@ -87,5 +86,7 @@ class Choice:
             yield "all experts in use"
         if len(chosen) < len(served):
             yield "named by a rule"
-        if served[0].kernel == "joint" and self.dtype.itemsize < 4:
-            yield f"router outputs in {str(self.dtype).removeprefix('torch.')}"
+        # `triton` keeps the sums of its products in fp32
+        rounded = {"joint": "outputs", "triton": "weights"}.get(served[0].kernel)
+        if rounded and self.dtype.itemsize < 4:
+            yield f"router {rounded} in {str(self.dtype).removeprefix('torch.')}"

@@ -9,7 +9,7 @@ written by hand: the gradient of x is handed from site to site and added to in p
 precision the router's outputs come from the same low-precision GEMM.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from mixora.kernels.stacked import Stacked, segments_ER
 from mixora.passes import Input
+from mixora.routing import Routing
 
 
 class Joint(Stacked):
@@ -32,13 +33,15 @@ class Joined:
     """The products of one input with the rows of all sites that read it.
 
     `x_TI`: the input as the next site takes it, so that gradients pass from site to site. `hidden` and `outputs`:
-    [T, R] and [T, C] by site, the former taken out by their sites.
+    [T, R] and [T, C] by site, the former taken out by their sites. `routings`: by site where the hidden is weighted
+    already, scale included.
     """
 
     made_from: Input
     x_TI: Tensor
     hidden: dict[str, Tensor]
     outputs: dict[str, Tensor]
+    routings: dict[str, Routing] = field(default_factory=dict)
 
 
 def join(x: Tensor, x_TI: Tensor, experts: dict[str, Tensor], routers: dict[str, Tensor], dropout: float) -> Joined:
@@ -101,7 +104,7 @@ class _Expand(torch.autograd.Function):
         dz_TC, n = torch.cat(filled, dim=1), ctx.experts
         if mask_TI is None:
             drows_CI = dz_TC.T @ x_TI
-            dx_TI = _add_product(dx_TI, dz_TC, rows_CI) if ctx.needs_input_grad[0] else None
+            dx_TI = add_product(dx_TI, dz_TC, rows_CI) if ctx.needs_input_grad[0] else None
         else:
             drows_CI = torch.cat([dz_TC[:, :n].T @ _drop(x_TI, mask_TI, ctx.dropout), dz_TC[:, n:].T @ x_TI])
             if ctx.needs_input_grad[0]:
@@ -131,7 +134,7 @@ class _Contract(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.scale = scale
         y_TO = F.linear(x_TI, weight_OI.to(x_TI.dtype), None if bias_O is None else bias_O.to(x_TI.dtype))
-        y_TO.addmm_(h_TR * _spread(gates_TE, segments_ER, scale), b_RO)
+        y_TO.addmm_(_weigh(h_TR, _spread(gates_TE, segments_ER, scale)), b_RO)
         ctx.save_for_backward(h_TR, gates_TE, b_RO, segments_ER, weight_OI)
         return y_TO, x_TI.view_as(x_TI)
 
@@ -143,12 +146,12 @@ class _Contract(torch.autograd.Function):
         h_TR, gates_TE, b_RO, segments_ER, weight_OI = ctx.saved_tensors
         # of the scaled gates, as each rank saw them
         gate_TR, dweighted_TR, dgates_TE = _spread(gates_TE, segments_ER, ctx.scale), dy_TO @ b_RO.T, None
-        db_RO = (h_TR * gate_TR).T @ dy_TO if ctx.needs_input_grad[3] else None
+        db_RO = _weigh(h_TR, gate_TR).T @ dy_TO if ctx.needs_input_grad[3] else None
         if ctx.needs_input_grad[2]:
             dgates_TE = ((h_TR * dweighted_TR) @ segments_ER.T).to(gates_TE.dtype) * ctx.scale
-        dh_TR = dweighted_TR * gate_TR
+        dh_TR = _weigh(dweighted_TR, gate_TR)
         if ctx.needs_input_grad[0]:
-            dx_TI = _add_product(dx_TI, dy_TO, weight_OI.to(dy_TO.dtype))
+            dx_TI = add_product(dx_TI, dy_TO, weight_OI.to(dy_TO.dtype))
         return dx_TI, dh_TR, dgates_TE, db_RO, None, None, None, None
 
 
@@ -157,7 +160,11 @@ def _spread(gates_TE: Tensor | None, segments_ER: Tensor, scale: float) -> Tenso
     return scale if gates_TE is None else (gates_TE * scale).to(segments_ER.dtype) @ segments_ER
 
 
-def _add_product(sum_TI: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+def _weigh(h_TR: Tensor, gate_TR: Tensor | float) -> Tensor:
+    return h_TR if isinstance(gate_TR, float) and gate_TR == 1 else h_TR * gate_TR
+
+
+def add_product(sum_TI: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
     """sum + left right, in place: sums are made by the functions above and seen by no one else."""
     return left @ right if sum_TI is None else sum_TI.addmm_(left, right)
 

@@ -26,6 +26,10 @@ class LinearRouter(Router):
         """Whether, in evaluation, nothing but its products decides for a token: then alike routers decide at once."""
         return True
 
+    def is_plain(self, training: bool) -> bool:
+        """Whether the K largest of the products' softmax are the weights, renormalised or not, and nothing else is."""
+        return False
+
     @property
     def num_experts(self) -> int:
         """E."""

@@ -66,6 +66,10 @@ class TopK(LinearRouter):
         """Unless experts are full in evaluation too."""
         return self.config.capacity.capacity_factor is None or not self.config.capacity.capacity_at_inference
 
+    def is_plain(self, training: bool) -> bool:
+        """Without a limit of capacity, and where no expert is withheld."""
+        return self.config.capacity.capacity_factor is None and not (training and self.config.expert_dropout)
+
     def objection(self, is_causal: bool, expert: Expert) -> str | None:
         """K may not exceed E, and only admission token by token keeps earlier tokens independent of later ones."""
         if self.top_k > self.num_experts:
