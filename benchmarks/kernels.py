@@ -160,7 +160,7 @@ def draw(found: dict[str, Any]) -> Any:
     """Time over that of `sorted`, by R / K: where `stacked` crosses 1, `auto` changes."""
     from benchmarks.plotting import draw_curves, make_figure, mark
 
-    figure = make_figure(10.0, 7.0, "Experts of one site, 1024 tokens: time / kernel `sorted`")
+    figure = make_figure(10.0, 7.0, "Experts of one site, 1024 tokens: time / kernel sorted")
     axes = figure.subplots(len(DTYPES), len(WIDTHS), sharex=True, sharey=True)
     for axis, (dtype, width) in zip(axes.flat, itertools.product(DTYPES, WIDTHS), strict=True):
         rows = [row for row in found["speed"] if (row["dtype"], row["width"]) == (dtype, width)]

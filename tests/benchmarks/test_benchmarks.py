@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from benchmarks import BENCHMARKS, kernels, layers, running, scaling, serving, training_step
+from benchmarks import BENCHMARKS, kernels, layers, measuring, running, scaling, serving, training_step
 from benchmarks.kernels import Case
 
 FACTS = {"date", "command", "machine", "load", "versions"}
@@ -38,6 +38,8 @@ def small(monkeypatch):
         monkeypatch.setattr(scaling, name, sizes)
     for name, sizes in {"WIDTHS": (16, 32), "RANKS": (4, 8), "Case": make_case}.items():
         monkeypatch.setattr(kernels, name, sizes)
+    # takes longer than all else here
+    monkeypatch.setattr(measuring.gc, "collect", lambda: 0)
     # at such sizes there is nothing to find
     monkeypatch.setattr(kernels, "find_limits", lambda rows: {"float32": 24, "bfloat16": 24})
 
