@@ -165,7 +165,8 @@ def draw(found: dict[str, Any]) -> Any:
     for axis, (dtype, width) in zip(axes.flat, itertools.product(DTYPES, WIDTHS), strict=True):
         rows = [row for row in found["speed"] if (row["dtype"], row["width"]) == (dtype, width)]
         names = [name for name in KERNELS if any(name in row["ms"] for row in rows)]
-        draw_curves(axis, {name: [_pick(row, name) for row in rows if name in row["ms"]] for name in names}, "breadth")
+        curves = {name: [_pick(row, name) for row in rows if name in row["ms"]] for name in names}
+        draw_curves(axis, curves, list(KERNELS), "breadth")
         axis.axvline(found["limits"][dtype], color="black", linestyle="--", linewidth=1)
         axis.set_title(f"{dtype}, width {width}; limit {found['limits'][dtype]}", fontsize=10)
         mark(axis.xaxis, [row["breadth"] for row in rows][::2])

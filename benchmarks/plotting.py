@@ -52,9 +52,12 @@ def _draw_points(axis: Axes, rows: Sequence[Row], ratio: str, unit: str) -> None
     axis.grid(axis="x", alpha=0.3)
 
 
-def draw_curves(axis: Axes, curves: Mapping[str, Sequence[Row]], x: str, y: str = "ratio") -> None:
-    """A curve with quartiles for each name, over `x`, on two logarithmic scales."""
-    for n, (name, rows) in enumerate(curves.items()):
+def draw_curves(
+    axis: Axes, curves: Mapping[str, Sequence[Row]], names: Sequence[str], x: str, y: str = "ratio"
+) -> None:
+    """A curve with quartiles for each name, over `x`, on two logarithmic scales; `names`: those of the whole figure."""
+    for name, rows in curves.items():
+        n = names.index(name)
         axis.errorbar(
             [row[x] for row in rows],
             [row[y] for row in rows],

@@ -71,23 +71,28 @@ def draw(found: dict[str, Any]) -> Any:
 
     figure = make_figure(11.0, 7.0, "One linear with experts: growth with its size")
     axes = figure.subplots(2, 3)
+    names = list(dict.fromkeys(name_curve(row) for row in found["rows"]))
     for column, grows in zip(axes.T, ("experts", "tokens", "load"), strict=True):
         rows = [row for row in found["rows"] if row["grows"] == grows]
         for axis, figure_name in zip(column, ("ratio", "memory_ratio"), strict=True):
-            draw_growth(axis, rows, grows, figure_name)
+            draw_growth(axis, rows, grows, figure_name, names)
     for axis, what in zip(axes[:, 0], ("time", "peak memory"), strict=True):
         axis.set_ylabel(f"{what} / smallest size")
     axes[0, 0].legend(frameon=False, fontsize=8)
     return figure
 
 
-def draw_growth(axis: Any, rows: list[dict[str, Any]], grows: str, ratio: str) -> None:
+def name_curve(row: dict[str, Any]) -> str:
+    return f"{row['dtype']}, {row['fixed']}"
+
+
+def draw_growth(axis: Any, rows: list[dict[str, Any]], grows: str, ratio: str, names: list[str]) -> None:
     from benchmarks.plotting import draw_curves, mark
 
     curves: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        curves.setdefault(f"{row['dtype']}, {row['fixed']}", []).append(row)
-    draw_curves(axis, curves, "size", ratio)
+        curves.setdefault(name_curve(row), []).append(row)
+    draw_curves(axis, curves, names, "size", ratio)
     sizes = sorted({row["size"] for row in rows})
     mark(axis.xaxis, sizes)
     if grows == "load":
