@@ -1,24 +1,46 @@
 """Time of a decoding step of a whole model with a KV cache: mixtures against PEFT's LoRA of the same active rank.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.decoding [--dtype D ...] [--batch N ...] [--layers N] [--repeats N]
-
-Models are those of `benchmarks.training_step`, in evaluation mode, base weights in the dtype and no autocast. A prompt
-of 64 tokens fills the cache; a step then takes one more token for each sequence, greedily. Variants take turns.
+Models are those of `step`, in evaluation mode, base weights in the dtype and no autocast. A prompt of 64 tokens fills
+the cache; a step then takes one more token for each sequence, greedily.
 """
 
 import argparse
 from collections.abc import Callable, Iterator
-from datetime import date
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import DynamicCache
 
-from benchmarks.measuring import RESULTS, Step, compare, write_results
-from benchmarks.training_step import make_base, make_lora, make_mixture
+from benchmarks import training_step
+from benchmarks.measuring import Step, compare, tabulate
+from benchmarks.running import add_dtypes, run
+from benchmarks.training_step import YARDSTICK, make_base, make_lora, make_mixture
 
 PROMPT = 64
+
+
+def draw_prompt(batch: int, length: int, device: str = "cpu", vocabulary: int | None = None) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(0, vocabulary or training_step.VOCABULARY, (batch, length), generator=generator).to(device)
+
+
+def make_step(model: Any, prompt_BS: torch.Tensor) -> Step:
+    """One more token for each sequence."""
+    model.eval()
+    cache = DynamicCache()
+
+    @torch.no_grad()
+    def advance(ids_BS: torch.Tensor) -> torch.Tensor:
+        logits_BSV = model(input_ids=ids_BS, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        return logits_BSV[:, -1:].argmax(dim=-1)
+
+    token_B1 = advance(prompt_BS)
+
+    def step() -> None:
+        nonlocal token_B1
+        token_B1 = advance(token_B1)
+
+    return step
 
 
 def variants(
@@ -29,29 +51,12 @@ def variants(
     def make() -> Any:
         return make_base(layers, dtype, device)
 
-    def make_step(model: Any) -> Step:
-        model.eval()
-        generator = torch.Generator().manual_seed(1)
-        prompt_BS = torch.randint(0, model.config.vocab_size, (batch, PROMPT), generator=generator).to(device)
-        cache = DynamicCache()
-
-        @torch.no_grad()
-        def advance(ids_BS: torch.Tensor) -> torch.Tensor:
-            logits_BSV = model(input_ids=ids_BS, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-            return logits_BSV[:, -1:].argmax(dim=-1)
-
-        token_B1 = advance(prompt_BS)
-
-        def step() -> None:
-            nonlocal token_B1
-            token_B1 = advance(token_B1)
-
-        return step
-
-    yield "frozen base", make_step(make())
-    yield "PEFT LoRA r=16", make_step(make_lora(make()))
-    yield "mixora", make_step(make_mixture(make()))
-    yield "mixora, kernel loop", make_step(make_mixture(make(), kernel="loop"))
+    frozen = make().requires_grad_(False)
+    prompt_BS = draw_prompt(batch, PROMPT, device, frozen.config.vocab_size)
+    yield "frozen base", make_step(frozen, prompt_BS)
+    yield YARDSTICK, make_step(make_lora(make()), prompt_BS)
+    yield "mixora", make_step(make_mixture(make()), prompt_BS)
+    yield "mixora, kernel loop", make_step(make_mixture(make(), kernel="loop"), prompt_BS)
 
 
 def measure(
@@ -59,31 +64,33 @@ def measure(
 ) -> list[dict[str, Any]]:
     """A row for each variant; `given` to `variants`."""
     steps = dict(variants(layers, getattr(torch, dtype_name), batch, device, **given))
-    rows = []
-    for name, found in compare(steps, "PEFT LoRA r=16", repeats, device).items():
-        row = {"dtype": dtype_name, "batch": batch, "variant": name, **found}
-        rows.append(row)
-        print(row, flush=True)
-    return rows
+    return tabulate(compare(steps, YARDSTICK, repeats, device), dtype=dtype_name, batch=batch)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
+def add_options(parser: argparse.ArgumentParser) -> None:
+    add_dtypes(parser)
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 32])
     parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--repeats", type=int, default=31)
-    parser.add_argument("--out", type=Path, default=RESULTS / f"decoding-{date.today()}.json")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
+
+
+def measure_all(options: argparse.Namespace) -> dict[str, Any]:
     rows = [
         row
         for dtype in options.dtype
         for batch in options.batch
         for row in measure(dtype, batch, options.layers, options.repeats)
     ]
-    write_results(options.out, "decoding", layers=options.layers, rows=rows)
+    return {"layers": options.layers, "rows": rows}
+
+
+def draw(found: dict[str, Any]) -> Any:
+    from benchmarks.plotting import draw_ratios
+
+    return draw_ratios(
+        found["rows"], ("dtype", "batch"), f"Decoding step, {found['layers']} layers", f"time / {YARDSTICK}"
+    )
 
 
 if __name__ == "__main__":
-    main()
+    run("decode")

@@ -1,21 +1,18 @@
-"""Time and memory of the loss behind a frozen head: fused against transformers' own, one pass and two (consistency).
-
-python benchmarks/fused_loss.py [--width 576] [--vocabulary 49152] [--tokens 1024] [--repeats 7] [--threads 1]
-"""
+"""Time and memory of the loss behind a frozen head: fused against transformers' own, one pass and two (consistency)."""
 
 import argparse
-import itertools
-import statistics
-import time
+from functools import partial
+from typing import Any
 
 import torch
 from torch.nn import functional as F
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+from benchmarks.measuring import Step, compare, compare_memory, tabulate
+from benchmarks.running import add_dtypes, run
 from mixora import fused_loss
 from mixora.losses.consistency import Consistency, ConsistencyConfig
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 CHUNKS = (64, 128, 256, 512)
 consistency = Consistency(ConsistencyConfig())
 
@@ -52,47 +49,46 @@ def variants(passes, chunks=CHUNKS):
         yield f"fused, {chunk} tokens", lambda *inputs, chunk=chunk: run_fused(passes, chunk, *inputs)
 
 
-def cpu_times(inputs, passes, repeats):
-    """Medians over repeats, variants taking turns."""
-    times = {name: [] for name, _ in variants(passes)}
-    for _ in range(repeats + 1):
-        for name, run in variants(passes):
-            for hidden in inputs[:2]:
-                hidden.grad = None
-            start = time.process_time()
-            run(*inputs)
-            times[name].append(time.process_time() - start)
-    return {name: statistics.median(of_name[1:]) for name, of_name in times.items()}
+def make_steps(args, dtype, passes) -> dict[str, Step]:
+    inputs = make_inputs(args, dtype)
+
+    def step(run_once):
+        for hidden in inputs[:2]:
+            hidden.grad = None
+        run_once(*inputs)
+
+    return {name: partial(step, run_once) for name, run_once in variants(passes)}
 
 
-def peak(inputs, run):
-    """MiB that `run` takes at most, beside its inputs."""
-    for hidden in inputs[:2]:
-        hidden.grad = None
-    with torch.profiler.profile(profile_memory=True) as profile:
-        run(*inputs)
-    events = sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns())
-    return max(itertools.accumulate(event.nbytes() for event in events if event.name() == "[memory]")) / 2**20
+def measure(args, dtype_name, passes) -> list[dict[str, Any]]:
+    """A row for each variant; memory is beside the inputs."""
+    before = fused_loss.CHUNK
+    try:
+        steps = make_steps(args, getattr(torch, dtype_name), passes)
+        times = compare(steps, "transformers", args.repeats)
+        peaks = compare_memory(steps, "transformers")
+    finally:
+        fused_loss.CHUNK = before
+    return tabulate({name: {**times[name], **peaks[name]} for name in steps}, dtype=dtype_name, passes=passes)
 
 
-def main():
-    parser = argparse.ArgumentParser()
-    numbers = {"width": 576, "vocabulary": 49152, "tokens": 1024, "repeats": 7, "threads": 1}
-    for name, default in numbers.items():
+def add_options(parser: argparse.ArgumentParser) -> None:
+    add_dtypes(parser)
+    for name, default in {"width": 576, "vocabulary": 49152, "tokens": 1024, "repeats": 7}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    print(f"torch {torch.__version__}, {vars(args)}; ratio of CPU time to transformers', peak memory beside inputs")
-    for dtype in DTYPES:
-        inputs = make_inputs(args, DTYPES[dtype])
-        for passes in (1, 2):
-            times = cpu_times(inputs, passes, args.repeats)
-            for name, run in variants(passes):
-                ratio, memory = times[name] / times["transformers"], peak(inputs, run)
-                print(
-                    f"{dtype} passes={passes} {name:18s} {times[name]:.3f} s {ratio:.2f} {memory:.0f} MiB", flush=True
-                )
+
+
+def measure_all(options: argparse.Namespace) -> dict[str, Any]:
+    rows = [row for dtype in options.dtype for passes in (1, 2) for row in measure(options, dtype, passes)]
+    return {"sizes": {name: getattr(options, name) for name in ("width", "vocabulary", "tokens")}, "rows": rows}
+
+
+def draw(found: dict[str, Any]) -> Any:
+    from benchmarks.plotting import draw_ratios
+
+    sizes = ", ".join(f"{name} {size}" for name, size in found["sizes"].items())
+    return draw_ratios(found["rows"], ("dtype", "passes"), f"Loss behind a frozen head: {sizes}", "time / transformers")
 
 
 if __name__ == "__main__":
-    main()
+    run("loss")

@@ -1,24 +1,21 @@
 """Time and memory of the kernels, and the limits of `auto` in `mixora/kernels/choice.py` that follow from them.
 
-    python -m benchmarks.kernels [--reduced] [--out FILE]
-
-One step is the experts of one site, forward and backward with all gradients, without the frozen module. Kernels take
-turns within one loop on one thread; figures are medians of the thread's own time, so that others on the machine disturb
-little. `--reduced` takes fewer repeats and at most 2048 tokens. Without `--out`, the figures go to
-`benchmarks/results/kernels-<date>.json`. Write the printed limits into `choice.py`: a test compares the two.
+One step is the experts of one site, forward and backward with all gradients, without the frozen module. Write the
+limits that are printed into `choice.py`: a test compares them with the newest file in `benchmarks/results`.
 """
 
 import argparse
+import itertools
 import math
 import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from datetime import date
-from pathlib import Path
+from typing import Any
 
 import torch
 
-from benchmarks.measuring import RESULTS, Step, peak_mebibytes, time_together, write_results
+from benchmarks.measuring import Step, compare, compare_memory
+from benchmarks.running import run
 from mixora.contracts import Shape
 from mixora.kernels import KERNELS
 from mixora.routing import Routing
@@ -85,13 +82,13 @@ def make_step(kernel_name: str, case: Case, device: str = "cpu") -> Step:
 
 
 def measure_speed(cases: Iterable[Case], repeats: int, device: str = "cpu") -> list[dict]:
-    """Milliseconds of every kernel that can serve a case."""
+    """Milliseconds of every kernel that can serve a case, and their ratio to those of `sorted`."""
     rows = []
     for case in cases:
-        steps = {name: make_step(name, case, device) for name in kernels_for(case)}
-        times = time_together(steps, repeats, device)
-        rows.append({**vars(case), "breadth": case.breadth, "ms": times})
-        print(f"{case.dtype:>9} width {case.width:4} R/K {case.breadth:6.0f}  {_list(times)}", flush=True)
+        found = compare({name: make_step(name, case, device) for name in kernels_for(case)}, "sorted", repeats, device)
+        rows.append({**vars(case), "breadth": case.breadth, **_transpose(found)})
+        medians = "  ".join(f"{name} {ms:9.3f}" for name, ms in rows[-1]["ms"].items())
+        print(f"{case.dtype:>9} width {case.width:4} R/K {case.breadth:6.0f}  {medians}", flush=True)
     return rows
 
 
@@ -101,13 +98,17 @@ def measure_growth(changes: dict[str, tuple[Case, Case]], repeats: int) -> list[
     for label, (before, after) in changes.items():
         for name in kernels_for(after):
             steps = {"before": make_step(name, before), "after": make_step(name, after)}
-            ms = time_together(steps, repeats)
-            peaks = {when: peak_mebibytes(step) for when, step in steps.items()}
-            time_ratio, memory_ratio = (round(of["after"] / of["before"], 2) for of in (ms, peaks))
-            ratios = {"time": time_ratio, "memory": memory_ratio}
-            rows.append({"change": label, "kernel": name, **ratios, "ms": ms, "mebibytes": peaks})
-            print(f"{label:>22} {name:>8}: time x {time_ratio:5.2f}, memory x {memory_ratio:5.2f}", flush=True)
+            times, peaks = compare(steps, "before", repeats), compare_memory(steps, "before")
+            ratios = {"time": times["after"]["ratio"], "memory": peaks["after"]["memory_ratio"]}
+            rows.append({"change": label, "kernel": name, **ratios, **_transpose(times), **_transpose(peaks)})
+            print(f"{label:>22} {name:>8}: time x {ratios['time']:5.2f}, memory x {ratios['memory']:5.2f}", flush=True)
     return rows
+
+
+def _transpose(found: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """By figure, then by name."""
+    figures = next(iter(found.values()))
+    return {figure: {name: of_name[figure] for name, of_name in found.items()} for figure in figures}
 
 
 def list_changes(most_tokens: int, rank: int = 32) -> dict[str, tuple[Case, Case]]:
@@ -142,23 +143,43 @@ def _find_limit(rows: list[dict]) -> int:
     return round(math.exp(x0 - y0 * (x1 - x0) / (y1 - y0)) / STEP) * STEP
 
 
-def _list(figures: dict[str, float]) -> str:
-    return "  ".join(f"{name} {value:9.3f}" for name, value in figures.items())
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--repeats", type=int, default=25)
+    parser.add_argument("--tokens", type=int, default=8192, help="the most tokens that 256 are compared with")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--reduced", action="store_true")
-    parser.add_argument("--out", type=Path, default=RESULTS / f"kernels-{date.today()}.json")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    repeats = 7 if options.reduced else 25
-    speed = measure_speed([Case(w, d, r) for d in DTYPES for w in WIDTHS for r in RANKS], repeats)
-    growth = measure_growth(list_changes(2048 if options.reduced else 8192), repeats)
+def measure_all(options: argparse.Namespace) -> dict[str, Any]:
+    speed = measure_speed([Case(w, d, r) for d in DTYPES for w in WIDTHS for r in RANKS], options.repeats)
+    growth = measure_growth(list_changes(options.tokens), options.repeats)
     limits = find_limits(speed)
     print(f"limits: {limits}")
-    write_results(options.out, "kernels", limits=limits, speed=speed, growth=growth)
+    return {"limits": limits, "speed": speed, "growth": growth}
+
+
+def draw(found: dict[str, Any]) -> Any:
+    """Time over that of `sorted`, by R / K: where `stacked` crosses 1, `auto` changes."""
+    from benchmarks.plotting import draw_curves, make_figure, mark
+
+    figure = make_figure(10.0, 7.0, "Experts of one site, 1024 tokens: time / kernel sorted")
+    axes = figure.subplots(len(DTYPES), len(WIDTHS), sharex=True, sharey=True)
+    for axis, (dtype, width) in zip(axes.flat, itertools.product(DTYPES, WIDTHS), strict=True):
+        rows = [row for row in found["speed"] if (row["dtype"], row["width"]) == (dtype, width)]
+        names = [name for name in KERNELS if any(name in row["ms"] for row in rows)]
+        curves = {name: [_pick(row, name) for row in rows if name in row["ms"]] for name in names}
+        draw_curves(axis, curves, list(KERNELS), "breadth")
+        axis.axvline(found["limits"][dtype], color="black", linestyle="--", linewidth=1)
+        axis.set_title(f"{dtype}, width {width}; limit {found['limits'][dtype]}", fontsize=10)
+        mark(axis.xaxis, [row["breadth"] for row in rows][::2])
+        mark(axis.yaxis, (0.25, 0.5, 1, 2, 4, 8))
+    axes[0, 0].legend(frameon=False)
+    for axis in axes[-1]:
+        axis.set_xlabel("R / K")
+    return figure
+
+
+def _pick(row: dict[str, Any], name: str) -> dict[str, Any]:
+    return {"breadth": row["breadth"], **{figure: row[figure][name] for figure in ("ratio", "ratio_quartiles")}}
 
 
 if __name__ == "__main__":
-    main()
+    run("kernels")

@@ -1,23 +1,16 @@
 """Time and memory of single layers and of AdaMix's step, each against what it is to be compared with.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.layers [--reduced] [--dtype D] [--out FILE]
-
 A layer is the feed-forward module of SmolLM2-135M with random weights, 1024 tokens, forward and backward, the gradient
-of its input among those that are made. Variants take turns on one thread; figures are medians of the thread's own time.
+of its input among those that are made.
 
 - `pesc`: the recipe's experts behind the module, against one adapter as wide as what a token uses.
 - `mixlora`: the recipe's experts in the module's linears, against the order of operations in which the last frozen
   linear runs for every chosen expert and the results are summed: expert by expert, and for all slots at once.
 - `adamix-lora`: two passes that are compared, against two plain forwards: ordinary logits, cross entropy of the first,
   both divergences written out, one backward; and against two passes with the task's own loss, not compared.
-- growth: a linear with experts and router, kernel `auto`, as experts, tokens or the share of one expert grow.
-
-A ratio is the time (memory) of ours over that of the other.
 """
 
 import argparse
-from datetime import date
-from pathlib import Path
 from typing import Any
 
 import peft
@@ -28,8 +21,10 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 import mixora
-from benchmarks.kernels import Case, list_changes
-from benchmarks.measuring import RESULTS, Step, peak_mebibytes, time_together, write_results
+from benchmarks import measuring
+from benchmarks.kernels import Case
+from benchmarks.measuring import Step, compare_memory, tabulate
+from benchmarks.running import DTYPES, run
 from benchmarks.training_step import fill, make_base, make_batch
 from mixora.recipes import read_recipe
 
@@ -216,45 +211,40 @@ def make_linear(case: Case) -> tuple[Any, Tensor]:
     return model, x_BTI
 
 
-def compare(label: str, steps: dict[str, Step], repeats: int, device: str = "cpu", **facts: Any) -> dict[str, Any]:
-    """Time and memory of the variants, and the ratio of the first to every other."""
-    ms = time_together(steps, repeats, device)
-    mebibytes = {name: peak_mebibytes(step, device) for name, step in steps.items()}
-    ours, *others = steps
-    row: dict[str, Any] = {"layer": label, **facts, "ms": ms, "mebibytes": mebibytes}
-    row["time"], row["memory"] = ({name: round(of[ours] / of[name], 3) for name in others} for of in (ms, mebibytes))
-    print(label, facts, "time", row["time"], "memory", row["memory"], ms, mebibytes, flush=True)
-    return row
+def compare(
+    label: str, steps: dict[str, Step], repeats: int, device: str = "cpu", **facts: Any
+) -> list[dict[str, Any]]:
+    """Time and memory of each, with the ratios to the second, which is what ours is compared with."""
+    yardstick = list(steps)[1]
+    times = measuring.compare(steps, yardstick, repeats, device)
+    peaks = compare_memory(steps, yardstick, device=device)
+    found = {name: {**times[name], **peaks[name]} for name in steps}
+    return tabulate(found, layer=label, **facts)
 
 
-def measure_growth(most_tokens: int, repeats: int) -> list[dict[str, Any]]:
-    """How time and memory of a whole linear grow, `auto` choosing the kernel of either case."""
-    rows = []
-    for rank in (8, 32):
-        for label, (before, after) in list_changes(most_tokens, rank).items():
-            steps = {name: make_step(*make_linear(case)) for name, case in (("after", after), ("before", before))}
-            rows.append(compare(label, steps, repeats, rank=rank))
-    return rows
+def measure(dtype: torch.dtype, layers: int, repeats: int) -> list[dict[str, Any]]:
+    rows = [row for rank in (64, 512) for row in compare("pesc", pesc_steps(rank, dtype), repeats, rank=rank)]
+    rows += compare("mixlora", mixlora_steps(8, dtype), repeats, rank=8)
+    return rows + compare("adamix-lora", adamix_steps(layers, dtype), max(repeats // 3, 1), layers=layers)
 
 
-def measure(dtype: torch.dtype, layers: int, most_tokens: int, repeats: int) -> list[dict[str, Any]]:
-    rows = [compare("pesc", pesc_steps(rank, dtype), repeats, rank=rank) for rank in (64, 512)]
-    rows.append(compare("mixlora", mixlora_steps(8, dtype), repeats, rank=8))
-    rows.append(compare("adamix-lora", adamix_steps(layers, dtype), max(repeats // 3, 1), layers=layers))
-    return rows + measure_growth(most_tokens, repeats)
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dtype", default="float32", choices=DTYPES)
+    parser.add_argument("--layers", type=int, default=4, help="of the model that AdaMix trains")
+    parser.add_argument("--repeats", type=int, default=25)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--reduced", action="store_true", help="fewer repeats, layers and tokens")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--out", type=Path, default=RESULTS / f"layers-{date.today()}.json")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    sizes = (2, 2048, 7) if options.reduced else (4, 8192, 25)
-    rows = measure(getattr(torch, options.dtype), *sizes)
-    write_results(options.out, "layers", dtype=options.dtype, rows=rows)
+def measure_all(options: argparse.Namespace) -> dict[str, Any]:
+    rows = measure(getattr(torch, options.dtype), options.layers, options.repeats)
+    return {"dtype": options.dtype, "rows": rows}
+
+
+def draw(found: dict[str, Any]) -> Any:
+    from benchmarks.plotting import draw_ratios
+
+    title = f"Single layers, and AdaMix's step, {found['dtype']}"
+    return draw_ratios(found["rows"], ("layer", "rank", "layers"), title, "time / the row at 1.00")
 
 
 if __name__ == "__main__":
-    main()
+    run("layers")

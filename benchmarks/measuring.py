@@ -1,18 +1,17 @@
 """How benchmarks measure: variants take turns on one thread, memory is what storages hold, figures are medians.
 
-On CUDA, time is that between two events of the stream, memory what torch's allocator gave out at most.
+On CUDA, time is that between two events of the stream, memory what torch's allocator gave out at most. Needs torch
+alone, since it measures in the environments of other libraries too.
 """
 
 import gc
-import json
+import os
 import platform
-import shlex
 import statistics
-import sys
 import time
 import weakref
 from collections.abc import Callable
-from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +22,21 @@ RESULTS = Path(__file__).parent / "results"
 Step = Callable[[], object]
 
 
+def alternate(measures: dict[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
+    """What each gives by turn; the order within a turn alternates."""
+    found: dict[str, list[float]] = {name: [] for name in measures}
+    for turn in range(repeats):
+        for name in list(measures)[:: -1 if turn % 2 else 1]:
+            found[name].append(measures[name]())
+    return found
+
+
 def take_turns(steps: dict[str, Step], repeats: int, device: str = "cpu") -> dict[str, list[float]]:
-    """Milliseconds of each step by turn, after one step that does not count; the order alternates."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
+    """Milliseconds of each step by turn, after one step that does not count."""
     for step in steps.values():
         step()
     gc.disable()
-    for turn in range(repeats):
-        for name in list(steps)[:: -1 if turn % 2 else 1]:
-            times[name].append(_time_on_cuda(steps[name]) if device == "cuda" else _time_on_cpu(steps[name]))
+    times = alternate({name: partial(time_step, step, device) for name, step in steps.items()}, repeats)
     gc.enable()
     return times
 
@@ -41,23 +46,52 @@ def time_together(steps: dict[str, Step], repeats: int, device: str = "cpu") -> 
     return {name: round(statistics.median(found), 3) for name, found in take_turns(steps, repeats, device).items()}
 
 
-def compare(steps: dict[str, Step], yardstick: str, repeats: int, device: str = "cpu") -> dict[str, dict[str, Any]]:
-    """For each: `ms` and `ratio`, medians, with the quartiles around them.
+def relate(found: dict[str, list[float]], yardstick: str, unit: str, ratio: str) -> dict[str, dict[str, Any]]:
+    """For each: `unit` and `ratio`, medians, with the quartiles around them.
 
     A ratio is taken within a turn, to the `yardstick`: what slows a machine for a while slows both.
     """
-    times = take_turns(steps, repeats, device)
-    found = {}
-    for name, own in times.items():
-        ratios = [one / other for one, other in zip(own, times[yardstick], strict=True)]
-        found[name] = {**_summarise("ms", own), **_summarise("ratio", ratios)}
-    return found
+    related = {}
+    for name, own in found.items():
+        ratios = [one / other for one, other in zip(own, found[yardstick], strict=True)]
+        related[name] = {**_summarise(unit, own), **_summarise(ratio, ratios)}
+    return related
+
+
+def compare(steps: dict[str, Step], yardstick: str, repeats: int, device: str = "cpu") -> dict[str, dict[str, Any]]:
+    """For each: `ms` and its `ratio` to the `yardstick`, with quartiles."""
+    return relate(take_turns(steps, repeats, device), yardstick, "ms", "ratio")
+
+
+def compare_memory(
+    steps: dict[str, Step], yardstick: str, repeats: int = 1, device: str = "cpu"
+) -> dict[str, dict[str, Any]]:
+    """For each: `mebibytes` at most and their `memory_ratio` to the `yardstick`, with quartiles."""
+    peaks = alternate({name: partial(peak_mebibytes, step, device) for name, step in steps.items()}, repeats)
+    return relate(peaks, yardstick, "mebibytes", "memory_ratio")
+
+
+def tabulate(found: dict[str, dict[str, Any]], **facts: Any) -> list[dict[str, Any]]:
+    """A row for each variant, printed."""
+    rows = [{**facts, "variant": name, **figures} for name, figures in found.items()]
+    for row in rows:
+        print("  ".join(_word(key, value) for key, value in row.items() if not key.endswith("_quartiles")), flush=True)
+    return rows
+
+
+def _word(key: str, value: Any) -> str:
+    return f"{value:<24}" if isinstance(value, str) else f"{key} {value:g}"
 
 
 def _summarise(name: str, values: list[float]) -> dict[str, Any]:
     quartiles = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
     low, middle, high = (round(value, 3) for value in quartiles)
     return {name: middle, f"{name}_quartiles": [low, high]}
+
+
+def time_step(step: Step, device: str = "cpu") -> float:
+    """Milliseconds: on a CPU of the thread's own time, so that others on the machine disturb little."""
+    return _time_on_cuda(step) if device == "cuda" else _time_on_cpu(step)
 
 
 def _time_on_cpu(step: Step) -> float:
@@ -118,14 +152,8 @@ def peak_mebibytes(step: Step, device: str = "cpu") -> float:
 
 
 def describe_machine() -> str:
-    """Processor, what it has for bf16 products, threads."""
+    """Processor, what it has for bf16 products, cores and threads."""
     found = torch.cpu.get_capabilities()
     products = [name for name in ("avx512_bf16", "amx_bf16") if found.get(name)]
-    return ", ".join([found.get("cpu_name", platform.machine()), *products, f"{torch.get_num_threads()} thread(s)"])
-
-
-def write_results(out: Path, script: str, **found: Any) -> None:
-    """Write what `script` found, with its date, command, torch and machine."""
-    command = shlex.join(["python", "-m", f"benchmarks.{script}", *sys.argv[1:]])
-    facts = {"date": str(date.today()), "command": command, "torch": torch.__version__, "machine": describe_machine()}
-    out.write_text(json.dumps({**facts, **found}, indent=1) + "\n")
+    numbers = f"{os.cpu_count()} core(s)", f"{torch.get_num_threads()} thread(s)"
+    return ", ".join([found.get("cpu_name", platform.machine()), *products, *numbers])

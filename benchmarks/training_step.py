@@ -1,6 +1,4 @@
-"""Time and memory of a training step of a whole model: mixtures against PEFT's LoRA of the same active rank.
-
-    OMP_NUM_THREADS=1 python -m benchmarks.training_step [--dtype D ...] [--layers N] [--repeats N] [--out FILE]
+"""Time of a training step of a whole model: mixtures against PEFT's LoRA of the same active rank.
 
 The model has the shape of SmolLM2-135M with random weights; all seven linears of a block are adapted, 8 experts of rank
 8 of which 2 serve a token, a router for each linear, a balance loss. The yardstick is PEFT's LoRA of rank 16 as a user
@@ -8,19 +6,20 @@ gets it: in bfloat16, weights in bfloat16 under autocast. A step is forward, los
 """
 
 import argparse
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from datetime import date
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import peft
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import mixora
-from benchmarks.measuring import RESULTS, Step, compare, peak_mebibytes, write_results
+from benchmarks.measuring import Step, compare, compare_memory, tabulate
+from benchmarks.running import add_dtypes, run
 
+Loss = Callable[[Any, dict[str, torch.Tensor]], torch.Tensor]
 ROWS, LENGTH, VOCABULARY = 4, 256, 49152
+YARDSTICK = "PEFT LoRA r=16"
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -55,8 +54,40 @@ def make_lora(base: Any) -> Any:
 
 def make_mixture(base: Any, **changes: Any) -> Any:
     """Recipe `mola` without dropout, as the yardstick has none."""
+    # the environments of other libraries, which make their base here, have no mixora
+    import mixora
+
     settings = {"num_experts": 8, "top_k": 2, "rank": 8, "dropout": 0.0, "losses.load_balance.coefficient": 0.01}
     return fill(peft.get_peft_model(base, mixora.recipe("mola", task_type="CAUSAL_LM", **{**settings, **changes})))
+
+
+def compute_own_loss(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    return model(**batch).loss
+
+
+def make_step(
+    model: Any, dtype: torch.dtype, device: str = "cpu", compute_loss: Loss = compute_own_loss, batch: Any = None
+) -> Step:
+    """Forward, loss and backward, in bfloat16 under autocast; gives the loss."""
+    batch = batch or make_batch(device)
+    trained = [p for p in model.parameters() if p.requires_grad]
+
+    def step() -> object:
+        for parameter in trained:
+            parameter.grad = None
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+            loss = compute_loss(model, batch)
+        loss.backward()
+        return loss.item()
+
+    return step
+
+
+def compute_mixture_loss(model: Any, batch: dict[str, torch.Tensor], fused: bool = True) -> torch.Tensor:
+    """With the losses of the routers."""
+    import mixora
+
+    return mixora.compute_loss(model, batch, fused_loss=fused)[0]
 
 
 def variants(
@@ -64,32 +95,26 @@ def variants(
     dtype: torch.dtype,
     device: str = "cpu",
     make_base: Callable[..., Any] = make_base,
-    batch: Mapping[str, torch.Tensor] | None = None,
+    batch: Any = None,
     kernels: Sequence[str] = ("loop",),
 ) -> Iterator[tuple[str, Step]]:
-    """Each with a base of its own. `kernels`: those that are named, besides what `auto` stands for."""
-    batch = batch or make_batch(device)
+    """Each with a base of its own, but for what differs in the loss alone.
 
-    def make_step(model: Any, fused: bool, is_ours: bool) -> Step:
-        trained = [p for p in model.parameters() if p.requires_grad]
+    `kernels`: those that are named, besides what `auto` stands for.
+    """
 
-        def step() -> object:
-            for parameter in trained:
-                parameter.grad = None
-            with torch.autocast(device, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-                loss = mixora.compute_loss(model, batch, fused_loss=fused)[0] if is_ours else model(**batch).loss
-            loss.backward()
-            return loss.item()
+    def adapt(kernel: str = "auto") -> Any:
+        return make_mixture(make_base(layers, dtype, device), kernel=kernel)
 
-        return step
+    def take_step(model: Any, compute_loss: Loss = compute_mixture_loss) -> Step:
+        return make_step(model, dtype, device, compute_loss, batch)
 
-    yield "PEFT LoRA r=16", make_step(make_lora(make_base(layers, dtype, device)), False, False)
-    ours = make_mixture(make_base(layers, dtype, device))
-    yield "mixora", make_step(ours, True, True)
-    yield "mixora, loss not fused", make_step(ours, False, True)
+    yield YARDSTICK, take_step(make_lora(make_base(layers, dtype, device)), compute_own_loss)
+    ours = adapt()
+    yield "mixora", take_step(ours)
+    yield "mixora, loss not fused", take_step(ours, partial(compute_mixture_loss, fused=False))
     for kernel in kernels:
-        model = make_mixture(make_base(layers, dtype, device), kernel=kernel)
-        yield f"mixora, kernel {kernel}", make_step(model, True, True)
+        yield f"mixora, kernel {kernel}", take_step(adapt(kernel))
 
 
 def measure(
@@ -97,32 +122,29 @@ def measure(
 ) -> list[dict[str, Any]]:
     """A row for each variant; `given` to `variants`."""
     steps = dict(variants(layers, getattr(torch, dtype_name), device, **given))
-    times = compare(steps, "PEFT LoRA r=16", repeats, device)
-    peaks = {name: peak_mebibytes(step, device) for name, step in steps.items()} if with_memory else {}
-    rows = []
-    for name in steps:
-        row = {"dtype": dtype_name, "variant": name, **times[name]}
-        if with_memory:
-            row |= {"mebibytes": peaks[name], "memory_ratio": round(peaks[name] / peaks["PEFT LoRA r=16"], 3)}
-        rows.append(row)
-        print(row, flush=True)
-    return rows
+    found = compare(steps, YARDSTICK, repeats, device)
+    if with_memory:
+        peaks = compare_memory(steps, YARDSTICK, device=device)
+        found = {name: {**figures, **peaks[name]} for name, figures in found.items()}
+    return tabulate(found, dtype=dtype_name)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
+def add_options(parser: argparse.ArgumentParser) -> None:
+    add_dtypes(parser)
     parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--no-memory", action="store_true")
-    parser.add_argument("--out", type=Path, default=RESULTS / f"training-step-{date.today()}.json")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    rows = [
-        row for dtype in options.dtype for row in measure(dtype, options.layers, options.repeats, not options.no_memory)
-    ]
-    write_results(options.out, "training_step", layers=options.layers, rows=rows)
+
+
+def measure_all(options: argparse.Namespace) -> dict[str, Any]:
+    rows = [row for dtype in options.dtype for row in measure(dtype, options.layers, options.repeats, False)]
+    return {"layers": options.layers, "rows": rows}
+
+
+def draw(found: dict[str, Any]) -> Any:
+    from benchmarks.plotting import draw_ratios
+
+    return draw_ratios(found["rows"], ("dtype",), f"Training step, {found['layers']} layers", f"time / {YARDSTICK}")
 
 
 if __name__ == "__main__":
-    main()
+    run("step")

@@ -23,7 +23,7 @@ ORDER = [
     {"merging"},
     {"training"},
     {"terminal"},
-    {"commands"},
+    {"commands", "bench"},
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}

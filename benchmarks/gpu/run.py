@@ -168,7 +168,7 @@ def time_kernels(sizes: Sizes) -> dict[str, Any]:
     return {"limits": limits, "rows": rows}
 
 
-def time_adamix(sizes: Sizes) -> dict[str, Any]:
+def time_adamix(sizes: Sizes) -> list[dict[str, Any]]:
     base, batch = partial(llama.make_base, sizes.small), llama.make_batch(sizes.small, *sizes.batch, sizes.device)
     steps = layers.adamix_steps(sizes.few_layers, torch.bfloat16, sizes.device, base, batch)
     return layers.compare("adamix-lora", steps, sizes.repeats, sizes.device, layers=sizes.few_layers)

@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from mixora.bench import bench
 from mixora.commands import convert, craft, merge
 from mixora.terminal import (
     AsJson,
@@ -52,6 +53,12 @@ A mixture as an ordinary LoRA adapter, or with --dense as a dense model:
 
 \b
   mixora merge runs/first --out DIR               exact where nothing is routed by the input; else --approximate
+
+Time and memory, in a checkout of the repository:
+
+\b
+  mixora bench                                    which benchmarks there are
+  mixora bench step                               a training step, against PEFT's LoRA
 
 MODEL is a folder, a GGUF file, a hub id, or a short name such as smollm2-135m-instruct. Rows are JSON lines with
 prompt and completion; messages; text; text and label; or question, choices and answer.
@@ -230,6 +237,8 @@ def inspect(
 
 for command in (craft, convert, merge):
     app.command()(command)
+# a benchmark reads its own options, --help among them
+app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(bench)
 
 
 def main() -> None:

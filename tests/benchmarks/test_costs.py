@@ -1,0 +1,74 @@
+"""What a training step costs whatever the machine, and may not grow: operator calls and peak memory.
+
+Two layers of the benchmark's model, forward and backward. A ceiling is what was counted when it was set (2026-11-22)
+and about 5 % more, for other versions of the libraries. Who lowers a figure lowers its ceiling.
+"""
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import mixora
+from benchmarks import training_step
+from benchmarks.measuring import peak_mebibytes
+
+CALLS = {"mola": 2030, "sira": 1565, "adamix-lora": 1295, "mixlora": 2800, "pesc": 1690}
+# times the peak of PEFT's LoRA of rank 16
+MEMORY = {"mola": 1.37, "sira": 0.98, "adamix-lora": 1.62, "mixlora": 2.45, "pesc": 3.94}
+
+
+class OperatorCalls(TorchDispatchMode):
+    """Counts calls of torch's operators, those of backward among them."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        self.count += 1
+        return operator(*args, **(kwargs or {}))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small():
+    with pytest.MonkeyPatch.context() as patch:
+        for name, size in {"ROWS": 2, "LENGTH": 64, "VOCABULARY": 2048}.items():
+            patch.setattr(training_step, name, size)
+        yield
+
+
+@pytest.fixture(scope="module")
+def lora():
+    return warm(training_step.make_step(training_step.make_lora(make_base()), torch.float32))
+
+
+def make_base():
+    return training_step.make_base(2, torch.float32)
+
+
+def warm(step):
+    """What a first step makes for good does not count."""
+    step()
+    return step
+
+
+def make_step(recipe):
+    # two layers are not the four groups of MoLA
+    changes = {"num_experts": 8} if recipe == "mola" else {}
+    config = mixora.recipe(recipe, task_type="CAUSAL_LM", **changes)
+    model = training_step.fill(get_peft_model(make_base(), config))
+    return warm(training_step.make_step(model, torch.float32, compute_loss=training_step.compute_mixture_loss))
+
+
+def count_calls(step):
+    with OperatorCalls() as calls:
+        step()
+    return calls.count
+
+
+@pytest.mark.parametrize("recipe", CALLS)
+def test_a_step_costs_no_more_than_it_did(recipe, lora):
+    step = make_step(recipe)
+    assert count_calls(step) <= CALLS[recipe]
+    assert peak_mebibytes(step) <= MEMORY[recipe] * peak_mebibytes(lora)
