@@ -6,30 +6,32 @@ stand side by side in a `Stack`. It lasts as long as the cache of keys and value
 once a weight has changed in place or another prompt begins. A single token reads the rows of its chosen experts alone.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
 
 from mixora.contracts import Parameters
-from mixora.joining import find_members, weight_of
+from mixora.joining import find_members
 from mixora.kernels.sorting import cast_as_autocast
 from mixora.kernels.stacked import segments_ER
 from mixora.parts import Parts
-from mixora.passes import Input, Pass, version_of
+from mixora.passes import Input, Pass
 from mixora.routers.linear import LinearRouter
 
 # on a CPU, products of fewer tokens than this take longer in low precision than in fp32
 FEW = 24
-Pairs = Iterable[tuple[Tensor, Tensor]]
 
 
 @dataclass(slots=True)
 class Place:
-    """One of the linears of a stack, `module`, and what the stack was made for there; b_RO in the stack's dtype."""
+    """One of the linears of a stack, `module`, and what the stack was made for there.
+
+    b_RO: B in the stack's dtype. a_rI, b_rO: A and B of each expert.
+    """
 
     module: Any
     adapter: str
@@ -37,18 +39,35 @@ class Place:
     frozen: Any
     weight: Tensor
     b_RO: Tensor
+    a_rI: tuple[Tensor, ...]
+    b_rO: tuple[Tensor, ...]
 
     @classmethod
-    def of(cls, module: Any, adapter: str, dtype: torch.dtype) -> "Place":
-        """The module as it is now."""
-        frozen, b_RO = module.base_layer, module.parameters_of(adapter)["B"].detach()
-        return cls(module, adapter, module.parts[adapter], frozen, frozen.weight, b_RO.to(dtype))
+    def of(cls, module: Any, adapter: str, a_RI: Tensor) -> "Place":
+        """The module as it is now, with its A."""
+        frozen, parts = module.base_layer, module.parts[adapter]
+        b_RO, ranks = module.parameters_of(adapter)["B"].detach().to(a_RI.dtype), parts.shape.ranks
+        return cls(module, adapter, parts, frozen, frozen.weight, b_RO, a_RI.split(ranks), b_RO.split(ranks))
+
+    def compute_frozen(self, x_TI: Tensor) -> Tensor:
+        """What the frozen linear gives: [T, O]."""
+        weight_OI = self.weight.T if isinstance(self.frozen, Conv1D) else self.weight
+        return F.linear(x_TI, weight_OI, self.frozen._parameters["bias"])
+
+    def add_chosen(self, y_1O: Tensor, x_1I: Tensor, weights_K: list[float], experts_K: list[int]) -> None:
+        """To the output for a single token what its experts add, times the weights."""
+        (weight, first), *others = zip(weights_K, experts_K, strict=True)
+        sum_1O = F.linear(x_1I, self.a_rI[first]) @ self.b_rO[first]
+        for other_weight, expert in others:
+            sum_1O.addmm_(F.linear(x_1I, self.a_rI[expert]), self.b_rO[expert], beta=weight, alpha=other_weight)
+            weight = 1.0
+        y_1O.add_(sum_1O, alpha=weight)
 
     def is_unchanged(self, dtype: torch.dtype) -> bool:
         """Whether the module would still be served like this where it reads `dtype`; tensors aside."""
         module, frozen, adapter = self.module, self.frozen, self.adapter
         return (
-            module.active_adapter in (adapter, [adapter])
+            module.active_adapters == [adapter]
             and module.parts.get(adapter) is self.parts
             and not (module.disable_adapters or module.merged_adapters)
             and module._modules["base_layer"] is frozen
@@ -59,25 +78,12 @@ class Place:
 
 
 @dataclass(slots=True)
-class Sparse:
-    """A stack by experts, for a single token that reads those alone which it chose.
-
-    a_ND: all experts of all places, the rows of each flattened. b_ED: by place. first_M1: where those of each begin.
-    """
-
-    a_ND: Tensor
-    b_ED: list[Tensor]
-    first_M1: Tensor
-    rank: int
-
-
-@dataclass(slots=True)
 class Stack:
     """What decoding reads of linears that share an input, in the dtype to compute in.
 
     rows_CI: A of all `places`, [width, I], then the rows of their routers; none where one expert serves every token.
-    `routers`: the parameters of each. `sources`: the tensors that this was made from, and their versions. `sparse`:
-    the same for a single token, where that is possible.
+    `routers`: the parameters of each. `sources`: the tensors that this was made from, and their versions; those of
+    inference mode have none. `is_sparse`: a token uses fewer experts than there are.
     """
 
     places: list[Place]
@@ -86,7 +92,7 @@ class Stack:
     rows_CI: Tensor
     width: int
     scale: float
-    sparse: Sparse | None
+    is_sparse: bool
 
     @classmethod
     def of(cls, members: list[Any], adapter: str, dtype: torch.dtype) -> "Stack":
@@ -96,43 +102,40 @@ class Stack:
         routers = [leader.parameters_of(adapter) for leader in leaders]
         rows = [*(tensors["A"] for tensors in own), *(parts.router.rows(tensors) for tensors in routers)]
         rows_CI = torch.cat([tensor.detach().to(dtype) for tensor in rows])
-        places = [Place.of(member, adapter, dtype) for member in members]
-        ranks, width, sparse = parts.shape.ranks, sum(parts.shape.ranks) * len(members), None
-        if routers and len(set(ranks)) == 1 and parts.router.top_k < len(ranks):
-            num_all, b_ED = len(ranks) * len(members), [place.b_RO.view(len(ranks), -1) for place in places]
-            first_M1 = torch.arange(0, num_all, len(ranks), device=rows_CI.device).unsqueeze(1)
-            sparse = Sparse(rows_CI[:width].view(num_all, -1), b_ED, first_M1, ranks[0])
-        read = {id(tensor): tensor for tensors in (*own, *routers) for tensor in tensors.values()}
-        sources = [(tensor, version_of(tensor)) for tensor in read.values()]
-        return cls(places, routers, sources, rows_CI, width, parts.expert.scale(parts.shape), sparse)
+        ranks, read = parts.shape.ranks, {id(t): t for tensors in (*own, *routers) for t in tensors.values()}
+        width = sum(ranks) * len(members)
+        each_RI = rows_CI[:width].chunk(len(members))
+        return cls(
+            [Place.of(member, adapter, a_RI) for member, a_RI in zip(members, each_RI, strict=True)],
+            routers,
+            [(tensor, tensor._version) for tensor in read.values() if not tensor.is_inference()],
+            rows_CI,
+            width,
+            parts.expert.scale(parts.shape),
+            bool(routers) and parts.router.top_k < len(ranks),
+        )
 
     def serves(self, x: Tensor) -> bool:
         """Whether it would be made the same for `x` now."""
-        return (
-            self.rows_CI.dtype == _choose_dtype(x)
-            and all(place.is_unchanged(x.dtype) for place in self.places)
-            and all(version_of(tensor) == version for tensor, version in self.sources)
-        )
+        # runs for each token: a generator would take longer than what it looks at
+        for place in self.places:
+            if not place.is_unchanged(x.dtype):
+                return False
+        for tensor, version in self.sources:
+            if tensor._version != version:
+                return False
+        return self.rows_CI.dtype == _choose_dtype(x)
 
     def outputs_for(self, x: Tensor, here: Pass) -> dict[str, Tensor]:
         """The outputs of all places, by path."""
         x_TI = x.reshape(-1, x.shape[-1])
-        read_TI = x_TI.to(self.rows_CI.dtype)
-        is_single = self.sparse is not None and x_TI.shape[0] == 1 and x.device.type == "cpu"
-        pairs = self._expand_chosen(read_TI, x, here) if is_single else self._expand(read_TI, x, here)
-        outputs = {}
-        for place, (h_TR, b_RO) in zip(self.places, pairs, strict=True):
-            y_TO = F.linear(x_TI, weight_of(place.frozen), place.frozen.bias)
-            if b_RO.dtype == y_TO.dtype:
-                y_TO.addmm_(h_TR, b_RO, alpha=self.scale)
-            else:
-                y_TO.add_(h_TR @ b_RO, alpha=self.scale)
-            outputs[place.module.path] = y_TO.view(*x.shape[:-1], y_TO.shape[1])
-        return outputs
+        is_single = self.is_sparse and x_TI.shape[0] == 1 and x.device.type == "cpu"
+        found = self._serve_one(x_TI, x, here) if is_single else self._serve(x_TI, x, here)
+        shape = x.shape[:-1]
+        return {place.module.path: y_TO.view(*shape, -1) for place, y_TO in zip(self.places, found, strict=True)}
 
-    def _expand(self, x_TI: Tensor, x: Tensor, here: Pass) -> Pairs:
-        """The hidden of all experts times their gates, [T, R], and B, for each place."""
-        z_TC = F.linear(x_TI, self.rows_CI)
+    def _serve(self, x_TI: Tensor, x: Tensor, here: Pass) -> list[Tensor]:
+        z_TC = F.linear(x_TI.to(self.rows_CI.dtype), self.rows_CI)
         h_TMR = z_TC[:, : self.width].view(x_TI.shape[0], len(self.places), -1)
         if self.routers:
             weights_SK, experts_SK = self._choose(z_TC[:, self.width :], x, here)
@@ -140,20 +143,26 @@ class Stack:
             gates_SE = weights_SK.new_zeros(weights_SK.shape[0], len(ranks)).scatter_(1, experts_SK, weights_SK)
             gates_SR = gates_SE.to(h_TMR.dtype) @ segments_ER(ranks, h_TMR.dtype, x.device)
             h_TMR.mul_(gates_SR.view(x_TI.shape[0], len(self.routers), -1))
-        return zip(h_TMR.unbind(dim=1), [place.b_RO for place in self.places], strict=True)
+        outputs = []
+        for place, h_TR in zip(self.places, h_TMR.unbind(dim=1), strict=True):
+            y_TO = place.compute_frozen(x_TI)
+            if h_TR.dtype == y_TO.dtype:
+                outputs.append(y_TO.addmm_(h_TR, place.b_RO, alpha=self.scale))
+            else:
+                outputs.append(y_TO.add_(h_TR @ place.b_RO, alpha=self.scale))
+        return outputs
 
-    def _expand_chosen(self, x_1I: Tensor, x: Tensor, here: Pass) -> Pairs:
-        """As `_expand`, of the experts alone that the only token chose."""
-        assert self.sparse is not None
-        rank, num_places = self.sparse.rank, len(self.places)
-        weights_NK, experts_NK = self._choose(F.linear(x_1I, self.rows_CI[self.width :]), x, here)
-        experts_MK = experts_NK if len(experts_NK) == num_places else experts_NK.expand(num_places, -1)
-        a_ND = self.sparse.a_ND.index_select(0, (experts_MK + self.sparse.first_M1).view(-1))
-        h_NKr = F.linear(x_1I, a_ND.view(-1, x_1I.shape[1])).view(num_places, -1, rank)
-        h_M1R = (h_NKr * weights_NK.to(x_1I.dtype).unsqueeze(2)).view(num_places, 1, -1)
-        chosen = zip(self.sparse.b_ED, experts_MK.unbind(), strict=True)
-        b = [b_ED.index_select(0, experts_K).view(h_M1R.shape[2], -1) for b_ED, experts_K in chosen]
-        return zip(h_M1R.unbind(), b, strict=True)
+    def _serve_one(self, x_1I: Tensor, x: Tensor, here: Pass) -> list[Tensor]:
+        """As `_serve`, with nothing read of the experts that the only token did not choose."""
+        read_1I = x_1I.to(self.rows_CI.dtype)
+        weights_NK, experts_NK = self._choose(F.linear(read_1I, self.rows_CI[self.width :]), x, here)
+        weights, experts = (weights_NK * self.scale).tolist(), experts_NK.tolist()
+        outputs = []
+        for n, place in enumerate(self.places):
+            outputs.append(place.compute_frozen(x_1I))
+            # one router for all of them, or one for each
+            place.add_chosen(outputs[-1], read_1I, weights[n % len(weights)], experts[n % len(weights)])
+        return outputs
 
     def _choose(self, z_TC: Tensor, x: Tensor, here: Pass) -> tuple[Tensor, Tensor]:
         """Weights and experts, [T * N, K]: row t N + n is the decision of the n-th of N routers for token t."""

@@ -57,13 +57,13 @@ def compute(module: Any, adapter: str, x: Tensor, here: Pass) -> tuple[Tensor, R
         parts.shape.ranks,
         module.parameters_of(adapter)["B"],
         1.0 if weighted else parts.expert.scale(parts.shape),
-        weight_of(frozen),
+        _weight_of(frozen),
         frozen.bias,
     )
     return y_TO.view(*x.shape[:-1], y_TO.shape[-1]), routing
 
 
-def weight_of(frozen: Any) -> Tensor:
+def _weight_of(frozen: Any) -> Tensor:
     """That of a frozen linear without obstacle: [O, I]."""
     return frozen.weight.T if isinstance(frozen, Conv1D) else frozen.weight
 
