@@ -132,7 +132,8 @@ class Stack:
         is_single = self.is_sparse and x_TI.shape[0] == 1 and x.device.type == "cpu"
         found = self._serve_one(x_TI, x, here) if is_single else self._serve(x_TI, x, here)
         shape = x.shape[:-1]
-        return {place.module.path: y_TO.view(*shape, -1) for place, y_TO in zip(self.places, found, strict=True)}
+        pairs = zip(self.places, found, strict=True)
+        return {place.module.path: y_TO.view(*shape, y_TO.shape[1]) for place, y_TO in pairs}
 
     def _serve(self, x_TI: Tensor, x: Tensor, here: Pass) -> list[Tensor]:
         z_TC = F.linear(x_TI.to(self.rows_CI.dtype), self.rows_CI)

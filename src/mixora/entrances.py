@@ -112,7 +112,7 @@ def _read_pass(module: nn.Module, inputs: dict[str, Any]) -> Pass:
 
 def _kept_for(cache: Any) -> dict[str, Any] | None:
     """What passes keep for each other as long as `cache`, a `transformers.Cache`, lives."""
-    return _kept.setdefault(cache, {}) if isinstance(cache, Cache) else None
+    return _kept.setdefault(cache, {}) if isinstance(cache, Cache) and not torch.compiler.is_compiling() else None
 
 
 def _put(into: dict[Stream, Tensor], stream: Stream, value: Any, dtype: torch.dtype | None) -> None:

@@ -13,8 +13,8 @@ from torch import Tensor
 from mixora.errors import TrainingError
 
 IGNORED = -100
-CHUNK = 256
-"""Tokens at a time (benchmarks/fused_loss.py)."""
+CHUNK = 128
+"""Tokens at a time with a head in 32 bits; of others as many bytes (benchmarks/fused_loss.py)."""
 BLOCK = 2**16
 """Logits at a time, on a CPU, between the products: few enough to stay in a core's cache."""
 
@@ -106,8 +106,9 @@ class _Sweep:
         self.gradients = [torch.zeros_like(hidden_TI) for hidden_TI in hidden] if wants_gradient else []
         self.tokens_N = (labels_T != IGNORED).nonzero().squeeze(1)
         weight_VI, on_cpu = head.weight_VI, head.weight_VI.device.type == "cpu"
-        most = min(CHUNK, len(self.tokens_N))
-        self.block = max(BLOCK // len(weight_VI), 1) if on_cpu else CHUNK
+        self.chunk = max(4 * CHUNK // weight_VI.itemsize, 1)
+        most = min(self.chunk, len(self.tokens_N))
+        self.block = max(BLOCK // len(weight_VI), 1) if on_cpu else self.chunk
         self.logits = weight_VI.new_empty(len(hidden) * most, len(weight_VI))
         dtype = torch.promote_types(torch.promote_types(hidden[0].dtype, weight_VI.dtype), torch.float32)
         copies = 0 if dtype == weight_VI.dtype else len(hidden)
@@ -116,7 +117,7 @@ class _Sweep:
 
     def run(self) -> tuple[Tensor, Tensor]:
         """Both sums; leaves the gradients behind."""
-        sums = [of_block for rows_C in self.tokens_N.split(CHUNK) for of_block in self._run(rows_C)]
+        sums = [of_block for rows_C in self.tokens_N.split(self.chunk) for of_block in self._run(rows_C)]
         task, agreement = (torch.stack(values).sum() for values in zip(*sums, strict=True))
         return task, agreement
 
