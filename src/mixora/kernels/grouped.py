@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mixora.contracts import Kernel, Shape
+from mixora.contracts import Shape
 from mixora.errors import ConfigError
-from mixora.kernels.sorting import cast_as_autocast, sort_by_expert, turn_to_slots, turn_to_tokens
+from mixora.kernels.sorting import SortingKernel, cast_as_autocast, sort_by_expert
 from mixora.routing import Routing
 
 # 16 bytes of the smallest dtype, so that a model may be cast or run under autocast
@@ -31,7 +31,7 @@ class _Slots:
     end_E: Tensor
 
 
-class Grouped(Kernel):
+class Grouped(SortingKernel):
     """Slots are all of them."""
 
     @classmethod
@@ -66,16 +66,6 @@ class Grouped(Kernel):
     def map(self, function: Callable[[Tensor], Tensor], slots: _Slots) -> _Slots:
         """The slots with `function` applied to each number."""
         return replace(slots, hidden_Nr=function(slots.hidden_Nr))
-
-    def by_slot(self, slots: _Slots, routing: Routing) -> _Slots:
-        """The k-th slot of token t becomes that of token k T + t."""
-        place_N = turn_to_slots(slots.place_N, routing)
-        return replace(slots, place_N=place_N, token_N=place_N)
-
-    def by_token(self, slots: _Slots, routing: Routing) -> _Slots:
-        """The slot of token k T + t becomes the k-th of token t."""
-        place_N = turn_to_tokens(slots.place_N, routing)
-        return replace(slots, place_N=place_N, token_N=place_N // routing.experts_TK.shape[1])
 
     def contract(self, slots: _Slots, w_RO: Tensor, routing: Routing) -> Tensor:
         """Weighted sum over the experts of each token: [T, O]; `ConfigError` for float64 slots."""

@@ -16,14 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mixora.contracts import Kernel
-from mixora.kernels.sorting import (
-    cast_as_autocast,
-    sort_by_expert,
-    turn_to_slots,
-    turn_to_tokens,
-    without_autocast,
-)
+from mixora.kernels.sorting import SortingKernel, cast_as_autocast, sort_by_expert, without_autocast
 from mixora.routing import Routing
 
 
@@ -71,7 +64,7 @@ class _Slots:
     sizes: _Sizes
 
 
-class Sorted(Kernel):
+class Sorted(SortingKernel):
     """Slots are those of weight other than 0."""
 
     def expand(self, x_TI: Tensor, w_RI: Tensor, routing: Routing, bias_R: Tensor | None = None) -> _Slots:
@@ -88,16 +81,6 @@ class Sorted(Kernel):
     def map(self, function: Callable[[Tensor], Tensor], slots: _Slots) -> _Slots:
         """The slots with `function` applied to each number."""
         return replace(slots, hidden_F=function(slots.hidden_F))
-
-    def by_slot(self, slots: _Slots, routing: Routing) -> _Slots:
-        """The k-th slot of token t becomes that of token k T + t."""
-        place_N = turn_to_slots(slots.place_N, routing)
-        return replace(slots, place_N=place_N, token_N=place_N)
-
-    def by_token(self, slots: _Slots, routing: Routing) -> _Slots:
-        """The slot of token k T + t becomes the k-th of token t."""
-        place_N = turn_to_tokens(slots.place_N, routing)
-        return replace(slots, place_N=place_N, token_N=place_N // routing.experts_TK.shape[1])
 
     def contract(self, slots: _Slots, w_RO: Tensor, routing: Routing) -> Tensor:
         """Weighted sum over the experts of each token: [T, O]."""

@@ -1,10 +1,13 @@
 """What kernels that sort their slots by expert have in common."""
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from mixora.contracts import Kernel
 from mixora.routing import Routing
 
 
@@ -19,16 +22,20 @@ def sort_by_expert(experts_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor
     return expert_N.argsort(stable=True), counts[:num_experts]
 
 
-def turn_to_slots(place_N: Tensor, routing: Routing) -> Tensor:
-    """Places in the flattened [T, K] as places in the flattened [K, T]."""
-    tokens, top_k = routing.experts_TK.shape
-    return place_N % top_k * tokens + place_N // top_k
+class SortingKernel(Kernel):
+    """Its slots are a dataclass; `place_N` says where each stands in the flattened [T, K], `token_N` whose it is."""
 
+    def by_slot(self, slots: Any, routing: Routing) -> Any:
+        """The k-th slot of token t becomes that of token k T + t."""
+        tokens, top_k = routing.experts_TK.shape
+        place_N = slots.place_N % top_k * tokens + slots.place_N // top_k
+        return replace(slots, place_N=place_N, token_N=place_N)
 
-def turn_to_tokens(place_N: Tensor, routing: Routing) -> Tensor:
-    """Places in the flattened [K, T] as places in the flattened [T, K]."""
-    tokens, top_k = routing.experts_TK.shape
-    return place_N % tokens * top_k + place_N // tokens
+    def by_token(self, slots: Any, routing: Routing) -> Any:
+        """The slot of token k T + t becomes the k-th of token t."""
+        tokens, top_k = routing.experts_TK.shape
+        place_N = slots.place_N % tokens * top_k + slots.place_N // tokens
+        return replace(slots, place_N=place_N, token_N=place_N // top_k)
 
 
 def cast_as_autocast(tensor: Tensor) -> Tensor:

@@ -68,8 +68,7 @@ def merge(
     merged = Merged(folder, form, str(name_base(config.base_model_name_or_path)), config.recipe, sites, soup=cooked)
     if approximation is not None:
         origin = f"{len(approximation.fit)} batches of {approximation.origin}"
-        changes = _measure(model, modules, pairs, approximation, progress)
-        merged = replace(merged, fitted_on=origin, changes=changes)
+        merged = replace(merged, fitted_on=origin, changes=_measure(model, modules, pairs, approximation, progress))
     _write(merged, model, adapter, pairs, tokenizer)
     return merged
 
