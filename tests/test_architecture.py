@@ -23,7 +23,7 @@ ORDER = [
     {"merging"},
     {"training"},
     {"terminal"},
-    {"commands", "bench"},
+    {"commands"},
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}

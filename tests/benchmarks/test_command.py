@@ -4,8 +4,8 @@ import pytest
 from typer.testing import CliRunner
 
 from benchmarks import BENCHMARKS, running
-from mixora import bench
 from mixora.cli import app
+from mixora.commands import bench
 
 
 def call(*words):
@@ -42,7 +42,7 @@ def test_an_unknown_name_is_a_users_mistake():
 @pytest.fixture
 def installed(monkeypatch, tmp_path):
     """As from a wheel."""
-    monkeypatch.setattr(bench, "__file__", str(tmp_path / "lib" / "site-packages" / "mixora" / "bench.py"))
+    monkeypatch.setattr(bench, "__file__", str(tmp_path / "lib" / "site-packages" / "mixora" / "commands" / "bench.py"))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

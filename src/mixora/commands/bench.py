@@ -21,7 +21,7 @@ def import_benchmarks() -> Any:
     """
     from mixora.errors import ConfigError
 
-    for root in (Path(__file__).parents[2], Path.cwd()):
+    for root in (Path(__file__).parents[3], Path.cwd()):
         if (root / "benchmarks" / "measuring.py").is_file() and (root / "src" / "mixora").is_dir():
             sys.path.insert(0, str(root))
             return importlib.import_module("benchmarks")

@@ -1,0 +1,132 @@
+"""Commands that make a run or look at one: train, evaluate, generate, inspect."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from mixora.terminal import (
+    AsJson,
+    Data,
+    Debug,
+    Model,
+    Out,
+    Recipe,
+    Run,
+    Settings,
+    make_console,
+    print_json,
+    read_tree,
+    reports_errors,
+)
+
+
+@reports_errors
+def train(
+    settings: Settings = None,
+    recipe: Recipe = None,
+    model: Model = None,
+    data: Data = None,
+    out: Out = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier run left in `out`.")] = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Fine-tune, evaluate before and after, save the adapter, read it back, write a report."""
+    from mixora.training.progress import Progress
+    from mixora.training.results import summarise_run
+    from mixora.training.run import fit
+    from mixora.training.run_config import read_run
+
+    tree = read_tree(settings, adapter__recipe=recipe, model__base=model, data__source=data, out=out)
+    config = read_run(tree)
+    console = make_console(as_json)
+    record = fit(config, Progress(console), overwrite)
+    if as_json:
+        from dataclasses import asdict
+
+        print_json(asdict(record))
+        return
+    for part in summarise_run(record, Path(config.out)):
+        console.print(part)
+
+
+@reports_errors
+def evaluate(
+    run: Run,
+    settings: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the run.")] = None,
+    data: Data = None,
+    split: Annotated[str | None, typer.Option(help="Which rows. Short for data.evaluation_split=…")] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Measure a trained adapter on held-out rows."""
+    from mixora.training.progress import Progress
+    from mixora.training.results import reopen
+
+    changes = read_tree(settings, data__source=data, data__evaluation_split=split)
+    trained = reopen(run, changes, Progress(make_console(as_json)))
+    metrics = trained.measure()
+    if as_json:
+        print_json(metrics)
+        return
+    table = Table("metric", "value", title=f"{run} on {trained.material.evaluation_rows.origin}")
+    for name, value in metrics.items():
+        table.add_row(name.replace("_", " "), f"{value:.4f}")
+    Console().print(table)
+
+
+@reports_errors
+def generate(
+    run: Run,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(help="What to ask; may be given several times. Else standard input, a prompt a line."),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="The longest answer.")] = 64,
+    sample: Annotated[bool, typer.Option("--sample", help="Draw tokens instead of taking the likeliest.")] = False,
+    compare: Annotated[bool, typer.Option("--compare", help="Show the base model's answer too.")] = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Ask a trained model."""
+    from mixora.errors import DataError
+    from mixora.training.progress import Progress
+    from mixora.training.results import reopen
+
+    prompts = prompt or [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    if not prompts:
+        raise DataError("there is no prompt; valid: --prompt TEXT, or a prompt a line on standard input")
+    trained = reopen(run, {}, Progress(make_console(as_json)))
+    answers = trained.answer(prompts, max_new_tokens, sample, compare)
+    if as_json:
+        print_json(answers)
+        return
+    for answer in answers:
+        for name, text in answer.items():
+            Console().print(f"[bold]{name:>10}[/]  ", end="")
+            Console().print(text, markup=False, highlight=False)
+
+
+@reports_errors
+def inspect(
+    run: Run,
+    settings: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the run.")] = None,
+    data: Data = None,
+    residual: Annotated[
+        bool, typer.Option("--residual", help="How far experts behind modules (pesc) are from full ones, instead.")
+    ] = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Show what each router does with held-out rows: load per expert, experts per token, entropy, dropped and dead."""
+    from mixora.training.progress import Progress
+    from mixora.training.results import reopen, residual_table, routing_table
+
+    trained = reopen(run, read_tree(settings, data__source=data), Progress(make_console(as_json)))
+    sites = trained.residual_energy() if residual else trained.inspect()
+    table = residual_table if residual else routing_table
+    print_json(sites) if as_json else Console().print(table(sites))
