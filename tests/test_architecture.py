@@ -9,7 +9,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "mixora"
 ORDER = [
     {"errors"},
     {"draws"},
-    {"routing", "config", "folders", "low_rank", "fused_loss"},
+    {"routing", "config", "folders", "low_rank", "fused_loss", "activations"},
     {"contracts", "passes", "depth"},
     {"experts", "routers", "kernels", "losses", "allocators", "slots", "parts", "plan", "entrances"},
     {"method", "sites", "joining", "folding"},

@@ -53,7 +53,7 @@ def compute(module: Any, adapter: str, x: Tensor, here: Pass) -> tuple[Tensor, R
     y_TO = contract(
         joined,
         module.path,
-        None if parts.router.is_static or weighted else routing.gates_TE(),
+        None if parts.router.is_static or weighted else routing,
         parts.shape.ranks,
         module.parameters_of(adapter)["B"],
         1.0 if weighted else parts.expert.scale(parts.shape),

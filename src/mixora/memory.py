@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from mixora.activations import find_kept
 from mixora.passes import tracing
 
 ADAM_BYTES = 8  # two fp32 moments per trainable number
@@ -12,7 +13,10 @@ ADAM_BYTES = 8  # two fp32 moments per trainable number
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one training step. `activations`: what the forward pass keeps for backward, each storage once."""
+    """Bytes of one training step.
+
+    `activations`: what the forward pass keeps for backward under a trainer of ours, each storage once.
+    """
 
     base_weights: int
     adapter_weights: int
@@ -49,8 +53,9 @@ def _count_saved(model: nn.Module, batch: int, length: int, weights: set[int]) -
     saved: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
-        # keeping the tensor keeps its storage's identity from being used again
-        saved.setdefault(tensor.untyped_storage()._cdata, tensor)
+        if isinstance(find_kept(tensor), Tensor):
+            # keeping the tensor keeps its storage's identity from being used again
+            saved.setdefault(tensor.untyped_storage()._cdata, tensor)
         return tensor
 
     ids = torch.zeros(batch, length, dtype=torch.long, device="meta")

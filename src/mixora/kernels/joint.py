@@ -5,8 +5,8 @@
 
 g are the gates [T, E] that any router decides from its outputs Z, S [E, R] spreads them over the ranks. Backward is
 written by hand: the gradient of x is handed from site to site and added to in place, and what is kept for it is x
-(alive anyway), H and g. The values are those of `stacked`, but for the order of additions; with activations in low
-precision the router's outputs come from the same low-precision GEMM.
+(alive anyway), g, and H of the experts that serve a token. The values are those of `stacked`, but for the order of
+additions; with activations in low precision the router's outputs come from the same low-precision GEMM.
 """
 
 from dataclasses import dataclass, field
@@ -52,26 +52,34 @@ def join(x: Tensor, x_TI: Tensor, experts: dict[str, Tensor], routers: dict[str,
     rows = (*experts.values(), *routers.values())
     tail_TI, *found = _Expand.apply(x_TI, sum(map(len, experts.values())), dropout, *rows)
     hidden = dict(zip(experts, found, strict=False))
-    outputs = dict(zip(routers, found[len(experts) :], strict=True))
+    # a trace keeps them; as views they would keep the hidden of all sites too
+    outputs = {path: z_TC.clone() for path, z_TC in zip(routers, found[len(experts) :], strict=True)}
     return Joined(Input.of(x), tail_TI, hidden, outputs)
 
 
 def contract(
     joined: Joined,
     path: str,
-    gates_TE: Tensor | None,
+    routing: Routing | None,
     ranks: tuple[int, ...],
     b_RO: Tensor,
     scale: float,
     weight_OI: Tensor,
     bias_O: Tensor | None,
 ) -> Tensor:
-    """The whole output of the site at `path`: [T, O]. Without gates, the one expert there serves every token."""
+    """The whole output of the site at `path`: [T, O]. Without routing, the one expert there serves every token."""
     x_TI, h_TR = joined.x_TI, joined.hidden.pop(path)
     segments = segments_ER(ranks, x_TI.dtype, x_TI.device)
     b_RO = b_RO.to(x_TI.dtype)
-    y_TO, joined.x_TI = _Contract.apply(x_TI, h_TR, gates_TE, b_RO, segments, weight_OI, bias_O, scale)
+    gates_TE = None if routing is None else routing.gates_TE()
+    chosen_TK = routing.experts_TK if routing is not None and _are_few_chosen(routing, ranks) else None
+    y_TO, joined.x_TI = _Contract.apply(x_TI, h_TR, gates_TE, chosen_TK, b_RO, segments, weight_OI, bias_O, scale)
     return y_TO
+
+
+def _are_few_chosen(routing: Routing, ranks: tuple[int, ...]) -> bool:
+    """Whether the hidden of the chosen experts is a block of fixed size, at most half of all."""
+    return len(set(ranks)) == 1 and 2 * routing.experts_TK.shape[1] <= len(ranks)
 
 
 class _Expand(torch.autograd.Function):
@@ -88,7 +96,8 @@ class _Expand(torch.autograd.Function):
             torch.mm(x_TI, rows_CI[experts:].T, out=z_TC[:, experts:])
         else:
             z_TC = x_TI @ rows_CI.T
-        ctx.save_for_backward(x_TI, rows_CI, mask_TI)
+        # the rows in one matrix, cast, are a copy that need not live until backward
+        ctx.save_for_backward(x_TI, mask_TI, *matrices)
         ctx.experts, ctx.dropout = experts, dropout
         ctx.sizes, ctx.dtypes = [len(matrix) for matrix in matrices], [matrix.dtype for matrix in matrices]
         return x_TI.view_as(x_TI), *z_TC.split(ctx.sizes, dim=1)
@@ -96,7 +105,8 @@ class _Expand(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dx_TI: Tensor | None, *pieces: Tensor | None) -> tuple[Tensor | None, ...]:
-        x_TI, rows_CI, mask_TI = ctx.saved_tensors
+        x_TI, mask_TI, *matrices = ctx.saved_tensors
+        rows_CI = torch.cat(matrices).to(x_TI.dtype)
         filled = [
             x_TI.new_zeros(len(x_TI), size) if piece is None else piece.to(x_TI.dtype)
             for piece, size in zip(pieces, ctx.sizes, strict=True)
@@ -125,6 +135,7 @@ class _Contract(torch.autograd.Function):
         x_TI: Tensor,
         h_TR: Tensor,
         gates_TE: Tensor | None,
+        chosen_TK: Tensor | None,
         b_RO: Tensor,
         segments_ER: Tensor,
         weight_OI: Tensor,
@@ -135,24 +146,39 @@ class _Contract(torch.autograd.Function):
         ctx.scale = scale
         y_TO = F.linear(x_TI, weight_OI.to(x_TI.dtype), None if bias_O is None else bias_O.to(x_TI.dtype))
         y_TO.addmm_(_weigh(h_TR, _spread(gates_TE, segments_ER, scale)), b_RO)
-        ctx.save_for_backward(h_TR, gates_TE, b_RO, segments_ER, weight_OI)
+        kept, places = (h_TR, None) if chosen_TK is None else _take(h_TR, chosen_TK, len(segments_ER))
+        ctx.save_for_backward(kept, places, gates_TE, b_RO, segments_ER, weight_OI)
         return y_TO, x_TI.view_as(x_TI)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_TO: Tensor | None, dx_TI: Tensor | None) -> tuple[Tensor | None, ...]:
         if dy_TO is None:
-            return dx_TI, *[None] * 7
-        h_TR, gates_TE, b_RO, segments_ER, weight_OI = ctx.saved_tensors
+            return dx_TI, *[None] * 8
+        kept, places, gates_TE, b_RO, segments_ER, weight_OI = ctx.saved_tensors
+        h_TR = kept if places is None else _put(kept, places, len(segments_ER))
         # of the scaled gates, as each rank saw them
         gate_TR, dweighted_TR, dgates_TE = _spread(gates_TE, segments_ER, ctx.scale), dy_TO @ b_RO.T, None
-        db_RO = _weigh(h_TR, gate_TR).T @ dy_TO if ctx.needs_input_grad[3] else None
+        db_RO = _weigh(h_TR, gate_TR).T @ dy_TO if ctx.needs_input_grad[4] else None
         if ctx.needs_input_grad[2]:
             dgates_TE = ((h_TR * dweighted_TR) @ segments_ER.T).to(gates_TE.dtype) * ctx.scale
         dh_TR = _weigh(dweighted_TR, gate_TR)
         if ctx.needs_input_grad[0]:
             dx_TI = add_product(dx_TI, dy_TO, weight_OI.to(dy_TO.dtype))
-        return dx_TI, dh_TR, dgates_TE, db_RO, None, None, None, None
+        return dx_TI, dh_TR, dgates_TE, None, db_RO, None, None, None, None
+
+
+def _take(h_TR: Tensor, chosen_TK: Tensor, experts: int) -> tuple[Tensor, Tensor]:
+    """The hidden of the chosen experts, and where it stood among all: [T, K, rank] both."""
+    h_TEr = h_TR.view(len(h_TR), experts, -1)
+    places_TKr = chosen_TK[..., None].expand(-1, -1, h_TEr.shape[2])
+    return h_TEr.gather(1, places_TKr), places_TKr
+
+
+def _put(kept_TKr: Tensor, places_TKr: Tensor, experts: int) -> Tensor:
+    """Back in their places, 0 where the gate is 0 anyway: [T, R]."""
+    tokens, _, rank = kept_TKr.shape
+    return kept_TKr.new_zeros(tokens, experts, rank).scatter_(1, places_TKr, kept_TKr).view(tokens, -1)
 
 
 def _spread(gates_TE: Tensor | None, segments_ER: Tensor, scale: float) -> Tensor | float:

@@ -8,6 +8,7 @@ from typing import Any, Generic
 import torch
 from torch import Tensor, nn
 
+from mixora.activations import lean_activations
 from mixora.errors import TrainingError
 from mixora.mixture import mixtures_of
 from mixora.passes import tracing
@@ -63,7 +64,7 @@ def run_passes(model: nn.Module, fused: FusedHead | None, run: Callable[[FusedHe
 
     def run_traced(fused: FusedHead | None) -> Passes[Result]:
         close = None if fused is None else fused.close
-        with tracing(owns_losses=True) as trace, second_passes(model, close) as pairs:
+        with tracing(owns_losses=True) as trace, second_passes(model, close) as pairs, lean_activations():
             result = run(fused)
         return Passes(result, trace, pairs, None if fused is None else fused.agreement)
 
