@@ -36,7 +36,7 @@ from mixora.training.material import (
 from mixora.training.progress import Progress, StepProgress
 from mixora.training.run_config import RunConfig
 from mixora.training.run_folder import check_folder, open_folder
-from mixora.training.tasks import average, mixture_table
+from mixora.training.tasks import average, mixture_table, with_loss
 from mixora.training.trainers import Trainer
 from mixora.tuner import MixoraConfig, allocate, plan
 
@@ -188,9 +188,10 @@ def measure(
     model: Any, examples: Mapping[str, Examples], config: RunConfig, progress: Progress, when: str
 ) -> dict[str, Evaluation]:
     """The metrics of `model` on the held-out rows of each task."""
-    settings, found = config.evaluate, {}
+    found = {}
     for name, of_task in examples.items():
-        with progress.task(f"evaluating {name}, {when}") as advance, served_by(model, settings.served_by):
+        settings = config.evaluate if config.data.tasks is None else with_loss(config.evaluate, of_task)
+        with progress.task(f"evaluating {name}, {when}") as advance, served_by(model, config.evaluate.served_by):
             found[name] = evaluate(model, of_task, settings, advance)
     return found
 

@@ -6,9 +6,17 @@ from typing import Any
 from rich.table import Table
 
 from mixora.diagnostics.page import format_value
-from mixora.evaluate import Evaluation
+from mixora.evaluate import METRICS, Evaluation, EvaluationConfig, Examples, default_metrics
 
 Scores = Mapping[str, float | None]
+
+
+def with_loss(config: EvaluationConfig, examples: Examples) -> EvaluationConfig:
+    """Metrics not asked for by name include the loss where the rows have one, so that tasks can be compared."""
+    if config.metrics is not None or "loss" not in METRICS[examples.form]:
+        return config
+    usual = default_metrics(examples)
+    return config.model_copy(update={"metrics": (*usual, *(() if "loss" in usual else ("loss",)))})
 
 
 def average(tasks: Mapping[str, Evaluation]) -> dict[str, float]:
