@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import transformers
 from typer.testing import CliRunner
 
 import mixora
+from mixora.bases import load_base
 from mixora.cli import app
 from mixora.data import mix
 from mixora.diagnostics.report import read_record
@@ -130,6 +132,8 @@ def test_one_causal_model_learns_from_three_forms(bases, sources, tmp_path):
     assert record.tasks["words"]["after"].keys() == {"loss", "perplexity"}
     assert record.load["groups"] == ["lamp", "song"]  # a field that one of the tasks has
     assert set(record.after) == {"loss", "rows"}
+    words = reopen(tmp_path / "out", {}, quiet(), ["words"]).measure()
+    assert words["tasks"] == {"words": record.tasks["words"]["after"]}
 
 
 def test_packed_bins_are_of_one_task_and_an_epoch_is_each_once(two):
@@ -248,3 +252,23 @@ def test_real_sets_of_three_forms_are_read_drawn_and_scored(bases, tmp_path):
     assert [task["drawn"] for task in found.tasks.values()] == pytest.approx([24, 40, 56], abs=20)
     scores = measure(material.model, make_examples(material, config), config, quiet(), "before")
     assert all(math.isfinite(scores[name].metrics["loss"]) for name in names)
+
+
+@pytest.mark.filterwarnings(
+    "ignore:`gradient_checkpointing` is deprecated:FutureWarning", "ignore:'pin_memory' argument"
+)
+def test_the_python_of_the_guide_runs(bases, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name, size in (("sums", 20), ("letters", 40)):
+        rows = [{"prompt": f"{name} {n}", "completion": f" {2 * n}"} for n in range(size)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    base, tokenizer = load_base(str(bases / "llama"))
+    config = mixora.recipe("sira", num_experts=4, top_k=2, rank=2, task_type="CAUSAL_LM")
+    names = {"model": peft.get_peft_model(base, config), "tokenizer": tokenizer}
+    guide = (Path(__file__).parents[2] / "docs" / "guide" / "tasks.md").read_text(encoding="utf-8")
+    for block in re.findall(r"```python\n(.*?)```", guide, flags=re.DOTALL):
+        exec(block, names)
+    assert Counter(names["rows"]["task"]).keys() == {"sums", "letters"}
+    assert names["trainer"].state.global_step == 4
+    assert {"eval_sums_loss", "eval_letters_loss"} <= names["trainer"].evaluate().keys()
+    assert "'letters': [" in capsys.readouterr().out

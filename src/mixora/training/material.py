@@ -168,9 +168,8 @@ def _first(rows: Rows, count: int) -> Rows:
 def encode_rows(material: Material, config: RunConfig, tasks: Mapping[str, Rows], **changes: Any) -> dict[str, Encoded]:
     """Rows of several tasks, encoded by the settings of the run with `changes`."""
     encoding: EncodingConfig = config.data.model_copy(update=changes)
-    forms = {rows.form for rows in tasks.values()}
-    # plain text has no prompt to format, which is a mistake only where no other task has one
-    plain = encoding.model_copy(update={"prompt_format": "auto"}) if forms > {"text"} else encoding
+    # text has no prompt to format, which is no mistake beside tasks that have one
+    plain = encoding if config.data.tasks is None else encoding.model_copy(update={"prompt_format": "auto"})
     return {
         name: encode(rows, material.tokenizer, plain if rows.form == "text" else encoding, model_kind=material.kind)
         for name, rows in tasks.items()
