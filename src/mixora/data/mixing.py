@@ -75,16 +75,13 @@ def mix(
 
     Args:
         tasks: the rows of each task. Columns that only some have are None in the others.
-        temperature: see `share_out`.
-        limit: see `share_out`.
-        weights: see `share_out`.
+        temperature, limit, weights: see `share_out`.
         rows: how many to draw; an epoch if not given.
         seed: of the draws.
 
     Raises:
         ConfigError: see `share_out`; no tasks, or `rows` below 1.
-        DataError: a task that is no `datasets.Dataset`, has no rows, has a column `task` already, or shares a column of
-            another type with the others.
+        DataError: a task that is no `datasets.Dataset`, without rows, or with columns that clash with others or `task`.
     """
     _check_tasks(tasks)
     sizes = {name: len(dataset) for name, dataset in tasks.items()}

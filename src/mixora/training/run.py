@@ -63,9 +63,7 @@ def fit(config: RunConfig, progress: Progress, overwrite: bool = False) -> RunRe
     material = read_material(config)
     rows = make_training_set(material, config)
     adapter, table = build(material, rows, config, progress)
-    _show_plan(table, progress)
-    if rows.tasks:
-        progress.show(mixture_table(rows.tasks))
+    _show_plan(table, rows, progress)
     examples = make_examples(material, config)
     torch.manual_seed(config.train.seed)
     model = get_peft_model(material.model, adapter)
@@ -77,8 +75,7 @@ def fit(config: RunConfig, progress: Progress, overwrite: bool = False) -> RunRe
     seen = _describe_model(model, table, examples, config)
     save(model, material.tokenizer, out / "adapter")
     progress.say(f"saved {out / 'adapter'}; reading it back")
-    reread = from_pretrained(model.unload(), out / "adapter")
-    reloaded = measure(reread, examples, config, progress, "read back")
+    reloaded = measure(from_pretrained(model.unload(), out / "adapter"), examples, config, progress, "read back")
     count = sum(len(of_task.rows) for of_task in examples.values())
     record = RunRecord(
         **_describe_run(config, adapter),
@@ -96,10 +93,12 @@ def fit(config: RunConfig, progress: Progress, overwrite: bool = False) -> RunRe
     return record
 
 
-def _show_plan(table: Plan, progress: Progress) -> None:
+def _show_plan(table: Plan, rows: TrainingSet, progress: Progress) -> None:
     progress.show(table.table())
     for note in table.notes:
         progress.say(f"note: {note}")
+    if rows.tasks:
+        progress.show(mixture_table(rows.tasks))
 
 
 def _describe_run(config: RunConfig, adapter: MixoraConfig) -> dict[str, Any]:
