@@ -17,9 +17,8 @@ from rich.console import Console
 
 import mixora
 from mixora.bases import SHORT_NAMES, TASK_TYPES
-from mixora.data import Encoded, encode
 from mixora.evaluate import Evaluation, Examples, evaluate
-from mixora.training.material import Material, make_examples, read_material
+from mixora.training.material import Material, TrainingSet, make_examples, make_training_set, read_material
 from mixora.training.progress import Progress
 from mixora.training.run import make_trainer
 from mixora.training.run_config import RunConfig, read_run
@@ -37,7 +36,7 @@ class Case:
 
     config: RunConfig
     material: Material
-    encoded: Encoded
+    training_set: TrainingSet
     examples: Examples
     batch: dict[str, torch.Tensor]
 
@@ -59,9 +58,10 @@ def case(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("case")
     config = make_run(request.param, folder)
     material = read_material(config)
-    encoded = encode(material.train_rows, material.tokenizer, config.data, model_kind=material.kind)
-    batch = material.collator()(list(encoded.dataset))
-    return Case(config, material, encoded, make_examples(material, config), batch)
+    training_set = make_training_set(material, config)
+    batch = material.collator()(list(training_set.dataset))
+    (examples,) = make_examples(material, config).values()
+    return Case(config, material, training_set, examples, batch)
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,7 @@ def measure(case, model):
 
 def train(case, model):
     material, progress = replace(case.material, model=model), Progress(Console(quiet=True))
-    trainer = make_trainer(model, material, case.encoded, case.config, progress)
+    trainer = make_trainer(model, material, case.training_set, case.config, progress)
     assert isinstance(trainer, mixora.Trainer)
     trainer.train()
     assert trainer.state.global_step == 3

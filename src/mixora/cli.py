@@ -19,6 +19,11 @@ A first run, on a model and rows of your own:
   mixora evaluate runs/first                      its metrics on held-out rows
   mixora inspect runs/first                       what its routers do
 
+Several data sets, with scores and load of the experts for each:
+
+\b
+  mixora train --model MODEL data.tasks.a.source=a.jsonl data.tasks.b.source=b.jsonl data.mixing.temperature=2
+
 A sparse model:
 
 \b

@@ -151,6 +151,15 @@ def put(tree: Tree, dotted: str, value: Any) -> None:
     here[last] = value
 
 
+def merge_trees(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> Tree:
+    """A copy of `tree` with `changes` in force; mappings are merged at every depth, other values replaced."""
+    merged = dict(tree)
+    for name, value in changes.items():
+        here = merged.get(name)
+        merged[name] = merge_trees(here, value) if isinstance(here, Mapping) and isinstance(value, Mapping) else value
+    return merged
+
+
 def override(config: S, settings: Mapping[str, Any], root: str = "") -> S:
     """A copy of `config` with `settings` in force.
 

@@ -8,9 +8,8 @@ from torch import nn
 
 import mixora
 from mixora.contracts import PassLoss
-from mixora.data import encode
 from mixora.training.fused_head import why_not_fused
-from mixora.training.material import read_material
+from mixora.training.material import make_training_set, read_material
 from mixora.training.run import make_trainer as make_run_trainer
 from mixora.training.run_config import read_run
 from tests import models
@@ -109,9 +108,9 @@ def test_the_constructor_switches_it_off(tmp_path):
 def test_the_command_line_switches_it_off(fused, bases, data, tmp_path):
     config = read_run(settings(bases / "llama", data / "commands", tmp_path / "out", train__fused_loss=fused))
     material = read_material(config)
-    encoded = encode(material.train_rows, material.tokenizer, config.data, model_kind=material.kind)
+    training_set = make_training_set(material, config)
     model = get_peft_model(material.model, config.adapter.build(task_type="CAUSAL_LM"))
-    assert make_run_trainer(model, material, encoded, config, quiet()).fused_loss is fused
+    assert make_run_trainer(model, material, training_set, config, quiet()).fused_loss is fused
 
 
 def test_who_asks_for_outputs_gets_logits(tmp_path):

@@ -10,10 +10,9 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 import mixora
-from mixora.data import encode
 from mixora.diagnostics.report import read_record
 from mixora.errors import CheckpointError, ConfigError, DataError
-from mixora.training.material import read_material
+from mixora.training.material import make_training_set, read_material
 from mixora.training.progress import Progress
 from mixora.training.results import reopen
 from mixora.training.run import build, fit
@@ -105,11 +104,11 @@ def test_sensitivity_looks_at_as_many_batches_as_asked(bases, data, tmp_path, mo
     tree["adapter"] |= {"allocator": {"kind": "sensitivity", "batches": 3}}
     config = read_run(tree)
     material = read_material(config)
-    encoded = encode(material.train_rows, material.tokenizer, config.data, model_kind=material.kind)
+    training_set = make_training_set(material, config)
     monkeypatch.setattr(LlamaForCausalLM, "forward", count)
-    first, _ = build(material, encoded, config, quiet())
+    first, _ = build(material, training_set, config, quiet())
     assert looked == [4, 4, 4]
-    assert build(material, encoded, config, quiet())[0].allocation == first.allocation
+    assert build(material, training_set, config, quiet())[0].allocation == first.allocation
 
 
 def test_same_seed_same_run(bases, data, tmp_path):
@@ -139,7 +138,7 @@ def test_reopened_run_measures_inspects_and_answers(bases, data, tmp_path):
     (answer,) = trained.answer(["lamp hall 3"], 4, sample=False, compare=True)
     assert set(answer) == {"prompt", "base", "answer"}
     other = reopen(tmp_path / "out", {"data": {"evaluation_split": "train"}}, quiet())
-    assert len(other.material.evaluation_rows) == 32
+    assert len(other.material.tasks["commands"].evaluation) == 32
 
 
 def test_from_pretrained_takes_a_folder_and_repeats_the_loss(bases, data, tmp_path):

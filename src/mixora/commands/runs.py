@@ -6,7 +6,6 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from mixora.terminal import (
     AsJson,
@@ -22,6 +21,8 @@ from mixora.terminal import (
     read_tree,
     reports_errors,
 )
+
+Task = Annotated[list[str] | None, typer.Option(help="Only this task of several; may be given several times.")]
 
 
 @reports_errors
@@ -60,23 +61,22 @@ def evaluate(
     settings: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the run.")] = None,
     data: Data = None,
     split: Annotated[str | None, typer.Option(help="Which rows. Short for data.evaluation_split=…")] = None,
+    task: Task = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Measure a trained adapter on held-out rows."""
     from mixora.training.progress import Progress
-    from mixora.training.results import reopen
+    from mixora.training.results import metrics_table, reopen
 
     changes = read_tree(settings, data__source=data, data__evaluation_split=split)
-    trained = reopen(run, changes, Progress(make_console(as_json)))
+    trained = reopen(run, changes, Progress(make_console(as_json)), task or ())
     metrics = trained.measure()
     if as_json:
         print_json(metrics)
         return
-    table = Table("metric", "value", title=f"{run} on {trained.material.evaluation_rows.origin}")
-    for name, value in metrics.items():
-        table.add_row(name.replace("_", " "), f"{value:.4f}")
-    Console().print(table)
+    origins = ", ".join(rows.evaluation.origin for rows in trained.material.tasks.values())
+    Console().print(metrics_table(f"{run} on {origins}", metrics))
 
 
 @reports_errors
@@ -116,6 +116,7 @@ def inspect(
     run: Run,
     settings: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the run.")] = None,
     data: Data = None,
+    task: Task = None,
     residual: Annotated[
         bool, typer.Option("--residual", help="How far experts behind modules (pesc) are from full ones, instead.")
     ] = False,
@@ -126,7 +127,7 @@ def inspect(
     from mixora.training.progress import Progress
     from mixora.training.results import reopen, residual_table, routing_table
 
-    trained = reopen(run, read_tree(settings, data__source=data), Progress(make_console(as_json)))
+    trained = reopen(run, read_tree(settings, data__source=data), Progress(make_console(as_json)), task or ())
     sites = trained.residual_energy() if residual else trained.inspect()
     table = residual_table if residual else routing_table
     print_json(sites) if as_json else Console().print(table(sites))

@@ -1,11 +1,12 @@
 """Rows from files, folders and the hub, checked, encoded and collated. Knows nothing of adapters.
 
-Order: `read_rows` (sources, files, labels, formats) → `encode` (prompts, packing) → `Collator`.
+Order: `read_rows` (sources, files, labels, formats) → `encode` (prompts, packing) → `mix` (several tasks) → `Collator`.
 """
 
 from mixora.data.collation import Collator
 from mixora.data.encoding import Encoded, encode
 from mixora.data.formats import FORMS, Form
+from mixora.data.mixing import count_rows, mix, share_out
 from mixora.data.prompts import EncodingConfig, ModelKind, render_choices, render_prompt
 from mixora.data.sources import Rows, read_rows, splits_of
 
@@ -17,9 +18,12 @@ __all__ = [
     "Form",
     "ModelKind",
     "Rows",
+    "count_rows",
     "encode",
+    "mix",
     "read_rows",
     "render_choices",
     "render_prompt",
+    "share_out",
     "splits_of",
 ]

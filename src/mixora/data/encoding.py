@@ -68,7 +68,8 @@ def encode(rows: Rows, tokenizer: PreTrainedTokenizerBase, config: EncodingConfi
     """
     if not rows:
         raise DataError(f"{rows.origin}: has no rows to encode")
-    _check_fit(rows.form, tokenizer, config, model_kind)
+    with _named(rows.origin):
+        _check_fit(rows.form, tokenizer, config, model_kind)
     examples = list(_examples_of(rows, tokenizer, config, model_kind))
     truncated = sum(example.truncated for example in examples)
     if truncated:
@@ -89,7 +90,7 @@ def _examples_of(
     if model_kind == "encoder-decoder":
         make = _encode_source_and_target
     for number, row in enumerate(rows, 1):
-        with _row_named(f"{rows.origin}, row {number}"):
+        with _named(f"{rows.origin}, row {number}"):
             example = make(row, rows, tokenizer, config, model_kind)
             if _supervised(example) == 0:
                 raise DataError("keeps no token to learn from")
@@ -97,7 +98,7 @@ def _examples_of(
 
 
 @contextmanager
-def _row_named(name: str) -> Iterator[None]:
+def _named(name: str) -> Iterator[None]:
     try:
         yield
     except DataError as error:

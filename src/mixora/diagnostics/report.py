@@ -73,6 +73,9 @@ class RunRecord:
     """Versions, device, times, ..., by name."""
     notes: list[str] = field(default_factory=list)
     """Sentences that the reader should know, such as what was left out."""
+    tasks: dict[str, Row] = field(default_factory=dict)
+    """Of each of several tasks: rows, share, drawn, held_out, and its scores `before`, `after` and `reloaded`. The
+    scores of the run are their means then."""
 
 
 def write_report(record: RunRecord, folder: str | Path) -> Path:
@@ -114,6 +117,7 @@ def render(record: RunRecord, drawn: Mapping[str, bytes]) -> str:
         "".join(f"<p>{escape(note)}</p>" for note in record.notes),
         _write_tiles(record.parameters),
         write_section("Before and after", _write_scores(record)),
+        write_section("Tasks", _write_tasks(record.tasks)),
         write_section("Training", write_figure(drawn.get(LOSS), describe_loss(record.history))),
         write_section("Who reads what", write_figure(drawn.get(LOAD), LOAD_CAPTION)),
         write_section("What the model says", "".join(map(_write_generation, record.generations))),
@@ -230,6 +234,16 @@ def _write_scores(record: RunRecord) -> str:
             row["read back"] = format_value(record.reloaded.get(name), name)
         rows.append(row | {"": _change(name, before, after)})
     return write_table(rows, numeric=("before", "after", "read back"))
+
+
+def _write_tasks(tasks: Mapping[str, Row]) -> str:
+    rows = []
+    for task, found in tasks.items():
+        for name, after in found["after"].items():
+            before = found["before"].get(name)
+            row = {"task": task, "score": name.replace("_", " "), "before": format_value(before, name)}
+            rows.append({**row, "after": format_value(after, name), "": _change(name, before, after)})
+    return write_table(rows, numeric=("before", "after"))
 
 
 def _write_generation(said: Mapping[str, str]) -> str:

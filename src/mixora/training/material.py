@@ -1,10 +1,13 @@
 """A base model with the rows to train and evaluate it on."""
 
+import math
 import random
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import datasets
 import torch
 import transformers
 from transformers import AutoConfig, PreTrainedModel
@@ -15,46 +18,106 @@ from mixora.data import (
     FORMS,
     Collator,
     Encoded,
+    EncodingConfig,
     ModelKind,
     Rows,
+    count_rows,
     encode,
+    mix,
     read_rows,
     render_choices,
     render_prompt,
+    share_out,
     splits_of,
 )
 from mixora.errors import ConfigError, DataError
 from mixora.evaluate import Examples
-from mixora.training.run_config import RunConfig
+from mixora.training.run_config import DataSection, RunConfig, TaskSection
+
+ROUTED_ROWS = 64
+
+
+@dataclass(frozen=True)
+class TaskRows:
+    """The rows of one task; those to train on are None where they were not asked for."""
+
+    train: Rows | None
+    evaluation: Rows
 
 
 @dataclass(frozen=True)
 class Material:
-    """A base model with the rows to train and evaluate it on."""
+    """A base model with the rows of each task to train and evaluate it on; a single source is one task."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     task: Task
     kind: ModelKind
-    train_rows: Rows | None
-    evaluation_rows: Rows
+    tasks: Mapping[str, TaskRows]
 
     def collator(self) -> Collator:
         """Makes batches for this model."""
         return Collator(self.tokenizer, self.kind)
 
+    def train_rows(self) -> dict[str, Rows]:
+        """The rows to train on, which must have been asked for."""
+        found = {name: rows.train for name, rows in self.tasks.items()}
+        return {name: rows for name, rows in found.items() if rows is not None}
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """Encoded rows to train on, in their order where they are drawn from several tasks.
+
+    `truncated` rows lost tokens. `tasks`, empty for a single source, says of each task how many `rows` (bins, where
+    rows are packed) it has, its `share` of the draws, and how many of this set are `drawn` from it.
+    """
+
+    dataset: datasets.Dataset
+    truncated: int
+    tasks: dict[str, dict[str, Any]]
+
 
 def read_material(config: RunConfig, to_train: bool = True) -> Material:
     """Load what `config` names; `DataError`, `ModelError` or `ConfigError` where the parts do not fit."""
-    train_rows, evaluation_rows = _read_splits(config, to_train)
-    rows = train_rows or evaluation_rows
+    tasks = {name: _read_task(section, config.data, to_train) for name, section in config.data.by_task().items()}
+    if config.data.tasks is not None:
+        tasks = {name: _name_task(rows, name) for name, rows in tasks.items()}
+    rows = _check_together({name: rows.evaluation for name, rows in tasks.items()})
     is_labelled = FORMS[rows.form].labelled
     base_config = AutoConfig.from_pretrained(str(resolve_base(config.model.base)))
     task = _choose_task(config, is_labelled, bool(base_config.is_encoder_decoder))
     outputs = len(rows.labels or (0,)) if task == "sequence-classification" else None
     model, tokenizer = load_base(config.model.base, task=task, num_labels=outputs, dtype=config.model.dtype)
     kind: ModelKind = "encoder-decoder" if base_config.is_encoder_decoder else _kind_of(model, task)
-    return Material(model, tokenizer, task, kind, train_rows, evaluation_rows)
+    return Material(model, tokenizer, task, kind, tasks)
+
+
+def _name_task(rows: TaskRows, name: str) -> TaskRows:
+    """Every row says which task it is from."""
+
+    def named(part: Rows) -> Rows:
+        return replace(part, rows=tuple({**row, "task": name} for row in part))
+
+    return TaskRows(rows.train and named(rows.train), named(rows.evaluation))
+
+
+def _check_together(tasks: Mapping[str, Rows]) -> Rows:
+    """The rows of one of the tasks, all of which one model can learn; `ConfigError` if it cannot."""
+    labelled = {FORMS[rows.form].labelled for rows in tasks.values()}
+    if len(labelled) > 1:
+        got = ", ".join(f"{name}: {rows.form}" for name, rows in tasks.items())
+        raise ConfigError(
+            f"data.tasks: one model cannot write and tell classes apart: got {got}; valid: labelled rows only, or none "
+            "(as prompts with completions, or as choices, a language model learns classes too)"
+        )
+    if len({rows.labels for rows in tasks.values()}) > 1:
+        got = "; ".join(f"{name}: {', '.join(rows.labels or ('numbers',))}" for name, rows in tasks.items())
+        raise ConfigError(
+            f"data.tasks: one head cannot have different labels: got {got}; valid: the same labels in the same order, "
+            "a run for each task, or rows of prompts with completions, or of choices, for a language model"
+        )
+    return next(iter(tasks.values()))
 
 
 def _choose_task(config: RunConfig, is_labelled: bool, is_encoder_decoder: bool) -> Task:
@@ -71,21 +134,22 @@ def _kind_of(model: PreTrainedModel, task: Task) -> ModelKind:
     return "encoder" if task == "sequence-classification" and is_encoder else "decoder"
 
 
-def _read_splits(config: RunConfig, to_train: bool) -> tuple[Rows | None, Rows]:
-    data = config.data
-    has_split = data.evaluation_split in splits_of(data.source)
-    if not has_split and data.evaluation_split != "validation":
-        read_rows(data.source, data.evaluation_split)  # raises, and names the splits there are
-    train_rows = read_rows(data.source, "train", form=data.form) if to_train or not has_split else None
+def _read_task(section: TaskSection, data: DataSection, to_train: bool) -> TaskRows:
+    source, form = section.source, section.form or data.form
+    split, count = section.evaluation_split or data.evaluation_split, section.train_rows or data.train_rows
+    has_split = split in splits_of(source)
+    if not has_split and split != "validation":
+        read_rows(source, split)  # raises, and names the splits there are
+    train_rows = read_rows(source, "train", form=form) if to_train or not has_split else None
     if has_split:
         labels = train_rows.labels if train_rows else None
-        held_out = read_rows(data.source, data.evaluation_split, form=data.form, labels=labels)
+        held_out = read_rows(source, split, form=form, labels=labels)
     else:
         assert train_rows is not None
         train_rows, held_out = _hold_out(train_rows)
-    if train_rows is not None and data.train_rows is not None:
-        train_rows = _first(train_rows, data.train_rows)
-    return train_rows if to_train else None, held_out
+    if train_rows is not None and count is not None:
+        train_rows = _first(train_rows, count)
+    return TaskRows(train_rows if to_train else None, held_out)
 
 
 def _hold_out(rows: Rows) -> tuple[Rows, Rows]:
@@ -93,47 +157,101 @@ def _hold_out(rows: Rows) -> tuple[Rows, Rows]:
     count = max(1, len(rows) // 10)
     if len(rows) < 2:
         raise DataError(f"{rows.origin}: one row cannot be split into training and evaluation; valid: two or more")
-    held_out = Rows(rows[len(rows) - count :], rows.form, rows.labels, f"{rows.origin} (last {count} rows)")
+    held_out = replace(rows, rows=rows[len(rows) - count :], origin=f"{rows.origin} (last {count} rows)")
     return _first(rows, len(rows) - count), held_out
 
 
 def _first(rows: Rows, count: int) -> Rows:
-    return Rows(rows[:count], rows.form, rows.labels, rows.origin)
+    return replace(rows, rows=rows[:count])
 
 
-def make_examples(material: Material, config: RunConfig) -> Examples:
-    """The held-out rows in the shapes that the metrics need."""
-    rows, encoding = (
-        material.evaluation_rows,
-        config.data.model_copy(update={"packing": False, "train_on": "completion"}),
-    )
-    if config.evaluate.limit is not None:
-        rows = _first(rows, config.evaluate.limit)
+def encode_rows(material: Material, config: RunConfig, tasks: Mapping[str, Rows], **changes: Any) -> dict[str, Encoded]:
+    """Rows of several tasks, encoded by the settings of the run with `changes`."""
+    encoding: EncodingConfig = config.data.model_copy(update=changes)
+    # text has no prompt to format, which is no mistake beside tasks that have one
+    plain = encoding if config.data.tasks is None else encoding.model_copy(update={"prompt_format": "auto"})
+    return {
+        name: encode(rows, material.tokenizer, plain if rows.form == "text" else encoding, model_kind=material.kind)
+        for name, rows in tasks.items()
+    }
+
+
+def make_training_set(material: Material, config: RunConfig) -> TrainingSet:
+    """What `config` trains on: the rows of a single source as they stand, or as many of several as the run takes."""
+    encoded = encode_rows(material, config, material.train_rows())
+    truncated = sum(part.truncated for part in encoded.values())
+    parts = {name: part.dataset for name, part in encoded.items()}
+    if config.data.tasks is None:
+        (dataset,) = parts.values()
+        return TrainingSet(dataset, truncated, {})
+    settings = _mixing(config.data)
+    sizes = {name: len(part) for name, part in parts.items()}
+    count = _count_draws(config, sum(count_rows(sizes, settings["limit"]).values()))
+    dataset = mix(parts, **settings, rows=count, seed=config.train.seed)
+    shares, drawn = share_out(sizes, **settings), Counter(dataset["task"])
+    tasks = {name: {"rows": sizes[name], "share": shares[name], "drawn": drawn[name]} for name in parts}
+    return TrainingSet(dataset, truncated, tasks)
+
+
+def _mixing(data: DataSection) -> dict[str, Any]:
+    mixing = data.mixing
+    return {
+        "weights": data.weights,
+        "temperature": None if mixing is None else mixing.temperature,
+        "limit": None if mixing is None else mixing.limit,
+    }
+
+
+def _count_draws(config: RunConfig, epoch: int) -> int:
+    """The rows that the whole run takes; a trainer that other arguments make take more begins again."""
+    train = config.train
+    if train.steps is not None:
+        return train.steps * train.batch_size * train.gradient_accumulation
+    return math.ceil(train.epochs * epoch)
+
+
+def make_examples(material: Material, config: RunConfig) -> dict[str, Examples]:
+    """The held-out rows of each task in the shapes that the metrics need."""
+    limit = config.evaluate.limit
+    held_out = {name: task.evaluation for name, task in material.tasks.items()}
+    if limit is not None:
+        held_out = {name: _first(rows, limit) for name, rows in held_out.items()}
+    encoded = encode_rows(material, config, held_out, packing=False, train_on="completion")
+    return {name: _make_examples(rows, encoded[name], material, config) for name, rows in held_out.items()}
+
+
+def _make_examples(rows: Rows, encoded: Encoded, material: Material, config: RunConfig) -> Examples:
+    tokenizer = material.tokenizer
     common: dict[str, Any] = {"model_kind": material.kind}
     has_prompt = rows.form in ("completion", "messages", "choice")
-    prompts = (
-        [render_prompt(row, rows.form, material.tokenizer, encoding, **common) for row in rows] if has_prompt else None
-    )
+    prompts = [render_prompt(row, rows.form, tokenizer, config.data, **common) for row in rows] if has_prompt else None
     is_choice = rows.form == "choice"
-    choices = [render_choices(row, material.tokenizer, encoding, **common) for row in rows] if is_choice else None
-    dataset = encode(rows, material.tokenizer, encoding, **common).dataset
-    return Examples(list(rows), rows.form, material.tokenizer, material.collator(), dataset, prompts, choices)
+    choices = [render_choices(row, tokenizer, config.data, **common) for row in rows] if is_choice else None
+    return Examples(list(rows), rows.form, tokenizer, material.collator(), encoded.dataset, prompts, choices)
 
 
-def sample_batches(material: Material, encoded: Encoded, config: RunConfig) -> Iterator[Mapping[str, torch.Tensor]]:
-    """The training rows in batches, in an order that the seed draws, for allocators that look at data."""
-    rows = list(range(len(encoded.dataset)))
+def sample_batches(
+    material: Material, dataset: datasets.Dataset, config: RunConfig
+) -> Iterator[Mapping[str, torch.Tensor]]:
+    """Encoded training rows in batches, in an order that the seed draws, for allocators that look at data."""
+    rows = list(range(len(dataset)))
     random.Random(config.train.seed).shuffle(rows)
     collator, size = material.collator(), config.train.batch_size
     for start in range(0, len(rows), size):
-        yield collator([encoded.dataset[row] for row in rows[start : start + size]])
+        yield collator([dataset[row] for row in rows[start : start + size]])
 
 
-def batches_of(
-    examples: Examples, config: RunConfig, rows: Sequence[int] | None = None
-) -> list[Mapping[str, torch.Tensor]]:
-    """Batches of the examples for routing reports: the given rows, or the first 64."""
-    chosen = list(rows if rows is not None else range(min(len(examples.rows), 64)))
+def batches_of(examples: Examples, config: RunConfig, rows: Sequence[int]) -> list[Mapping[str, torch.Tensor]]:
+    """Batches of the given rows."""
     size = config.evaluate.batch_size
-    parts = [chosen[n : n + size] for n in range(0, len(chosen), size)]
+    parts = [rows[n : n + size] for n in range(0, len(rows), size)]
     return [examples.collator([examples.dataset[row] for row in part]) for part in parts]
+
+
+def batches_of_tasks(
+    tasks: Mapping[str, Examples], config: RunConfig, count: int | None = ROUTED_ROWS
+) -> list[Mapping[str, torch.Tensor]]:
+    """Batches for routing reports of the first `count` rows (None: all), of several tasks equally many of each."""
+    most = None if count is None else max(1, count // len(tasks))
+    each = [batches_of(examples, config, range(len(examples.rows))[:most]) for examples in tasks.values()]
+    return [batch for of_task in each for batch in of_task]

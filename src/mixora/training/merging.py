@@ -3,9 +3,11 @@
 import random
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from datasets import concatenate_datasets
 from peft import PeftConfig, PeftModel
 from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME
 from rich.box import SIMPLE_HEAD
@@ -16,14 +18,20 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from mixora.bases import load_base
-from mixora.config import parse, read_yaml
-from mixora.data import Rows, encode
+from mixora.config import merge_trees, parse, read_yaml
 from mixora.errors import ConfigError
 from mixora.folders import claim_folder
 from mixora.loading import check_files, from_pretrained, task_of
 from mixora.merging import Approximation, Comparison, Merged, merge
 from mixora.plan import common_prefix
-from mixora.training.material import Material, batches_of, make_examples, read_material, sample_batches
+from mixora.training.material import (
+    Material,
+    batches_of_tasks,
+    encode_rows,
+    make_examples,
+    read_material,
+    sample_batches,
+)
 from mixora.training.progress import Progress
 from mixora.training.run_config import ModelSection, RunConfig
 from mixora.training.run_folder import RUN_FILE
@@ -78,8 +86,7 @@ def _read_settings(source: Path, changes: Mapping[str, Any]) -> tuple[Path, dict
     if (source / RUN_FILE).is_file():
         tree, adapter = read_yaml(source / RUN_FILE), source / "adapter"
     check_files(adapter)
-    for section, values in changes.items():
-        tree[section] = {**tree.get(section, {}), **values} if isinstance(values, Mapping) else values
+    tree = merge_trees(tree, changes)
     model = {"base": PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path, **tree.get("model", {})}
     if not model["base"]:
         raise ConfigError(f"model.base: {adapter} does not name its base; valid: --model BASE")
@@ -103,25 +110,29 @@ def _count_outputs(adapter: Path) -> int | None:
 
 def sample(material: Material, config: RunConfig, fit_rows: int) -> Approximation:
     """Batches of training rows to fit on, drawn by the run's seed, and of all evaluation rows to measure on."""
-    rows = material.train_rows
-    assert rows is not None
+    tasks = material.train_rows()
     if fit_rows < 1:
         raise ConfigError(f"fit_rows: got {fit_rows}; valid: 1 or more")
-    chosen = random.Random(config.train.seed).sample(range(len(rows)), min(fit_rows, len(rows)))
-    drawn = Rows(tuple(rows[n] for n in chosen), rows.form, rows.labels, rows.origin)
-    encoding = config.data.model_copy(update={"packing": False})
-    encoded = encode(drawn, material.tokenizer, encoding, model_kind=material.kind)
+    known = [(name, number) for name, rows in tasks.items() for number in range(len(rows))]
+    chosen = random.Random(config.train.seed).sample(range(len(known)), min(fit_rows, len(known)))
+    drawn: dict[str, list[int]] = {}
+    for name, number in (known[place] for place in chosen):
+        drawn.setdefault(name, []).append(number)
+    picked = {
+        name: replace(tasks[name], rows=tuple(tasks[name][n] for n in numbers)) for name, numbers in drawn.items()
+    }
+    encoded = encode_rows(material, config, picked, packing=False)
+    dataset = concatenate_datasets([part.dataset for part in encoded.values()])
     return Approximation(
-        fit=list(sample_batches(material, encoded, config)),
+        fit=list(sample_batches(material, dataset, config)),
         held_out=_all_batches(material, config),
-        origin=f"{len(drawn)} rows of {rows.origin}",
+        origin=f"{len(chosen)} rows of {', '.join(rows.origin for rows in picked.values())}",
     )
 
 
 def _all_batches(material: Material, config: RunConfig) -> list[Mapping[str, Tensor]]:
     """All evaluation rows."""
-    examples = make_examples(material, config)
-    return batches_of(examples, config, range(len(examples.rows)))
+    return batches_of_tasks(make_examples(material, config), config, None)
 
 
 def summarise_merge(merged: Merged) -> Iterator[RenderableType]:

@@ -10,21 +10,22 @@ from rich.box import SIMPLE_HEAD
 from rich.console import RenderableType
 from rich.table import Table
 
-from mixora.config import parse, read_yaml
+from mixora.config import did_you_mean, merge_trees, parse, read_yaml
 from mixora.data import render_prompt
 from mixora.diagnostics.measure import inspect
 from mixora.diagnostics.page import format_value
 from mixora.diagnostics.report import RunRecord, summarise
 from mixora.diagnostics.residual import residual_energy
-from mixora.errors import CheckpointError, DataError
-from mixora.evaluate import generate
+from mixora.errors import CheckpointError, ConfigError, DataError
+from mixora.evaluate import Examples, generate
 from mixora.loading import from_pretrained
 from mixora.plan import common_prefix
-from mixora.training.material import Material, batches_of, make_examples, read_material
+from mixora.training.material import Material, batches_of_tasks, make_examples, read_material
 from mixora.training.progress import Progress
 from mixora.training.run import measure
-from mixora.training.run_config import RunConfig
+from mixora.training.run_config import DataSection, RunConfig
 from mixora.training.run_folder import RUN_FILE
+from mixora.training.tasks import average, scores_table, split_sites
 
 
 def summarise_run(record: RunRecord, out: Path) -> Iterator[RenderableType]:
@@ -42,6 +43,12 @@ def summarise_run(record: RunRecord, out: Path) -> Iterator[RenderableType]:
                 format_value(read_back, name),
             )
     yield table
+    if record.tasks:
+        columns = {"before": "before", "after": "after", "read back": "reloaded"}
+        scores = {
+            name: {label: task[column] for label, column in columns.items()} for name, task in record.tasks.items()
+        }
+        yield scores_table("each task; the scores above are their means", scores)
     for said in record.generations:
         block = Table.grid(padding=(0, 1))
         for name, text in said.items():
@@ -61,18 +68,30 @@ class Trained:
     config: RunConfig
     progress: Progress
 
-    def measure(self) -> dict[str, float]:
-        """Metrics on the held-out rows."""
-        examples = make_examples(self.material, self.config)
-        return measure(self.model, examples, self.config, self.progress, "trained").metrics
+    def measure(self) -> dict[str, Any]:
+        """Metrics on the held-out rows; of several tasks their means, and each task's own below `tasks`."""
+        found = measure(self.model, self._examples(), self.config, self.progress, "trained")
+        if self.config.data.tasks is None:
+            return dict(average(found))
+        return {**average(found), "tasks": {name: dict(of_task.metrics) for name, of_task in found.items()}}
 
     def inspect(self) -> list[dict[str, Any]]:
-        """What the routers do with the held-out rows; see `mixora.inspect`."""
-        return inspect(self.model, batches_of(make_examples(self.material, self.config), self.config))
+        """What the routers do with the held-out rows, see `mixora.inspect`; of several tasks each below `tasks`."""
+        examples = self._examples()
+        sites = inspect(self.model, batches_of_tasks(examples, self.config))
+        if self.config.data.tasks is None:
+            return sites
+        each = {
+            name: inspect(self.model, batches_of_tasks({name: part}, self.config)) for name, part in examples.items()
+        }
+        return split_sites(sites, each)
 
     def residual_energy(self) -> list[dict[str, Any]]:
         """How far experts behind modules are from full ones on the held-out rows; see `mixora.residual_energy`."""
-        return residual_energy(self.model, batches_of(make_examples(self.material, self.config), self.config))
+        return residual_energy(self.model, batches_of_tasks(self._examples(), self.config))
+
+    def _examples(self) -> dict[str, Examples]:
+        return make_examples(self.material, self.config)
 
     def answer(self, prompts: list[str], max_new_tokens: int, sample: bool, compare: bool) -> list[dict[str, str]]:
         """The model's answer to each prompt, with the base's beside it if asked."""
@@ -93,17 +112,43 @@ class Trained:
         return answers
 
 
-def reopen(run: Path, changes: Mapping[str, Any], progress: Progress) -> Trained:
-    """The result of `mixora train`, with changes to its settings; `CheckpointError` if the folder is no such result."""
+def reopen(run: Path, changes: Mapping[str, Any], progress: Progress, tasks: Sequence[str] = ()) -> Trained:
+    """The result of `mixora train`, with changes to its settings, and with some of its tasks only if named.
+
+    Raises:
+        CheckpointError: the folder is no such result.
+        ConfigError: a task that the run does not have.
+    """
     if not (run / RUN_FILE).is_file() or not (run / "adapter").is_dir():
         raise CheckpointError(f"{run}: is not the folder of a finished run; valid: what `mixora train --out` wrote")
-    tree = read_yaml(run / RUN_FILE)
-    for section, values in changes.items():
-        tree[section] = {**tree.get(section, {}), **values} if isinstance(values, Mapping) else values
-    config = parse(RunConfig, tree)
+    config = parse(RunConfig, merge_trees(read_yaml(run / RUN_FILE), changes))
+    if tasks:
+        config = config.model_copy(update={"data": _select(config.data, tasks)})
     progress.say(f"reading {run} and {config.model.base}")
     material = read_material(config, to_train=False)
     return Trained(from_pretrained(material.model, run / "adapter"), material, config, progress)
+
+
+def _select(data: DataSection, names: Sequence[str]) -> DataSection:
+    known = data.tasks
+    if known is None:
+        raise ConfigError(f"task: got {names[0]!r}, but the run has one source and no tasks; valid: without task")
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"task: got {name!r}, which is no task of the run{did_you_mean(name, known)}")
+    return data.model_copy(update={"tasks": {name: known[name] for name in names}})
+
+
+def metrics_table(title: str, metrics: Mapping[str, Any]) -> Table:
+    """What `Trained.measure` found, for a terminal."""
+    means = {name: value for name, value in metrics.items() if name != "tasks"}
+    if "tasks" in metrics:
+        each = {name: {"value": scores} for name, scores in metrics["tasks"].items()}
+        return scores_table(title, {**each, "mean over tasks": {"value": means}})
+    table = Table("metric", "value", title=title)
+    for name, value in means.items():
+        table.add_row(name.replace("_", " "), f"{value:.4f}")
+    return table
 
 
 def routing_table(sites: list[dict[str, Any]]) -> Table:
@@ -143,4 +188,6 @@ def _site_table(
         table.add_column(column, justify="right")
     for site in sites:
         table.add_row(site["path"].removeprefix(prefix + "."), *cells(site))
+        for name, of_task in site.get("tasks", {}).items():
+            table.add_row(f"  {name}", *cells(of_task))
     return table

@@ -1,9 +1,10 @@
 """What a run consists of: model, adapter, data, training, evaluation. Read from a file, the command line, or both."""
 
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, model_validator
 
 from mixora.config import Strict, parse
 from mixora.data import EncodingConfig
@@ -45,19 +46,75 @@ def _leaves(tree: Mapping[str, Any], at: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{at}{name}", value
 
 
-class DataSection(EncodingConfig):
-    """Rows and how they become tokens.
+class TaskSection(Strict):
+    """The rows of one task of several; for what is None, the section `data` says it for all tasks.
 
-    `source`: a file, a folder with train and validation files, or a hub id. `form`: told from the fields if not given.
-    `train_rows`: the first so many only. `evaluation_split`: rows to evaluate on; where the source lacks it, the last
-    tenth of the training rows is held out. `group_by`: the field by which the report splits the load of the experts.
+    `weight`: how often the task is drawn, beside the weights of the others.
     """
 
     source: str
     form: str | None = None
     train_rows: Annotated[int, Field(ge=1)] | None = None
+    evaluation_split: str | None = None
+    weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+
+
+class MixingSection(Strict):
+    """How often each task is drawn, where none has a weight: in proportion to min(rows, limit)^(1/temperature)."""
+
+    temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    limit: Annotated[int, Field(ge=1)] | None = None
+
+
+class DataSection(EncodingConfig):
+    """Rows and how they become tokens.
+
+    `source`: a file, a folder with train and validation files, or a hub id; or `tasks`: several, by name. `mixing`: how
+    often each task is drawn. `form`: told from the fields if not given. `train_rows`: the first so many only.
+    `evaluation_split`: rows to evaluate on; where the source lacks it, the last tenth of the training rows is held out.
+    `group_by`: the field by which reports split the load of the experts; "task" where there are tasks, else "domain".
+    """
+
+    source: str | None = None
+    tasks: dict[str, TaskSection] | None = None
+    mixing: MixingSection | None = None
+    form: str | None = None
+    train_rows: Annotated[int, Field(ge=1)] | None = None
     evaluation_split: str = "validation"
-    group_by: str = "domain"
+    group_by: str | None = None
+
+    @model_validator(mode="after")
+    def _check_tasks(self) -> Self:
+        if (self.source is None) == (self.tasks is None):
+            got = "neither source nor tasks" if self.tasks is None else "both source and tasks"
+            raise ValueError(f"got {got}; valid: one of them (null takes the other away)")
+        weighted = [name for name, task in (self.tasks or {}).items() if task.weight is not None]
+        if self.tasks is None:
+            if self.mixing is not None:
+                raise ValueError("mixing: has no effect on one source; valid: with tasks")
+        elif not self.tasks:
+            raise ValueError("tasks: got none; valid: one or more, or null beside a source")
+        elif weighted and self.mixing is not None:
+            raise ValueError(f"mixing: has no effect beside weights, which {', '.join(weighted)} has; valid: one kind")
+        elif weighted and len(weighted) < len(self.tasks):
+            lacking = ", ".join(name for name in self.tasks if name not in weighted)
+            raise ValueError(f"tasks: no weight for {lacking}; valid: a weight for each task, or for none")
+        return self
+
+    @property
+    def origin(self) -> str:
+        """The source, or the names of the tasks."""
+        return self.source or ", ".join(self.tasks or ())
+
+    def by_task(self) -> dict[str, TaskSection]:
+        """The tasks; a single source is one, named after its file or folder."""
+        return self.tasks or {Path(self.origin).name: TaskSection(source=self.origin)}
+
+    @property
+    def weights(self) -> dict[str, float] | None:
+        """The weight of each task, if they have any."""
+        found = {name: task.weight for name, task in self.by_task().items() if task.weight is not None}
+        return found or None
 
 
 class TrainSection(Strict):
@@ -80,7 +137,7 @@ class TrainSection(Strict):
 
 
 class EvaluateSection(EvaluationConfig):
-    """`limit`: the first rows only. `generations`: how many answers the report shows before and after.
+    """`limit`: the first rows only. `generations`: how many answers the report shows before and after. Of each task.
 
     `served_by`: what serves where routes are drawn; see `mixora.served_by`.
     """
