@@ -11,18 +11,11 @@ from peft import PeftModel, get_peft_model
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
 
 import mixora
+from tests.compatibility.texts import each
 from tests.models import tiny_llama
 from tests.training.setups import collate, dataset, make_model, settings
 
 TRAINERS = {"transformers.Trainer": transformers.Trainer, "mixora.Trainer": mixora.Trainer}
-
-
-def each_trainer(what):
-    """The test for each trainer, as a line of the table."""
-    lines = [
-        pytest.param(trainer, marks=pytest.mark.works_with(name, what), id=name) for name, trainer in TRAINERS.items()
-    ]
-    return pytest.mark.parametrize("trainer_class", lines)
 
 
 def make_trainer(trainer_class, folder, callbacks=(), model=None, model_init=None, compute_metrics=None, **changes):
@@ -66,7 +59,7 @@ def assert_resumes(trainer_class, make, folder):
     assert steps[0] == steps[1]
 
 
-@each_trainer("resuming from a checkpoint: weights equal bit for bit to the uninterrupted run's")
+@each(TRAINERS, "resuming from a checkpoint: weights equal bit for bit to the uninterrupted run's")
 def test_a_resumed_run_ends_where_the_uninterrupted_one_does(trainer_class, tmp_path):
     """Random routes, shuffled rows and a schedule of learning rates go on where they were."""
     assert_resumes(trainer_class, lambda: make_model(expert_dropout=0.4), tmp_path)
@@ -90,7 +83,7 @@ class Witness(TrainerCallback):
         self.lines.append(dict(logs))
 
 
-@each_trainer("callbacks: `EarlyStoppingCallback` with `load_best_model_at_end`, and one's own")
+@each(TRAINERS, "callbacks: `EarlyStoppingCallback` with `load_best_model_at_end`, and one's own")
 def test_the_best_checkpoint_comes_back_after_stopping_early(trainer_class, tmp_path):
     """The loss only falls; asked for the greatest one, the first evaluation stays the best."""
     witness = Witness()
@@ -133,7 +126,7 @@ def measure(predictions):
     }
 
 
-@each_trainer("`compute_metrics`: accuracy and loss from the logits it gets")
+@each(TRAINERS, "`compute_metrics`: accuracy and loss from the logits it gets")
 def test_metrics_are_computed_from_the_adapted_logits(trainer_class, tmp_path):
     trainer = make_trainer(trainer_class, tmp_path, max_steps=3, compute_metrics=measure, per_device_eval_batch_size=8)
     trainer.train()
@@ -164,7 +157,7 @@ def loss_by_hand(trainer_class, folder, rate, rank):
     return run.evaluate()["eval_loss"]
 
 
-@each_trainer("`hyperparameter_search` (optuna) over the learning rate and the adapter's rank")
+@each(TRAINERS, "`hyperparameter_search` (optuna) over the learning rate and the adapter's rank")
 def test_each_trial_is_the_run_with_its_settings(trainer_class, tmp_path):
     trainer = make_trainer(trainer_class, tmp_path, model_init=init_model, max_steps=2, eval_strategy="no")
     seen = {}

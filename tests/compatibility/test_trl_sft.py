@@ -4,34 +4,15 @@ import pytest
 import torch
 import trl
 from datasets import Dataset
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn.functional import cross_entropy
-from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 import mixora
 from mixora import entrances
+from tests.compatibility.texts import Catch, each, make_tokenizer, words
 from tests.models import adapt, tiny_llama
-from tests.training.setups import ROWS, VOCABULARY, settings
+from tests.training.setups import ROWS, settings
 
 TRAINERS = {"trl.SFTTrainer": trl.SFTTrainer, "mixora.SFTTrainer": mixora.SFTTrainer}
-TEMPLATE = (
-    "{% for message in messages %}{% if message.role == 'assistant' %}w05 {% generation %}{{ message.content }} w02"
-    "{% endgeneration %} {% else %}w04 {{ message.content }} {% endif %}{% endfor %}"
-)
-
-
-def each_trainer(what):
-    """The test for each trainer, as a line of the table."""
-    lines = [
-        pytest.param(trainer, marks=pytest.mark.works_with(name, what), id=name) for name, trainer in TRAINERS.items()
-    ]
-    return pytest.mark.parametrize("trainer_class", lines)
-
-
-def make_tokenizer():
-    raw = Tokenizer(models.WordLevel({f"w{i:02}": i for i in range(VOCABULARY)}, unk_token="w01"))
-    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="w00", eos_token="w02", chat_template=TEMPLATE)
 
 
 def make_model(attention="sdpa"):
@@ -39,13 +20,6 @@ def make_model(attention="sdpa"):
     sizes = {"num_experts": 4, "top_k": 2, "rank": 2, "expert_dropout": 0.0, "capacity_factor": 0.8, "min_capacity": 1}
     config = mixora.recipe("sira", **sizes, task_type="CAUSAL_LM", **{"losses.load_balance.coefficient": 0.5})
     return adapt(tiny_llama(attn_implementation=attention), config)
-
-
-class Catch(TrainerCallback):
-    """The gradients of the adapter in the first step."""
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        self.gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
 def train(trainer_class, folder, rows, attention="sdpa", **changes):
@@ -61,10 +35,6 @@ def train(trainer_class, folder, rows, attention="sdpa", **changes):
     )
     trainer.train()
     return trainer, next(line for line in trainer.state.log_history if "loss" in line), catch.gradients
-
-
-def words(ids):
-    return " ".join(f"w{token:02}" for token in ids)
 
 
 # prompts of two words: the first token of a sequence is never predicted, so every way counts the same tokens
@@ -140,7 +110,7 @@ def task_loss(trainer_class, line):
     return line["loss"] - line.get("auxiliary_loss", 0.0) * issubclass(trainer_class, mixora.SFTTrainer)
 
 
-@each_trainer("`assistant_only_loss=True`: the loss is that of the assistant's tokens")
+@each(TRAINERS, "`assistant_only_loss=True`: the loss is that of the assistant's tokens")
 def test_only_what_the_assistant_says_counts(trainer_class, tmp_path):
     _, line, gradients = train(trainer_class, tmp_path, CHATS, assistant_only_loss=True, max_length=None)
     ids = [[4, *row[:3], 5, *row[3:6], 2, 4, row[6], 5, *row[7:], 2] for row in ROWS[:6]]
@@ -151,7 +121,7 @@ def test_only_what_the_assistant_says_counts(trainer_class, tmp_path):
     assert all(g.abs().max() > 0 for name, g in gradients.items() if "router" in name)
 
 
-@each_trainer("rows of prompt and completion: the loss is that of the completion's tokens")
+@each(TRAINERS, "rows of prompt and completion: the loss is that of the completion's tokens")
 def test_only_completions_count(trainer_class, tmp_path):
     _, line, _ = train(trainer_class, tmp_path, COMPLETIONS, **PADDED)
     ids = [[*row, 2] for row in ROWS[:6]]

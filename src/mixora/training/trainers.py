@@ -183,8 +183,8 @@ class AuxiliaryLossCallback(TrainerCallback):
         """Note the terms of one micro-batch."""
         readings = defaultdict(list)
         for layer in mixtures_of(kwargs["model"]):
-            for of_adapter in layer.readings.values():
-                for name, value in of_adapter.items():
+            for adapter in layer.active_adapters:
+                for name, value in layer.readings.get(adapter, {}).items():
                     readings[name].append(value)
         self._terms.add({name: torch.stack(values).mean() for name, values in readings.items()})
 
