@@ -1,12 +1,12 @@
 """What trackers of `report_to` write, read back from their files: each auxiliary term, step by step."""
 
+import pytest
 import torch
 import transformers
 import trl
 from transformers import TrainingArguments
 
 import mixora
-from tests.compatibility.texts import each
 from tests.training.setups import collate, dataset, make_model, make_tokenizer, settings
 
 TRAINERS = {
@@ -17,6 +17,17 @@ TRAINERS = {
 }
 PROJECT = "mixora-test"
 TERMS = ["train/load_balance", "train/z_loss"]
+
+
+def under_each(tracker):
+    """The test under each trainer, as a line of the table."""
+    lines = [
+        pytest.param(
+            trainer, marks=pytest.mark.works_with(tracker, f"`report_to` of {name}: each auxiliary term"), id=name
+        )
+        for name, trainer in TRAINERS.items()
+    ]
+    return pytest.mark.parametrize("trainer_class", lines)
 
 
 def train(trainer_class, folder, tracker):
@@ -50,7 +61,7 @@ def assert_same(found, expected):
         assert len({value for _, value in values}) == 3
 
 
-@each(TRAINERS, '`report_to="tensorboard"`: each auxiliary term in the event files')
+@under_each("TensorBoard")
 def test_tensorboard(trainer_class, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -61,7 +72,7 @@ def test_tensorboard(trainer_class, tmp_path):
     assert_same({term: [(e.step, e.value) for e in events.Scalars(term)] for term in expected}, expected)
 
 
-@each(TRAINERS, '`report_to="trackio"`: each auxiliary term in its data base')
+@under_each("trackio")
 def test_trackio(trainer_class, tmp_path, monkeypatch):
     from trackio import sqlite_storage, utils
 

@@ -104,7 +104,7 @@ def test_another_adapter_of_the_same_config_starts_anew():
     assert layer.parameters_of("default")["B"].all()
 
 
-@pytest.mark.works_with("trl.DPOTrainer", "the routers receive the intended auxiliary gradient")
+@pytest.mark.works_with("trl.DPOTrainer", "auxiliary gradient of the routers as intended")
 @pytest.mark.parametrize("is_trained", [False, True], ids=["new adapter", "adapter with a reference copy"])
 def test_the_routers_receive_the_auxiliary_gradient(is_trained, tmp_path):
     """B is zero, so that the task gives the routers none."""
