@@ -1,4 +1,4 @@
-"""A pytest plugin that writes docs/guide/works_with.md: a line for each mark `works_with`, with the outcome of its tests.
+"""A pytest plugin that writes docs/guide/works_with.md: a line for each mark `works_with`, and its tests' outcome.
 
 `make works-with` runs the marked tests with it. With `--collect-only` nothing is run, and the outcomes stay open.
 """
@@ -39,10 +39,10 @@ TAIL = """
 
 ## Good to know
 
-- TRL switches dropout off for DPO, but reaches `torch.nn.Dropout` only. Set `dropout` and `expert_dropout` of the recipe
-  to 0 there.
+- TRL switches dropout off for DPO, but reaches `torch.nn.Dropout` only. Set `dropout` and `expert_dropout` of the
+  recipe to 0 there.
 - DPO on a model that has a trained adapter compares with a copy of that adapter, named `ref`; with `peft_config` it
-  compares with the base. TRL leaves the making of the copy to parameter names that mixora does not use, so mixora copies.
+  compares with the base. TRL copies by parameter names that mixora does not use, so mixora makes the copy.
 """
 
 
