@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup quickstart test lint format docs clean
+.PHONY: help setup quickstart test works-with lint format docs clean
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ -/'
 
@@ -23,6 +23,9 @@ quickstart: $(READY)  ## fine-tune a real language model, evaluate, generate, sa
 
 test: $(READY)   ## all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal  # a thread for each of the two
+
+works-with: $(READY) ## the tests of what mixora works with; writes their table, docs/guide/works_with.md
+	OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python -m pytest -m works_with -p tests.compatibility.table
 
 lint: $(READY)   ## format, lint and types: all clean
 	$(BIN)/ruff format --check .

@@ -7,6 +7,10 @@ from transformers import (
     BertConfig,
     BertForSequenceClassification,
     BertModel,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GemmaConfig,
     GemmaForCausalLM,
     GPT2Config,
@@ -15,6 +19,8 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     OPTConfig,
     OPTForCausalLM,
     Phi3Config,
@@ -25,6 +31,10 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+    RobertaConfig,
+    RobertaForSequenceClassification,
     T5Config,
     T5ForConditionalGeneration,
     ViTConfig,
@@ -64,6 +74,24 @@ def tiny_gemma(seed=0):
     return _decoder(GemmaForCausalLM, GemmaConfig, seed=seed, head_dim=8)
 
 
+def tiny_gemma2(seed=0):
+    return _decoder(Gemma2ForCausalLM, Gemma2Config, seed=seed, head_dim=8, query_pre_attn_scalar=8)
+
+
+def tiny_gemma3(seed=0):
+    return _decoder(Gemma3ForCausalLM, Gemma3TextConfig, seed=seed, head_dim=8, query_pre_attn_scalar=8)
+
+
+def tiny_mixtral(seed=0):
+    """Its experts are computed one by one: torch's grouped product takes no float64."""
+    return _decoder(MixtralForCausalLM, MixtralConfig, seed=seed, num_local_experts=4, experts_implementation="eager")
+
+
+def tiny_qwen3_moe(seed=0):
+    sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8}
+    return _decoder(Qwen3MoeForCausalLM, Qwen3MoeConfig, seed=seed, **sizes, experts_implementation="eager")
+
+
 def tiny_phi(seed=0):
     return _decoder(PhiForCausalLM, PhiConfig, seed=seed, resid_pdrop=0.0)
 
@@ -101,6 +129,13 @@ def tiny_bert(layers=2, seed=0, **changes):
 def tiny_bert_classifier(layers=2, seed=0, **changes):
     torch.manual_seed(seed)
     return BertForSequenceClassification(_bert_config(num_hidden_layers=layers, **{"num_labels": 3, **changes}))
+
+
+def tiny_roberta_classifier(seed=0):
+    torch.manual_seed(seed)
+    marks = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
+    config = RobertaConfig(**{**_bert_config(num_labels=3).to_diff_dict(), "model_type": "roberta", **marks})
+    return RobertaForSequenceClassification(config)
 
 
 def tiny_gpt2(layers=2, seed=0):

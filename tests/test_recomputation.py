@@ -23,7 +23,18 @@ SETTINGS = {
     "losses.load_balance.coefficient": 0.5,
     "losses.z_loss.coefficient": 0.1,
 }
-REENTRANT = pytest.mark.parametrize("use_reentrant", [False, True], ids=["non-reentrant", "re-entrant"])
+KINDS = {"non-reentrant": False, "re-entrant": True}
+REENTRANT = pytest.mark.parametrize(
+    "use_reentrant",
+    [
+        pytest.param(
+            value,
+            marks=pytest.mark.works_with("activation checkpointing", f"{kind}: gradients equal those without"),
+            id=kind,
+        )
+        for kind, value in KINDS.items()
+    ],
+)
 
 
 def batch(seed, real, rows=2, length=10):

@@ -103,11 +103,23 @@ def _read_pass(module: nn.Module, inputs: dict[str, Any]) -> Pass:
         _put(here.mask_BS, "source", inputs.get("encoder_attention_mask"), torch.bool)
         _put(here.mask_BS, "target", inputs.get("attention_mask"), torch.bool)
         return here
-    _put(here.mask_BS, "source", inputs.get("attention_mask"), torch.bool)
     _put(here.positions_BS, "source", inputs.get("position_ids"), None)
+    mask_BS = inputs.get("attention_mask")
+    if mask_BS is None and module.training and "source" in here.positions_BS:
+        mask_BS = _mask_of_packed(here.positions_BS["source"])
+    _put(here.mask_BS, "source", mask_BS, torch.bool)
     if getattr(getattr(module, "config", None), "is_encoder_decoder", False):
         _put(here.mask_BS, "target", _target_mask(inputs), torch.bool)
     return here
+
+
+def _mask_of_packed(positions_BS: Tensor) -> Tensor:
+    """Real tokens of packed sequences, which come without a mask: what fills a row up stands at positions 0.
+
+    So does a last sequence of one token; in training nothing follows from it, since it has no next token.
+    """
+    is_tail_BS = positions_BS.flip(1).cumsum(1).flip(1) == 0
+    return ~is_tail_BS | ~positions_BS.any(dim=1, keepdim=True)
 
 
 def _kept_for(cache: Any) -> dict[str, Any] | None:

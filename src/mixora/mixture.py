@@ -95,6 +95,12 @@ class Mixture(nn.Module, Foldable):
         banks = {name.removeprefix(PREFIX): getattr(self, name) for name in self.adapter_layer_names}
         return {kind: bank[adapter] for kind, bank in banks.items() if adapter in bank}
 
+    def copy_adapter(self, source: str, target: str) -> None:
+        """Give the tensors of `target` the values of those of `source`, which has the same parts."""
+        copies = self.parameters_of(target)
+        for kind, tensor in self.parameters_of(source).items():
+            copies[kind].data.copy_(tensor.data)
+
     def is_router_trained(self, adapter: str) -> bool:
         """Whether the router that this module uses for `adapter` has trainable tensors."""
         tensors = self.leader_of(adapter).parameters_of(adapter)

@@ -175,7 +175,7 @@ def match(
     `groups`: the groups that may be named, with `ffn` where `linears` are all the places of the model.
     """
     if isinstance(targets, str) and targets not in (*GROUPS, WHOLE):
-        return _match_expression(targets, linears, where)
+        return _match_expression(targets, linears, model, where)
     entries = (targets,) if isinstance(targets, str) else targets
     found: dict[str, Linear] = {}
     for entry in entries:
@@ -198,15 +198,15 @@ def names_by_group(targets: str | tuple[str, ...], linear: Linear) -> bool:
     return not any(_names(entry, linear) for entry in targets if entry not in GROUPS)
 
 
-def _match_expression(pattern: str, linears: list[Linear], where: str) -> list[Linear]:
+def _match_expression(pattern: str, linears: list[Linear], model: nn.Module, where: str) -> list[Linear]:
     try:
         hits = [linear for linear in linears if re.fullmatch(pattern, linear.path)]
     except re.error as error:
         raise ConfigError(f"{where}: got {pattern!r}, which is no regular expression: {error}") from None
     if not hits:
         raise ConfigError(
-            f"{where}: the expression {pattern!r} matches no linear module; one string is matched against whole paths "
-            f"such as {linears[0].path!r}; valid too: a list of path endings"
+            f"{where}: the expression {pattern!r} matches no linear module{_tell_fused(model)}; one string is matched "
+            f"against whole paths such as {linears[0].path!r}; valid too: a list of path endings"
         )
     return hits
 
@@ -221,8 +221,23 @@ def _names(entry: str, linear: Linear) -> bool:
 
 def _nothing(entry: str, linears: list[Linear], model: nn.Module, where: str, groups: tuple[str, ...]) -> str:
     others = [module for name, module in model.named_modules() if name == entry or name.endswith("." + entry)]
-    if others:
+    why = _tell_fused(others[0] if others else model)
+    if others and not why:
         valid = "linear modules" + (" and modules of known width" if WHOLE in groups else "")
         return f"{where}: {entry!r} is a {type(others[0]).__name__}; valid here: {valid}"
     leaves = {linear.path.rpartition(".")[2] for linear in linears}
-    return f"{where}: {entry!r} matches no module of this model{did_you_mean(entry, {*leaves, *groups})}"
+    known = did_you_mean(entry, {*leaves, *groups} - {entry})
+    return f"{where}: {entry!r} matches no {'linear ' if why else ''}module of this model{why}{known}"
+
+
+def _tell_fused(model: nn.Module) -> str:
+    """Why adapters cannot stand at the experts of the model's own mixture; empty where they are linear modules."""
+    for owner in model.modules():
+        for name, weight in owner.named_parameters(recurse=False):
+            if weight.dim() == 3 and "Expert" in type(owner).__name__:
+                return (
+                    f": its own experts are fused, {type(owner).__name__}.{name} is one parameter of shape "
+                    f"{list(weight.shape)}, so no module is there beside which adapters of one expert could stand; "
+                    "valid: other linear modules, or 'ffn' with experts of kind 'bottleneck' behind the whole part"
+                )
+    return ""

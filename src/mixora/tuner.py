@@ -1,6 +1,7 @@
 """The PEFT face: a tuner of type MIXORA, registered from outside, so that all of PEFT's entry points know it."""
 
 import copy
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -15,7 +16,7 @@ from mixora.assembly import make_plan, parts_of
 from mixora.config import did_you_mean, override, parse
 from mixora.errors import ConfigError
 from mixora.method import Method
-from mixora.mixture import PREFIX, Mixture
+from mixora.mixture import PREFIX, Mixture, mixtures_of
 from mixora.plan import Plan, Site
 from mixora.recipes import read_recipe
 from mixora.routers import ROUTERS
@@ -125,6 +126,8 @@ class MixoraModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Plan, compare with the stored plan where there is one, wrap the sites, hook the model's entrances."""
+        # TRL makes its reference so and copies the tensors whose names hold ".default.", which none of ours does
+        is_reference = adapter_name == "ref" and self.peft_config["ref"] is self.peft_config.get("default")
         # the user's config stays as it is: it may serve for another model
         config = self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
         if config.plan is None:
@@ -142,10 +145,7 @@ class MixoraModel(BaseTuner):
             )
         self._plan = new_plan
         self._kin: dict[tuple[str, ...], list[Mixture]] = {}
-        for name in config.modules_to_save or ():
-            both = [s.path for s in new_plan.sites if s.path == name or s.path.endswith("." + name)]
-            if both:
-                raise ConfigError(f"{both[0]}: is adapted by a rule and trained whole by modules_to_save {name!r}")
+        _check_saved_modules(new_plan, config.modules_to_save or ())
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         # PEFT's export to LoRA reads it
         config.target_modules = {site.path for site in new_plan.sites}
@@ -153,6 +153,8 @@ class MixoraModel(BaseTuner):
             model._mixora_hooks = entrances.install(model)  # type: ignore[assignment]
         if any(ROUTERS[site.router].draws for site in new_plan.sites):
             entrances.expect_draws(model)
+        for layer in mixtures_of(model) if is_reference else ():
+            layer.copy_adapter("default", adapter_name)
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
         return peft_config
@@ -238,6 +240,13 @@ class MixoraModel(BaseTuner):
         for handle in model.__dict__.pop("_mixora_hooks", ()):
             handle.remove()
         return model
+
+
+def _check_saved_modules(plan: Plan, names: Iterable[str]) -> None:
+    for name in names:
+        both = [s.path for s in plan.sites if s.path == name or s.path.endswith("." + name)]
+        if both:
+            raise ConfigError(f"{both[0]}: is adapted by a rule and trained whole by modules_to_save {name!r}")
 
 
 def _group_by_root(model: nn.Module, plan: Plan) -> dict[str, list[Site]]:

@@ -38,21 +38,28 @@ class Catch(TrainerCallback):
         self.gradient = torch.cat([g.flatten() for g in routers])
 
 
+AS_INTENDED = "auxiliary gradient of the routers as intended"
 TRAINERS = {
-    "transformers": lambda: transformers.Trainer,
-    "mixora": lambda: mixora.Trainer,
-    "trl": lambda: trl.SFTTrainer,
-    "mixora sft": lambda: mixora.SFTTrainer,
+    "transformers.Trainer": transformers.Trainer,
+    "mixora.Trainer": mixora.Trainer,
+    "trl.SFTTrainer": trl.SFTTrainer,
+    "mixora.SFTTrainer": mixora.SFTTrainer,
 }
 
 
 @SMOOTHING_IS_DEPRECATED
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("name", TRAINERS)
+@pytest.mark.parametrize(
+    ("name", "case"),
+    [
+        pytest.param(name, case, marks=pytest.mark.works_with(name, f"{AS_INTENDED}: {case}"), id=f"{name}-{case}")
+        for name in TRAINERS
+        for case in CASES
+    ],
+)
 def test_router_receives_the_intended_gradient(name, case, tmp_path):
     catch, changes = Catch(), CASES[case]
     callbacks = [catch] if name.startswith("mixora") else [catch, mixora.AuxiliaryLossCallback()]
-    trainer = make_trainer(TRAINERS[name](), tmp_path, callbacks=callbacks, **changes)
+    trainer = make_trainer(TRAINERS[name], tmp_path, callbacks=callbacks, **changes)
     trainer.train()
     batches = accumulated_batches(changes.get("gradient_accumulation_steps", 1))
     intended = balance_gradient(make_model(), batches)
@@ -62,6 +69,7 @@ def test_router_receives_the_intended_gradient(name, case, tmp_path):
     assert 0.9 < logged["load_balance"] < 2.0
 
 
+@pytest.mark.works_with("transformers.Trainer", f"{AS_INTENDED}: re-entrant checkpointing")
 def test_reentrant_checkpointing_is_exact_by_injection(tmp_path):
     catch = Catch()
     trainer = make_trainer(
@@ -76,6 +84,7 @@ def test_reentrant_checkpointing_is_exact_by_injection(tmp_path):
     torch.testing.assert_close(catch.gradient, intended, rtol=1e-4, atol=1e-5 * float(intended.abs().max()))
 
 
+@pytest.mark.works_with("mixora.Trainer", "re-entrant activation checkpointing: refused with the reason")
 def test_reentrant_checkpointing_is_refused_where_the_loss_would_be_cut_off(tmp_path):
     trainer = make_trainer(
         mixora.Trainer,
@@ -111,6 +120,7 @@ def run_two_ranks(script, folder):
     return torch.load(folder / "found.pt", weights_only=True)
 
 
+@pytest.mark.works_with("distribution", "DDP on two ranks (gloo), under both trainers: the intended auxiliary gradient")
 def test_two_ranks(tmp_path):
     gradients = run_two_ranks("tests/training/two_ranks.py", tmp_path)
     intended = balance_gradient(make_model(), accumulated_batches(2))
@@ -119,6 +129,9 @@ def test_two_ranks(tmp_path):
     assert gradients["ratio"] == pytest.approx(1.0, abs=1e-3)
 
 
+@pytest.mark.works_with(
+    "distribution", "FSDP2 (`fully_shard`) on two ranks (gloo): gradients equal the mean of both ranks'"
+)
 def test_two_ranks_of_a_fully_sharded_model(tmp_path):
     """The mean of both ranks' gradients, with weights that are whole in a layer's forward only."""
     found = run_two_ranks("tests/training/two_ranks_fsdp2.py", tmp_path)

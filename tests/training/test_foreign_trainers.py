@@ -1,5 +1,6 @@
 """What users of transformers and TRL write, unchanged."""
 
+import pytest
 import torch
 import transformers
 import trl
@@ -11,6 +12,7 @@ from tests.models import tiny_llama
 from tests.training.setups import collate, dataset, make_model, make_tokenizer, make_trainer, settings
 
 
+@pytest.mark.works_with("trl.SFTTrainer", "`peft_config`: the trainer makes the adapter, and trains nothing else")
 def test_trl_builds_the_adapter_from_the_config(tmp_path):
     adapter = mixora.recipe("sira", num_experts=4, top_k=2, rank=2, task_type="CAUSAL_LM")
     trainer = trl.SFTTrainer(

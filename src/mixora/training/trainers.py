@@ -5,6 +5,7 @@ the adapted layers add the gradient themselves; `AuxiliaryLossCallback` tells th
 both.
 """
 
+import inspect
 import logging
 from collections import defaultdict
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import CallbackHandler
 
 from mixora.mixture import mixtures_of
 from mixora.training.batch_loss import run_passes, sum_losses
@@ -166,6 +168,17 @@ class AuxiliaryLossCallback(TrainerCallback):
     def __init__(self) -> None:
         self._terms = Terms()
 
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Step before the trackers of `report_to`, which write down a log line as they find it."""
+        # the trainer puts its own callbacks first, and no argument leads to their list
+        frame = inspect.currentframe()
+        handler = frame and frame.f_back and frame.f_back.f_locals.get("self")
+        if isinstance(handler, CallbackHandler):
+            handler.callbacks.remove(self)
+            handler.callbacks.insert(0, self)
+
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -183,8 +196,8 @@ class AuxiliaryLossCallback(TrainerCallback):
         """Note the terms of one micro-batch."""
         readings = defaultdict(list)
         for layer in mixtures_of(kwargs["model"]):
-            for of_adapter in layer.readings.values():
-                for name, value in of_adapter.items():
+            for adapter in layer.active_adapters:
+                for name, value in layer.readings.get(adapter, {}).items():
                     readings[name].append(value)
         self._terms.add({name: torch.stack(values).mean() for name, values in readings.items()})
 

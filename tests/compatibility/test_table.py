@@ -1,0 +1,51 @@
+"""The page of what mixora works with is the one that the tests make."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.compatibility.table import PAGE, Line, lines_of_page
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.slow
+def test_the_page_has_a_line_for_each_mark_and_no_other(tmp_path):
+    files = sorted((ROOT / "tests").rglob("test_*.py"))
+    marked = [str(path) for path in files if re.search(r"works_with\(|@each\(", path.read_text(encoding="utf-8"))]
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "works_with", "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        [*command, "-p", "tests.compatibility.table", "--works-with", str(tmp_path / "page.md"), *marked],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": f"{ROOT}/src:{ROOT}"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    expected = lines_of_page((tmp_path / "page.md").read_text(encoding="utf-8"))
+    assert len(expected) > 50
+    assert lines_of_page(PAGE.read_text(encoding="utf-8")) == expected, "stale; `make works-with` writes it"
+
+
+def test_nothing_on_the_page_fails_or_was_left_out():
+    assert "**fails**" not in PAGE.read_text(encoding="utf-8")
+    assert "not run" not in PAGE.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "told"),
+    [
+        ([], "not run"),
+        (["passed", "passed"], "passes"),
+        (["passed", "failed"], "**fails**"),
+        (["skipped"], "skipped"),
+        (["passed", "skipped"], "passes, in part skipped"),
+    ],
+)
+def test_a_line_tells_the_worst_of_its_tests(outcomes, told):
+    assert Line(outcomes=outcomes).outcome() == told
