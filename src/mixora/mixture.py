@@ -20,6 +20,7 @@ from mixora.contracts import kept_shapes
 from mixora.draws import MEAN, Draw
 from mixora.errors import ModelError, TrainingError
 from mixora.folding import Foldable
+from mixora.host import device_and_dtype_of
 from mixora.parts import Parts
 from mixora.routers.linear import LinearRouter
 from mixora.routing import Routing
@@ -61,7 +62,7 @@ class Mixture(nn.Module, Foldable):
         """Those of the first weight inside, where the frozen module has none itself."""
         for module in base_layer.modules():
             if not isinstance(module, BaseTunerLayer):
-                device, dtype = super()._get_base_layer_device_and_dtype(module)
+                device, dtype = device_and_dtype_of(module)
                 if device is not None:
                     return device, dtype
         return None, None
