@@ -1,13 +1,17 @@
 """What differs between the versions of PEFT, 0.18 to 0.21: no other module asks which one is there."""
 
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
-import peft.mapping
+import peft
 import torch
-from peft import PeftConfig, PeftType
+from peft import PeftConfig, PeftType, functional, peft_model
 from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import save_and_load
 from torch import nn
+
+State = dict[str, Any]
 
 
 class _PeftType(str):
@@ -26,44 +30,65 @@ class _PeftType(str):
 
 
 MIXORA = _PeftType("MIXORA")
-# since 0.21, a tuner says itself how its tensors are named in files
-ASKS_TUNER = hasattr(BaseTuner, "_get_adapter_state_dict")
-Renaming = Callable[[nn.Module, dict[str, Any]], dict[str, Any]]
 
 
-def register(config: type[PeftConfig], tuner: type[BaseTuner], prefix: str) -> None:
-    """Make PEFT know the type MIXORA."""
+class Tuner(BaseTuner):
+    """PEFT's tuner, whose pass runs the hooks of the model: before 0.21, PEFT calls its `forward` past them."""
+
+    # before 0.21.2, PEFT keeps and puts back a method of encoder-decoders that transformers has no more
+    _prepare_encoder_decoder_kwargs_for_generation = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
+
+
+def register(
+    config: type[PeftConfig],
+    tuner: type[BaseTuner],
+    prefix: str,
+    to_save: Callable[[nn.Module, str, State], State],
+    to_load: Callable[[nn.Module, State], State],
+) -> None:
+    """Make PEFT know the type MIXORA.
+
+    `to_save` (model, adapter, tensors) names tensors as adapter files do, `to_load` (model, tensors) as the model does.
+    PEFT asks the tuner for that since 0.21; before, its two functions are wrapped.
+    """
     table: Any = peft.mapping
     table.PEFT_TYPE_TO_CONFIG_MAPPING[MIXORA] = config
     table.PEFT_TYPE_TO_TUNER_MAPPING[MIXORA] = tuner
     table.PEFT_TYPE_TO_PREFIX_MAPPING[MIXORA] = prefix
     members: Any = PeftType
-    if not ASKS_TUNER and MIXORA.name not in members._member_map_:
-        # only what a walk over the enum finds is saved
+    if not hasattr(BaseTuner, "_get_adapter_state_dict") and MIXORA.name not in members._member_map_:
+        # such a PEFT saves only what a walk over the enum finds
         members._member_names_.append(MIXORA.name)
         members._member_map_[MIXORA.name] = MIXORA
+        _wrap_files(to_save, to_load)
 
 
-def rename_keys(model: nn.Module, to_save: Renaming, to_load: Renaming) -> list[Any]:
-    """Have PEFT's adapter files name tensors as `to_save` does, and read them as `to_load` does.
+def _wrap_files(
+    to_save: Callable[[nn.Module, str, State], State], to_load: Callable[[nn.Module, State], State]
+) -> None:
+    get, put = save_and_load.get_peft_model_state_dict, save_and_load.set_peft_model_state_dict
 
-    Returns the handles that end it: where the tuner is not asked, the state dict of `model` is renamed.
-    """
+    @wraps(get)
+    def get_ours(
+        model: Any, state_dict: State | None = None, adapter_name: str = "default", *args: Any, **kw: Any
+    ) -> Any:
+        if model.peft_config[adapter_name].peft_type == MIXORA:
+            state_dict = to_save(model, adapter_name, model.state_dict() if state_dict is None else state_dict)
+        return get(model, state_dict, adapter_name, *args, **kw)
 
-    def name_saved(module: nn.Module, state: dict[str, Any], *_: Any) -> None:
-        _replace(state, to_save(module, state))
+    @wraps(put)
+    def put_ours(model: Any, peft_model_state_dict: State, adapter_name: str = "default", *args: Any, **kw: Any) -> Any:
+        if model.peft_config[adapter_name].peft_type == MIXORA:
+            peft_model_state_dict = to_load(model, peft_model_state_dict)
+        return put(model, peft_model_state_dict, adapter_name, *args, **kw)
 
-    def name_loaded(module: nn.Module, state: dict[str, Any], *_: Any) -> None:
-        _replace(state, to_load(module, state))
-
-    if ASKS_TUNER:
-        return []
-    return [model.register_state_dict_post_hook(name_saved), model.register_load_state_dict_pre_hook(name_loaded)]
-
-
-def _replace(state: dict[str, Any], renamed: dict[str, Any]) -> None:
-    state.clear()
-    state.update(renamed)
+    places: tuple[Any, ...] = (peft, peft.utils, functional, peft_model, save_and_load)
+    for place in places:
+        place.get_peft_model_state_dict = get_ours
+        place.set_peft_model_state_dict = put_ours
 
 
 def device_and_dtype_of(module: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:

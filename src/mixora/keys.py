@@ -11,17 +11,15 @@ from torch import nn
 from mixora.mixture import PREFIX, mixtures_of
 
 
-def as_alone(model: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
-    """The tensors `state` of `model`, by keys that end with the adapter's name, as where each adapter is alone."""
-    sites: dict[str, set[str]] = {}
-    for module in mixtures_of(model):
-        for adapter in module.parts:
-            sites.setdefault(adapter, set()).add(module.path)
-    return {_find_key(key, sites.get(key.rpartition(".")[2], set())): tensor for key, tensor in state.items()}
+def as_alone(model: nn.Module, adapter: str, state: dict[str, Any]) -> dict[str, Any]:
+    """The tensors `state` of `model` without those of our other adapters, by the keys where `adapter` is alone."""
+    sites = {module.path for module in mixtures_of(model) if adapter in module.parts}
+    mine = {key: tensor for key, tensor in state.items() if PREFIX not in key or key.endswith("." + adapter)}
+    return {_find_key(key, sites): tensor for key, tensor in mine.items()}
 
 
 def as_here(model: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
-    """The tensors `state` of an adapter, with or without its name, by the keys that they have in `model`."""
+    """The tensors `state` of an adapter by the keys that they have in `model`."""
     wrapped = {module.path for module in mixtures_of(model)}
     return {_find_key(key, wrapped): tensor for key, tensor in state.items()}
 

@@ -5,7 +5,6 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from mixora import entrances, host, keys
@@ -97,7 +96,7 @@ def allocate(
     return found
 
 
-class MixoraModel(BaseTuner):
+class MixoraModel(host.Tuner):
     """The tuner; holds nothing that is needed at run time, since native loading throws it away."""
 
     prefix = PREFIX
@@ -131,8 +130,7 @@ class MixoraModel(BaseTuner):
         # PEFT's export to LoRA reads it
         config.target_modules = {site.path for site in new_plan.sites}
         if not hasattr(model, "_mixora_hooks"):
-            handles = entrances.install(model) + host.rename_keys(model, keys.as_alone, keys.as_here)
-            model._mixora_hooks = handles  # type: ignore[assignment]
+            model._mixora_hooks = entrances.install(model)  # type: ignore[assignment]
         if any(ROUTERS[site.router].draws for site in new_plan.sites):
             entrances.expect_draws(model)
 
@@ -182,8 +180,11 @@ class MixoraModel(BaseTuner):
         super()._replace_module(parent, child_name, new_module, child)
 
     @classmethod
-    def _get_adapter_state_dict(cls, model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        return keys.as_alone(model, super()._get_adapter_state_dict(model, *args, **kwargs))
+    def _get_adapter_state_dict(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        found = super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
+        return keys.as_alone(model, adapter_name, found)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -194,20 +195,20 @@ class MixoraModel(BaseTuner):
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Refuse before the first weight is changed."""
-        self._check_all_static(adapter_names)
+        self._check_all_foldable(adapter_names)
         super().merge_adapter(adapter_names, safe_merge)
 
-    def _check_all_static(self, adapter_names: list[str] | None) -> None:
+    def _check_all_foldable(self, adapter_names: list[str] | None) -> None:
         for module in self.model.modules():
             if isinstance(module, Mixture):
                 for adapter in adapter_names or module.active_adapters:
                     if adapter in module.parts:
-                        module.as_low_rank(adapter)
+                        module.check_foldable(adapter)
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
         if merge:
             names = kwargs.get("adapter_names") or (args[2] if len(args) > 2 else None)
-            self._check_all_static(names)
+            self._check_all_foldable(names)
         model: Any = super()._unload_and_optionally_merge(merge, *args, **kwargs)
         while any(isinstance(module, Mixture) for module in model.modules()):
             # PEFT does not look inside of what it unwraps
@@ -231,4 +232,4 @@ def _group_by_root(model: nn.Module, plan: Plan) -> dict[str, list[Site]]:
 
 def register() -> None:
     """Make PEFT know the type MIXORA (once per process; `import mixora` does it)."""
-    host.register(MixoraConfig, MixoraModel, PREFIX)
+    host.register(MixoraConfig, MixoraModel, PREFIX, keys.as_alone, keys.as_here)
