@@ -166,7 +166,7 @@ class MixoraModel(host.Tuner):
             parts.kin.append(target)
             target.add(adapter_name, parts, config.inference_mode)
             return
-        wrapped = Mixture(target, site.path)
+        wrapped = Mixture(target, site.path, self.peft_config)
         parts.kin.append(wrapped)
         wrapped._active_adapter = self.active_adapters
         wrapped.add(adapter_name, parts, config.inference_mode)
