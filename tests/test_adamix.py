@@ -242,7 +242,7 @@ def test_an_adapter_behind_a_module_is_not_folded_into_weights():
 @pytest.mark.parametrize("recipe", ["adamix", "adamix-lora"])
 def test_files_hold_every_expert_once(recipe, tmp_path):
     model = make(recipe, share="up")
-    model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path, save_embedding_layers=False)
     again = PeftModel.from_pretrained(tiny_llama(), tmp_path, adapter_name="other", is_trainable=True)
     for old, new in zip(mixtures_of(model), mixtures_of(again), strict=True):
         assert old.parameters_of("default").keys() == new.parameters_of("other").keys()

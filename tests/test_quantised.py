@@ -1,25 +1,49 @@
 """Bases in 4 and 8 bits: trained, only the adapter saved, read back."""
 
 import importlib.util
+import logging
+import re
 import warnings
 
 import pytest
 import torch
 from peft import PeftModel
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
 import mixora
+from mixora.errors import MixoraError
 from tests.models import adapt, tiny_llama, token_ids
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes: pip install mixora[quantised]"
-)
 IDS = token_ids(2, 8)
-FORMS = {
-    "4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
-    "8": {"load_in_8bit": True},
-}
+
+
+def nf4():
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+
+
+def int8():
+    return BitsAndBytesConfig(load_in_8bit=True)
+
+
+def weight_only():
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    return TorchAoConfig(Int8WeightOnlyConfig())
+
+
+def form(make, library, what):
+    """A parameter that needs `library`: how a base is quantised, and why kernel `joint` cannot read its weights."""
+    is_missing = importlib.util.find_spec(library) is None
+    marks = pytest.mark.skipif(is_missing, reason=f"needs {library}: pip install mixora[quantised]")
+    return pytest.param(make, marks=[marks, pytest.mark.works_with("Quantised bases", what)], id=what)
+
+
+FORMS = [
+    form(nf4, "bitsandbytes", "bitsandbytes, 4 bits"),
+    form(int8, "bitsandbytes", "bitsandbytes, 8 bits"),
+    form(weight_only, "torchao", "torchao, 8 bits, weights only"),
+]
 
 
 @pytest.fixture(params=FORMS)
@@ -29,11 +53,10 @@ def quantised(request, tmp_path):
 
     def load():
         with warnings.catch_warnings():
-            # bitsandbytes tells that it casts inputs
+            # bitsandbytes tells that it casts inputs, torchao what it will drop
             warnings.simplefilter("ignore")
-            config = BitsAndBytesConfig(**FORMS[request.param])
             return AutoModelForCausalLM.from_pretrained(
-                tmp_path / "base", quantization_config=config, device_map="cpu", dtype=torch.bfloat16
+                tmp_path / "base", quantization_config=request.param(), device_map="cpu", dtype=torch.bfloat16
             )
 
     return load
@@ -81,3 +104,18 @@ def test_a_mixture_on_a_quantised_base_becomes_an_adapter_for_it(quantised, tmp_
         found = PeftModel.from_pretrained(quantised(), tmp_path / "out").eval()(input_ids=IDS).logits
     assert merged.changes.loss_of_mixture > 0
     torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02)
+
+
+def test_another_kernel_takes_the_place_of_joint_and_the_log_says_so(quantised, caplog):
+    model = adapt(quantised(), mixora.recipe("molora", num_experts=4, rank=4, kernel="joint"))
+    with caplog.at_level(logging.INFO, logger="mixora"):
+        model(input_ids=IDS)
+    reason = "(is a Linear4bit|is a Linear8bitLt|has a weight of type Int8Tensor), so kernel 'stacked' computes"
+    assert len(caplog.messages) == 8
+    assert all(re.search(reason, message) for message in caplog.messages)
+
+
+def test_nothing_is_merged_into_quantised_weights(quantised):
+    model = adapt(quantised(), mixora.recipe("lora"))
+    with pytest.raises(MixoraError, match="cannot be merged: the frozen weight is quantised or sharded"):
+        model.merge_adapter()

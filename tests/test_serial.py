@@ -10,6 +10,7 @@ from torch import nn
 import mixora
 from mixora.errors import ConfigError, MixoraError, ModelError
 from mixora.mixture import Mixture
+from tests import versions
 from tests.models import adapt, fill, tiny_bert, tiny_llama, tiny_t5, token_ids
 
 IDS = token_ids(2, 8)
@@ -120,6 +121,7 @@ def test_two_adapters_from_disk_and_back(saved, second, tmp_path):
         assert torch.equal(logits(mixora.from_pretrained(tiny_llama(), tmp_path / "both" / name)), expected)
 
 
+@versions.native
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")
 def test_transformers_loads_a_second_adapter_of_the_same_shape_and_no_other(saved, tmp_path):
     folder, first = saved
@@ -138,11 +140,16 @@ def test_transformers_loads_a_second_adapter_of_the_same_shape_and_no_other(save
 
 
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
-def test_every_way_to_load(saved, low_cpu_mem_usage):
+def test_a_peft_model_loads_bit_for_bit(saved, low_cpu_mem_usage):
     folder, expected = saved
     model = PeftModel.from_pretrained(tiny_llama(), folder, low_cpu_mem_usage=low_cpu_mem_usage)
     assert torch.equal(logits(model), expected)
     assert not any(p.requires_grad for p in model.parameters())
+
+
+@versions.native
+def test_transformers_loads_bit_for_bit(saved):
+    folder, expected = saved
     native = tiny_llama()
     native.load_adapter(str(folder), adapter_name="other")
     assert torch.equal(logits(native), expected)

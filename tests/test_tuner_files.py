@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, PeftModel, save_as_lora
+from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors import safe_open
 
 import mixora
 from mixora.errors import CheckpointError, ConfigError
+from tests import versions
 from tests.models import adapt, gradients, tiny_bert_classifier, tiny_llama, token_ids
 
 IDS = token_ids(2, 8)
@@ -64,6 +65,7 @@ def test_the_automatic_class_finds_the_base(saved):
     assert torch.equal(logits(AutoPeftModelForCausalLM.from_pretrained(folder / "adapter")), expected)
 
 
+@versions.native
 @pytest.mark.parametrize("name", ["default", "other"])
 def test_transformers_own_loading(saved, name):
     folder, expected = saved
@@ -202,7 +204,10 @@ def test_a_module_cannot_be_both_adapted_and_saved_whole():
         adapt(tiny_bert_classifier(), sira(task_type="SEQ_CLS", targets=["query", "classifier"]))
 
 
+@versions.lora_export
 def test_plain_lora_exports_to_peft(tmp_path):
+    from peft import save_as_lora
+
     model = adapt(tiny_llama(), mixora.recipe("lora", rank=4, alpha=8))
     save_as_lora(tmp_path, model, rank=4)
     again = PeftModel.from_pretrained(tiny_llama(), tmp_path)

@@ -1,6 +1,7 @@
 """Adapters folded into frozen weights, where what they add is the same linear map for every input."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -18,6 +19,7 @@ class Foldable(BaseTunerLayer):
     """What PEFT's merging asks of an adapted module."""
 
     path: str
+    base_layer: Any
     parts: dict[str, Parts]
     parameters_of: Callable[[str], Parameters]
     merged_adapters: list[str]
@@ -46,6 +48,20 @@ class Foldable(BaseTunerLayer):
         """What a merge adds to the frozen weight: [out, in]."""
         return self.as_low_rank(adapter).delta_OI()
 
+    def check_foldable(self, adapter: str) -> None:
+        """`MixoraError` where the adapter cannot be merged into the frozen weight."""
+        self.as_low_rank(adapter)
+        self.check_weight()
+
+    def check_weight(self) -> None:
+        """`MixoraError` where nothing can be added to the frozen weight."""
+        weight = self.base_layer.weight.data
+        if type(weight) is not Tensor or not weight.is_floating_point():
+            raise MixoraError(
+                f"{self.path}: cannot be merged: the frozen weight is quantised or sharded ({type(weight).__name__} of "
+                f"{weight.dtype}); valid: mixora.merge, which writes a LoRA adapter for such a base, or unload()"
+            )
+
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the active (or the named) adapters to the frozen weight."""
         for adapter in adapter_names or self.active_adapters:
@@ -60,12 +76,12 @@ class Foldable(BaseTunerLayer):
 
     def shift_base_weight(self, delta_OI: Tensor, safe_merge: bool) -> None:
         """Add to the frozen weight; with `safe_merge`, `MixoraError` where the sum is not finite."""
-        weight = self.get_base_weight()
-        is_transposed = isinstance(self.get_base_layer(), Conv1D)
+        weight = self.base_layer.weight.data
+        is_transposed = isinstance(self.base_layer, Conv1D)
         shifted = weight + (delta_OI.T if is_transposed else delta_OI).to(weight.dtype)
         if safe_merge and not torch.isfinite(shifted).all():
             raise MixoraError(f"{self.path}: merging gives weights that are not finite; nothing was changed here")
-        self.set_base_weight(shifted)
+        self.base_layer.weight.data = shifted
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether the adapter is a plain LoRA."""

@@ -32,6 +32,8 @@ def find_obstacle(frozen: nn.Module, x: Tensor) -> str | None:
         return "is trained"
     if isinstance(weight, DTensor):
         return "is sharded"
+    if type(weight) not in (nn.Parameter, Tensor):
+        return f"has a weight of type {type(weight).__name__}"
     if cast_as_autocast(x).dtype != weight.dtype and x.dtype != weight.dtype:
         return f"is in {weight.dtype} and reads {x.dtype}"
     return "is being compiled" if torch.compiler.is_compiling() else None

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from mixora.bases import TASK_TYPES, Task, load_base
 from mixora.errors import CheckpointError
-from mixora.tuner import MIXORA
+from mixora.host import MIXORA
 
 
 def task_of(config: PeftConfig) -> Task:

@@ -8,6 +8,8 @@ In the second f runs once and stays out of the weighted sum: the weights sum to 
 router's gradient is not drowned in the rounding of f(x).
 """
 
+import warnings
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +22,7 @@ from mixora.contracts import kept_shapes
 from mixora.draws import MEAN, Draw
 from mixora.errors import ModelError, TrainingError
 from mixora.folding import Foldable
+from mixora.host import device_and_dtype_of
 from mixora.parts import Parts
 from mixora.routers.linear import LinearRouter
 from mixora.routing import Routing
@@ -31,15 +34,17 @@ class Mixture(nn.Module, Foldable):
     """Wraps a frozen module. Tensors stand in one `ParameterDict` per kind, keyed by adapter name, as PEFT expects.
 
     `readings`: the auxiliary terms of the last training pass, per adapter. `auxiliary_scale`: factor on the auxiliary
-    gradient that this layer adds in backward (1 / number of accumulated micro-batches).
+    gradient that this layer adds in backward (1 / number of accumulated micro-batches). `adapters`: those of the whole
+    model by name, its `peft_config`.
     """
 
     other_param_names = ("parts", "readings")
 
-    def __init__(self, base_layer: nn.Module, path: str) -> None:
+    def __init__(self, base_layer: nn.Module, path: str, adapters: Mapping[str, Any]) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.path = path
+        self.adapters = adapters
         self.adapter_layer_names: tuple[str, ...] = ()
         self.merged_adapters: list[str] = []
         self.parts: dict[str, Parts] = {}
@@ -61,7 +66,7 @@ class Mixture(nn.Module, Foldable):
         """Those of the first weight inside, where the frozen module has none itself."""
         for module in base_layer.modules():
             if not isinstance(module, BaseTunerLayer):
-                device, dtype = super()._get_base_layer_device_and_dtype(module)
+                device, dtype = device_and_dtype_of(module)
                 if device is not None:
                     return device, dtype
         return None, None
@@ -82,6 +87,14 @@ class Mixture(nn.Module, Foldable):
             parts.router.initialise({kind: tensors[kind] for kind in router_shapes})
         self.parts[adapter] = parts
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """As in PEFT, but where the only active one is deleted, layers that hold different ones agree on the next."""
+        others = [name for name in self.adapters if name != adapter_name]
+        if self.active_adapters == [adapter_name] and others:
+            warnings.warn(f"adapter {adapter_name!r} was active; now {others[0]!r} is", stacklevel=2)
+            self.set_adapter(others[0])
+        super().delete_adapter(adapter_name)
 
     def _bank(self, kind: str) -> nn.ParameterDict:
         name = PREFIX + kind

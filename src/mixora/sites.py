@@ -2,8 +2,9 @@
 
 import inspect
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -81,15 +82,22 @@ def linears_of(model: nn.Module) -> list[Linear]:
     encoder_path = _encoder_path(model)
     causal = _is_causal(model)
     found = []
-    for name, module in model.named_modules():
-        path = name.replace(".base_layer", "")
-        if name.endswith("base_layer") or "mixora_" in name:
-            continue
-        features = _features(module.get_base_layer() if isinstance(module, BaseTunerLayer) else module)
-        if features is None:
-            continue
-        found.append(Linear(path, *features, *_read_by(path, encoder_path, causal)))
+    for path, module in _frozen_modules(model):
+        features = _features(module)
+        if features is not None:
+            found.append(Linear(path, *features, *_read_by(path, encoder_path, causal)))
     return found
+
+
+def _frozen_modules(module: nn.Module, path: str = "", seen: set[nn.Module] | None = None) -> Iterator[tuple[str, Any]]:
+    """As `named_modules`, without what adapters of any type hold: paths and modules as they are in the bare model."""
+    seen = set() if seen is None else seen
+    frozen = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    if frozen not in seen:
+        seen.add(frozen)
+        yield path, frozen
+        for name, child in frozen.named_children():
+            yield from _frozen_modules(child, f"{path}.{name}" if path else name, seen)
 
 
 def _read_by(path: str, encoder_path: str | None, causal: bool) -> tuple[Stream, bool]:
@@ -106,14 +114,11 @@ def places_of(model: nn.Module) -> list[Linear]:
     own_width = getattr(getattr(model, "config", None), "hidden_size", None)
     encoder_path, causal = _encoder_path(model), _is_causal(model)
     found: list[Linear] = []
-    for name, _ in model.named_modules():
-        path = name.replace(".base_layer", "")
-        if not path or name.endswith("base_layer") or "mixora_" in name:
-            continue
+    for path, _ in _frozen_modules(model):
         width = widths.get(path, own_width)
         if path in linears:
             found.append(linears[path])
-        elif width is not None:
+        elif width is not None and path:
             found.append(Block(path, width, width, *_read_by(path, encoder_path, causal)))
     return found
 

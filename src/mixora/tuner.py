@@ -5,12 +5,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-import peft.mapping
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
-from mixora import entrances
+from mixora import entrances, host, keys
 from mixora.allocation import Batches, Report, choose_ranks, is_settled
 from mixora.assembly import make_plan, parts_of
 from mixora.config import did_you_mean, override, parse
@@ -21,24 +19,6 @@ from mixora.plan import Plan, Site
 from mixora.recipes import read_recipe
 from mixora.routers import ROUTERS
 from mixora.sites import kin_of
-
-
-class _PeftType(str):
-    """Quacks like a member of the closed enum `peft.PeftType`, which takes no new ones."""
-
-    @property
-    def value(self) -> str:
-        return str.__str__(self)
-
-    def __str__(self) -> str:
-        return f"PeftType.{str.__str__(self)}"
-
-    @property
-    def name(self) -> str:
-        return str.__str__(self)
-
-
-MIXORA = _PeftType("MIXORA")
 
 
 @dataclass
@@ -71,7 +51,7 @@ class MixoraConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = MIXORA
+        self.peft_type = host.MIXORA
         given = {part: getattr(self, part) for part in Method.model_fields}
         self.method = parse(Method, {part: value for part, value in given.items() if value is not None})
         for part, value in self.method.model_dump(mode="json").items():
@@ -117,7 +97,7 @@ def allocate(
     return found
 
 
-class MixoraModel(BaseTuner):
+class MixoraModel(host.Tuner):
     """The tuner; holds nothing that is needed at run time, since native loading throws it away."""
 
     prefix = PREFIX
@@ -188,7 +168,7 @@ class MixoraModel(BaseTuner):
             parts.kin.append(target)
             target.add(adapter_name, parts, config.inference_mode)
             return
-        wrapped = Mixture(target, site.path)
+        wrapped = Mixture(target, site.path, self.peft_config)
         parts.kin.append(wrapped)
         wrapped._active_adapter = self.active_adapters
         wrapped.add(adapter_name, parts, config.inference_mode)
@@ -202,37 +182,35 @@ class MixoraModel(BaseTuner):
         super()._replace_module(parent, child_name, new_module, child)
 
     @classmethod
-    def _get_adapter_state_dict(cls, model: nn.Module, config: PeftConfig, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Keys as they are where this adapter is alone: other adapters may wrap modules around its sites."""
-        found = super()._get_adapter_state_dict(model, config, *args, **kwargs)
-        wrapped = {site["path"] for site in getattr(config, "plan", None) or ()}
-        return {_find_key(key, wrapped): tensor for key, tensor in found.items()}
+    def _get_adapter_state_dict(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        found = super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
+        return keys.as_alone(model, adapter_name, found)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Any]
     ) -> dict[str, Any]:
-        """Keys as this model's modules are wrapped, then PEFT's own steps."""
-        wrapped = {module.path for module in model.modules() if isinstance(module, Mixture)}
-        found = {_find_key(key, wrapped): tensor for key, tensor in state_dict.items()}
+        found = keys.as_here(model, state_dict)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, found)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Refuse before the first weight is changed."""
-        self._check_all_static(adapter_names)
+        self._check_all_foldable(adapter_names)
         super().merge_adapter(adapter_names, safe_merge)
 
-    def _check_all_static(self, adapter_names: list[str] | None) -> None:
+    def _check_all_foldable(self, adapter_names: list[str] | None) -> None:
         for module in self.model.modules():
             if isinstance(module, Mixture):
                 for adapter in adapter_names or module.active_adapters:
                     if adapter in module.parts:
-                        module.as_low_rank(adapter)
+                        module.check_foldable(adapter)
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
         if merge:
             names = kwargs.get("adapter_names") or (args[2] if len(args) > 2 else None)
-            self._check_all_static(names)
+            self._check_all_foldable(names)
         model: Any = super()._unload_and_optionally_merge(merge, *args, **kwargs)
         while any(isinstance(module, Mixture) for module in model.modules()):
             # PEFT does not look inside of what it unwraps
@@ -261,22 +239,6 @@ def _group_by_root(model: nn.Module, plan: Plan) -> dict[str, list[Site]]:
     return roots
 
 
-def _find_key(key: str, wrapped: set[str]) -> str:
-    """The key of one of our tensors in a model where the modules `wrapped` are, whatever was when it was made."""
-    path, mark, rest = key.replace(".base_layer", "").partition("." + PREFIX)
-    if not mark:
-        return key
-    outside = "base_model.model." if path.startswith("base_model.model.") else ""
-    steps = path.removeprefix(outside).split(".")
-    inner = [n for n in range(1, len(steps)) if ".".join(steps[:n]) in wrapped]
-    for n in reversed(inner):
-        steps.insert(n, "base_layer")
-    return outside + ".".join(steps) + mark + rest
-
-
 def register() -> None:
     """Make PEFT know the type MIXORA (once per process; `import mixora` does it)."""
-    table: Any = peft.mapping
-    table.PEFT_TYPE_TO_CONFIG_MAPPING[MIXORA] = MixoraConfig
-    table.PEFT_TYPE_TO_TUNER_MAPPING[MIXORA] = MixoraModel
-    table.PEFT_TYPE_TO_PREFIX_MAPPING[MIXORA] = PREFIX
+    host.register(MixoraConfig, MixoraModel, PREFIX, keys.as_alone, keys.as_here)

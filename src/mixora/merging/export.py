@@ -76,6 +76,7 @@ def write_dense(folder: Path, model: PeftModel, adapter: str, pairs: Pairs) -> N
     embeddings = base.get_input_embeddings()  # type: ignore[operator]
     modules: dict[str, Any] = {path: base.get_submodule(path) for path in pairs}
     for path, module in modules.items():
+        module.check_weight()
         if embeddings is not None and getattr(module.get_base_layer(), "weight", None) is embeddings.weight:
             raise ModelError(f"{path}: shares its weight with the embeddings; valid: write an adapter, without dense")
     with torch.no_grad():

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mixora.errors import CheckpointError, ConfigError
 from mixora.folders import claim_folder
+from mixora.host import MIXORA
 from mixora.low_rank import LowRank
 from mixora.merging.approximation import Advance, Approximation, Batch, active_rank, approximate
 from mixora.merging.card import write_companions
@@ -20,7 +21,7 @@ from mixora.merging.export import Pairs, name_base, write_dense, write_lora, wri
 from mixora.merging.result import Merged, MergedSite
 from mixora.merging.soup import Soup, cook
 from mixora.mixture import Mixture
-from mixora.tuner import MIXORA, MixoraConfig
+from mixora.tuner import MixoraConfig
 
 Stage = Callable[[str], AbstractContextManager[Advance]]
 Found = dict[str, tuple[LowRank, MergedSite]]

@@ -1,0 +1,37 @@
+"""What the tensors of an adapter are called on disk: the same, whatever stands around them in a model.
+
+An adapter that wraps a feed-forward part puts a `base_layer` into the path of every site inside. Files name tensors as
+they are where their adapter is alone on its base.
+"""
+
+from typing import Any
+
+from torch import nn
+
+from mixora.mixture import PREFIX, mixtures_of
+
+
+def as_alone(model: nn.Module, adapter: str, state: dict[str, Any]) -> dict[str, Any]:
+    """The tensors `state` of `model` without those of our other adapters, by the keys where `adapter` is alone."""
+    sites = {module.path for module in mixtures_of(model) if adapter in module.parts}
+    mine = {key: tensor for key, tensor in state.items() if PREFIX not in key or key.endswith("." + adapter)}
+    return {_find_key(key, sites): tensor for key, tensor in mine.items()}
+
+
+def as_here(model: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
+    """The tensors `state` of an adapter by the keys that they have in `model`."""
+    wrapped = {module.path for module in mixtures_of(model)}
+    return {_find_key(key, wrapped): tensor for key, tensor in state.items()}
+
+
+def _find_key(key: str, wrapped: set[str]) -> str:
+    """The key of a site's tensor in a model where the modules `wrapped` are, whatever was when it was made."""
+    path, mark, rest = key.replace(".base_layer", "").partition("." + PREFIX)
+    above, peft, site = path.rpartition("base_model.model.")
+    if not mark or site not in wrapped:
+        return key
+    steps = site.split(".")
+    for n in reversed(range(1, len(steps))):
+        if ".".join(steps[:n]) in wrapped:
+            steps.insert(n, "base_layer")
+    return above + peft + ".".join(steps) + mark + rest
