@@ -11,7 +11,7 @@ from transformers import LlamaForCausalLM
 
 import mixora
 from mixora.data import encode
-from mixora.diagnostics.report import read_record
+from mixora.diagnostics.record import read_record
 from mixora.errors import CheckpointError, ConfigError, DataError
 from mixora.training.material import read_material
 from mixora.training.progress import Progress

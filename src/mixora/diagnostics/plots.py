@@ -5,7 +5,6 @@ palette, cividis) stay apart under every common form of colour blindness.
 """
 
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,11 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from mixora.diagnostics.places import spread_over_depth
+
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES = ("-", "--", ":", "-.")
 WIDTH = 5.0  # inches; narrow, so that the letters stay readable on a phone
-MOST_SITES = 3
 MOST_LABELLED = 10  # experts; beyond that a number does not fit into its cell
 
 
@@ -67,15 +67,6 @@ def plot_expert_load(load: Mapping[str, Any]) -> Figure:
     )
     bar.set_label("share of the domain's tokens")
     return figure
-
-
-def spread_over_depth(sites: Sequence[str]) -> list[int]:
-    """Places of the first, middle and last site of the most frequent kind (last segment of the path)."""
-    kinds = [site.rsplit(".", 1)[-1] for site in sites]
-    kind = Counter(kinds).most_common(1)[0][0]
-    same = [place for place, other in enumerate(kinds) if other == kind]
-    count = min(MOST_SITES, len(same))
-    return [same[round(step * (len(same) - 1) / max(count - 1, 1))] for step in range(count)]
 
 
 def save_png(figure: Figure, path: str | Path) -> Path:

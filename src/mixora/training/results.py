@@ -14,7 +14,8 @@ from mixora.config import parse, read_yaml
 from mixora.data import render_prompt
 from mixora.diagnostics.measure import inspect
 from mixora.diagnostics.page import format_value
-from mixora.diagnostics.report import RunRecord, summarise
+from mixora.diagnostics.record import RunRecord
+from mixora.diagnostics.report import summarise
 from mixora.diagnostics.residual import residual_energy
 from mixora.errors import CheckpointError, DataError
 from mixora.evaluate import generate

@@ -17,7 +17,8 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from mixora.bases import TASK_TYPES
 from mixora.data import Encoded, encode
 from mixora.diagnostics.measure import inspect, load_by_group
-from mixora.diagnostics.report import RunRecord, write_report
+from mixora.diagnostics.record import RunRecord
+from mixora.diagnostics.report import write_report
 from mixora.errors import ConfigError
 from mixora.evaluate import Evaluation, Examples, evaluate
 from mixora.loading import from_pretrained
@@ -179,7 +180,7 @@ def _load_by_group(model: Any, examples: Examples, config: RunConfig) -> dict[st
     return load if load["sites"] else None
 
 
-def _history(trainer: Trainer) -> list[dict[str, float]]:
+def _history(trainer: Trainer) -> list[dict[str, int | float | None]]:
     """The task's own loss and each auxiliary term, by step."""
     left_out = ("epoch", "learning_rate", "grad_norm", "auxiliary_loss")
     lines = [line for line in trainer.state.log_history if "loss" in line]
