@@ -67,7 +67,7 @@ def draw_heat(title: str, rows: Mapping[str, Sequence[float | None]], across: st
     body = []
     for label, shares in rows.items():
         cells = "".join(_draw_cell(share, len(shares), is_narrow) for share in shares)
-        body.append(f"<tr><th title="{escape(label)}">{escape(label)}</th>{cells}</tr>")
+        body.append(f'<tr><th title="{escape(label)}">{escape(label)}</th>{cells}</tr>')
     corner = escape(f"{along} ╲ {across}" if along else across)
     return (
         f'<figure><figcaption>{escape(title)}</figcaption><div class="wide">'

@@ -16,7 +16,8 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from mixora.bases import TASK_TYPES
 from mixora.data import Encoded, encode
-from mixora.diagnostics.measure import inspect, load_by_group
+from mixora.diagnostics.examination import examine
+from mixora.diagnostics.measure import load_by_group
 from mixora.diagnostics.record import RunRecord
 from mixora.diagnostics.report import write_report
 from mixora.errors import ConfigError
@@ -106,12 +107,11 @@ def _describe_model(model: PeftModel, table: Plan, examples: Examples, config: R
     """Plan, parameters, and what the trained routers do with the held-out rows."""
     trainable, total = model.get_nb_trainable_parameters()
     outside = trainable - table.parameters  # a new classification head
-    columns = ("path", "experts_per_token", "entropy", "dropped_share", "dead_experts", "load")
-    routed = [site for site in inspect(model, batches_of(examples, config)) if site["num_experts"] > 1]
+    found = examine(model, batches_of(examples, config), examples.tokenizer)
     return {
         "plan": table.rows(full=True),
         "parameters": {"total": total, "trainable": trainable, "active": table.active_parameters + outside},
-        "routing": [{name: site[name] for name in columns} for site in routed],
+        **vars(found),
         "load": _load_by_group(model, examples, config),
     }
 
