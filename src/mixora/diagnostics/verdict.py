@@ -13,6 +13,10 @@ MANY_DROPPED = 0.1
 UNDECIDED = 0.99
 MOST_NAMED = 4
 
+AGAINST_COLLAPSE = (
+    "Try a larger losses.load_balance.coefficient (ten times is a fair first step), a smaller learning_rate or more "
+    "warmup_steps, or losses.z_loss.coefficient=0.001, which keeps the router's logits small."
+)
 THRESHOLDS = (
     "An expert is dead if no token of the held-out rows reaches it.",
     f"A router has collapsed if the evenness of its load is below {COLLAPSED:g}. Evenness is 1 where all experts get "
@@ -74,8 +78,7 @@ def _judge_collapse(sites: Sequence[SiteRouting]) -> Finding | None:
     return Finding(
         "warning",
         text,
-        "Try a larger losses.load_balance.coefficient (ten times is a fair first step), a smaller train.learning_rate "
-        "or more train.warmup_steps, or losses.z_loss.coefficient=0.001, which keeps the router's logits small.",
+        AGAINST_COLLAPSE,
     )
 
 
@@ -103,7 +106,7 @@ def _judge_twins(similar: Sequence[Similar], count: int) -> Finding | None:
         "warning",
         f"At {sites} of {count} sites two experts do nearly the same ({where}).",
         "Try a smaller num_experts, or a larger expert_dropout, which makes tokens use other experts too; after a "
-        "short run, more train.steps may be all that is missing.",
+        "short run, more steps may be all that is missing.",
     )
 
 
@@ -144,7 +147,7 @@ def _judge_undecided(sites: Sequence[SiteRouting]) -> Finding | None:
     return Finding(
         "remark",
         f"{_of(hit, sites)} a router that is all but undecided between its experts: they hardly specialise.",
-        "After a short run this is to be expected. Else try more train.steps, a larger train.learning_rate, or a "
+        "After a short run this is to be expected. Else try more steps, a larger learning_rate, or a "
         "smaller losses.load_balance.coefficient or losses.z_loss.coefficient.",
     )
 

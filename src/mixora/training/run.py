@@ -79,7 +79,7 @@ def fit(config: RunConfig, progress: Progress, overwrite: bool = False) -> RunRe
         history=_history(trainer),
         generations=_generations(examples, before, after, config.evaluate.generations),
         environment=_environment(config, time.perf_counter() - started),
-        notes=[*table.notes, *_truncation(encoded)],
+        notes=[*table.notes, *_truncation(encoded), *filter(None, [trainer.alarm.note])],
     )
     write_report(record, out)
     return record
