@@ -44,9 +44,7 @@ def draw_lines(title: str, lines: Mapping[str, Points], across: str, is_share: b
         drawn.append(f'<path class="{_style(number)}" d="{path}"><title>{escape(name)}</title></path>')
     words = escape(f"{title}: {', '.join(lines)}")
     labels = [f'<span style="top:{_down(tick, low, high) / 10:g}%">{_label(tick, is_share)}</span>' for tick in up]
-    below = [
-        f'<span style="left:{_right(n, left, right) / 10:g}%">{n:,.0f}</span>' for n in along if left <= n <= right
-    ]
+    below = [_write_tick(tick, _right(tick, left, right)) for tick in along if left <= tick <= right]
     return (
         f'<figure class="chart"><figcaption><b>{escape(title)}</b> by {escape(across)}</figcaption>'
         f'<div class="plot"><div class="up">{"".join(labels)}</div>'
@@ -126,6 +124,12 @@ def _trace(points: Points, low: float, high: float) -> str:
         path.append(f"{'L' if is_open else 'M'}{place:g} {_down(value, low, high)}{'' if is_open else 'h0'}")
         is_open = True
     return "".join(path)
+
+
+def _write_tick(tick: float, place: int) -> str:
+    # the last one must not stand out of the page
+    is_last = ' class="last"' if place > 0.95 * _SPAN else ""
+    return f'<span{is_last} style="left:{place / 10:g}%">{tick:,.0f}</span>'
 
 
 def _style(number: int) -> str:

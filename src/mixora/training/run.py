@@ -16,6 +16,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from mixora.bases import TASK_TYPES
 from mixora.data import Encoded, encode
+from mixora.diagnostics.checkpoint import history_of
 from mixora.diagnostics.examination import examine
 from mixora.diagnostics.measure import load_by_group
 from mixora.diagnostics.record import RunRecord
@@ -76,7 +77,7 @@ def fit(config: RunConfig, progress: Progress, overwrite: bool = False) -> RunRe
         before={**before.metrics, "rows": len(examples.rows)},
         after={**after.metrics, "rows": len(examples.rows)},
         reloaded=dict(reloaded.metrics),
-        history=_history(trainer),
+        history=history_of(trainer.state.log_history),
         generations=_generations(examples, before, after, config.evaluate.generations),
         environment=_environment(config, time.perf_counter() - started),
         notes=[*table.notes, *_truncation(encoded), *filter(None, [trainer.alarm.note])],
@@ -178,19 +179,6 @@ def _load_by_group(model: Any, examples: Examples, config: RunConfig) -> dict[st
     batches = {name: batches_of(examples, config, rows[:ROWS_PER_GROUP]) for name, rows in sorted(groups.items())}
     load = load_by_group(model, batches)
     return load if load["sites"] else None
-
-
-def _history(trainer: Trainer) -> list[dict[str, int | float | None]]:
-    """The task's own loss and each auxiliary term, by step."""
-    left_out = ("epoch", "learning_rate", "grad_norm", "auxiliary_loss")
-    lines = [line for line in trainer.state.log_history if "loss" in line]
-    return [
-        {
-            **{key: value for key, value in line.items() if key not in left_out},
-            "loss": line["loss"] - line.get("auxiliary_loss", 0.0),
-        }
-        for line in lines
-    ]
 
 
 def _generations(examples: Examples, before: Evaluation, after: Evaluation, count: int) -> list[dict[str, str]]:
