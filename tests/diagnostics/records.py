@@ -41,7 +41,7 @@ def make_large_record(layers=30, experts=8, seed=0):
         },
         routing=routing,
         similar=[
-            Similar(path=paths[31], first=2, second=6, cosine=0.991, correlation=0.42),
+            Similar(path=paths[len(paths) // 6], first=2, second=6, cosine=0.991, correlation=0.42),
             *(Similar(path=path, first=0, second=1, cosine=draw.uniform(0, 0.6), correlation=None) for path in paths),
         ],
         typical=[_typical(path, expert, draw) for path in paths[:: len(paths) // 2] for expert in range(experts)],

@@ -5,6 +5,7 @@ palette, cividis) stay apart under every common form of colour blindness.
 """
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -71,8 +72,11 @@ def plot_expert_load(load: Mapping[str, Any]) -> Figure:
 
 def save_png(figure: Figure, path: str | Path) -> Path:
     """Write `figure` as a PNG of 200 dots per inch and return where it lies."""
-    # Without the software's name the same numbers give the same bytes under every matplotlib.
-    figure.savefig(path, format="png", dpi=200, metadata={"Software": None})
+    with warnings.catch_warnings():
+        # letters that the font lacks become boxes; the page has them
+        warnings.filterwarnings("ignore", r"Glyph \d+", UserWarning)
+        # Without the software's name the same numbers give the same bytes under every matplotlib.
+        figure.savefig(path, format="png", dpi=200, metadata={"Software": None})
     return Path(path)
 
 
