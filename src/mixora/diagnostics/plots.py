@@ -21,6 +21,7 @@ from mixora.diagnostics.places import spread_over_depth
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES = ("-", "--", ":", "-.")
 WIDTH = 5.0  # inches; narrow, so that the letters stay readable on a phone
+LONGEST_NAME = 24
 MOST_LABELLED = 10  # experts; beyond that a number does not fit into its cell
 
 
@@ -107,7 +108,7 @@ def _finite(value: float | None) -> float:
 def _draw_shares(axes: Axes, shares: Sequence[Sequence[float]], groups: Sequence[str], top: float) -> AxesImage:
     image = axes.imshow(shares, cmap="cividis", vmin=0.0, vmax=top, aspect="auto")
     experts = len(shares[0])
-    axes.set_yticks(range(len(groups)), groups, parse_math=False)
+    axes.set_yticks(range(len(groups)), [_shorten(name) for name in groups], parse_math=False)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=min(experts, 10), min_n_ticks=1))
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
@@ -115,6 +116,11 @@ def _draw_shares(axes: Axes, shares: Sequence[Sequence[float]], groups: Sequence
         for row, values in enumerate(shares):
             _label_row(axes, row, values, top)
     return image
+
+
+def _shorten(name: str) -> str:
+    """A name that leaves room for what it stands beside."""
+    return name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 1] + "\N{HORIZONTAL ELLIPSIS}"
 
 
 def _label_row(axes: Axes, row: int, values: Sequence[float], top: float) -> None:
