@@ -108,12 +108,17 @@ class Plan:
         """Plain data for `adapter_config.json`."""
         return [{**asdict(site), "ranks": list(site.ranks)} for site in self.sites]
 
-    def check_against(self, stored: Iterable[dict[str, Any]]) -> None:
-        """Compare with the plan an adapter was trained under; every difference in one `CheckpointError`."""
+    @classmethod
+    def from_list(cls, stored: Iterable[dict[str, Any]]) -> "Plan":
+        """The plan that `to_list` made plain data of; `CheckpointError` where that is damaged."""
         try:
-            old = {record["path"]: Site(**{**record, "ranks": tuple(record["ranks"])}) for record in stored}
+            return cls(tuple(Site(**{**record, "ranks": tuple(record["ranks"])}) for record in stored))
         except (TypeError, KeyError) as error:
             raise CheckpointError(f"the adapter's stored plan is damaged: {error}") from None
+
+    def check_against(self, stored: Iterable[dict[str, Any]]) -> None:
+        """Compare with the plan an adapter was trained under; every difference in one `CheckpointError`."""
+        old = {site.path: site for site in Plan.from_list(stored).sites}
         new = {site.path: site for site in self.sites}
         problems = [f"{path}: missing in this model" for path in old if path not in new]
         problems += [f"{path}: not in the adapter's plan" for path in new if path not in old]

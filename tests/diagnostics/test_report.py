@@ -7,10 +7,11 @@ from html.parser import HTMLParser
 import pytest
 
 from mixora.diagnostics.page import format_value
-from mixora.diagnostics.report import RunRecord, describe_loss, got_worse, read_record, summarise, write_report
+from mixora.diagnostics.record import RunRecord, read_record
+from mixora.diagnostics.report import describe_loss, got_worse, summarise, write_report
 from mixora.errors import CheckpointError
+from tests.diagnostics.records import HOSTILE
 
-HOSTILE = "<script>alert('x')</script> \"quoted\" & $title ${body} </dd> ünï 日本 \N{PARTY POPPER} http://example.org"
 NAMES = {"title": "A run", "recipe": "sira", "base": "tiny", "data": "made up", "created": "2026-01-02T03:04:05Z"}
 SCORES = {"loss": 0.25, "exact_match": 0.9, "rows": 105}
 
@@ -77,8 +78,7 @@ def test_page_holds_everything_and_fetches_nothing(tmp_path):
     }
     reader = read_page(page)
     assert "script" not in reader.tags
-    assert len(reader.links) == 2
-    assert all(link.startswith("data:image/png;base64,") for link in reader.links)
+    assert all(link.startswith("#") for link in reader.links)
     assert not re.search(r"url\(|@import|https?://", page.read_text())
     text = " ".join(reader.text)
     for part in ("A note.", "as expected", "8 → 16", "1.00%", "5.0%", "data.train=mine.jsonl", "2.13", "90.0%"):
@@ -100,7 +100,7 @@ def test_hostile_text_is_shown_and_does_nothing(tmp_path):
     page = write_report(hostile, tmp_path)
     plain, reader = read_page(write_report(make_record(), tmp_path / "plain")), read_page(page)
     assert set(reader.tags) <= set(plain.tags)
-    assert all(link.startswith("data:image/png;base64,") for link in reader.links)
+    assert all(link.startswith("#") for link in reader.links)
     assert "".join(reader.text).count(HOSTILE) >= 16
 
 
@@ -115,7 +115,7 @@ def test_bare_record_has_no_empty_sections(tmp_path):
     bare = RunRecord(**NAMES, command="c", next_command="n")
     page = write_report(bare, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"report.html", "record.json"}
-    assert re.findall("<h2>(.*?)</h2>", page.read_text()) == ["Your own data", "How it was made"]
+    assert re.findall("<h2.*?>(.*?)</h2>", page.read_text()) == ["Your own data", "How it was made"]
     assert "No scores were taken." in page.read_text()
     assert read_record(tmp_path) == bare
 
@@ -188,9 +188,9 @@ def test_the_loss_in_words():
 @pytest.mark.parametrize(
     ("dead", "words", "summary"),
     [
-        ([], "none", "1 site, none with an expert that no token reaches."),
-        ([3], "3 gets no tokens", "1 of 1 site with an expert that no token reaches."),
-        ([0, 2, 5], "0, 2 and 5 get no tokens", "1 of 1 site with an expert"),
+        ([], "none", "At the one site every expert is used; no router has collapsed."),
+        ([3], "3 gets no tokens", "1 of 1 site has an expert that no token reaches (up: expert 3)."),
+        ([0, 2, 5], "0, 2 and 5 get no tokens", "an expert that no token reaches (up: experts 0, 2, 5)."),
     ],
 )
 def test_dead_experts_are_put_in_words(dead, words, summary, tmp_path):

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 import mixora
-from mixora.diagnostics.report import read_record
+from mixora.diagnostics.record import read_record
 from mixora.errors import CheckpointError, ConfigError, DataError
 from mixora.training.material import make_training_set, read_material
 from mixora.training.progress import Progress

@@ -6,25 +6,36 @@ anything, so a page opens anywhere and tells nobody.
 
 import base64
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from importlib.resources import files
 from string import Template
-from typing import Any
+from typing import Any, TypeGuard
 
 NOTHING = "\N{EN DASH}"
 SHARES = ("accuracy", "match", "share")
+MANY_SECTIONS = 4  # from here on a list of them stands at the top
+_HEADING = re.compile(r'<h2 id="([a-z0-9-]+)">(.*?)</h2>')
 
 
 def write_page(title: str, subtitle: str, sections: Iterable[str]) -> str:
     """The whole page; `title` and `subtitle` are plain text, `sections` are HTML, of which empty ones are left out."""
     frame = Template((files("mixora.diagnostics") / "report.html").read_text(encoding="utf-8"))
-    return frame.substitute(title=escape(title), subtitle=escape(subtitle), body="\n".join(filter(None, sections)))
+    body = "\n".join(filter(None, sections))
+    body = _write_contents(_HEADING.findall(body)) + body
+    return frame.substitute(title=escape(title), subtitle=escape(subtitle), body=body)
+
+
+def _write_contents(headings: Sequence[tuple[str, str]]) -> str:
+    links = "".join(f'<a href="#{name}">{title}</a>' for name, title in headings)
+    return f"<nav>{links}</nav>\n" if len(headings) >= MANY_SECTIONS else ""
 
 
 def write_section(title: str, content: str) -> str:
     """A heading and HTML below it; nothing if there is no content."""
-    return f"<h2>{escape(title)}</h2>\n{content}" if content else ""
+    name = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
+    return f'<h2 id="{name}">{escape(title)}</h2>\n{content}' if content else ""
 
 
 def write_fold(summary: str, content: str) -> str:
@@ -65,7 +76,7 @@ def write_table(rows: Sequence[Mapping[str, Any]], numeric: Sequence[str] = (), 
 
 
 def _draw_bars(shares: Sequence[float]) -> str:
-    shares = [share if share and math.isfinite(share) else 0.0 for share in shares]
+    shares = [share if is_number(share) else 0.0 for share in shares]
     top = max(shares) or 1.0
     bars = "".join(f'<i style="height:{share / top:.0%}"></i>' for share in shares)
     words = ", ".join(f"{share:.0%}" for share in shares)
@@ -86,6 +97,11 @@ def format_value(value: Any, name: str = "") -> str:
             return f"{value:.1%}"
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    """Whether `value` is a finite number."""
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def is_named(name: str, words: Iterable[str]) -> bool:

@@ -5,7 +5,7 @@ palette, cividis) stay apart under every common form of colour blindness.
 """
 
 import math
-from collections import Counter
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,12 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from mixora.diagnostics.places import spread_over_depth
+
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES = ("-", "--", ":", "-.")
 WIDTH = 5.0  # inches; narrow, so that the letters stay readable on a phone
-MOST_SITES = 3
+LONGEST_NAME = 24
 MOST_LABELLED = 10  # experts; beyond that a number does not fit into its cell
 
 
@@ -69,19 +71,13 @@ def plot_expert_load(load: Mapping[str, Any]) -> Figure:
     return figure
 
 
-def spread_over_depth(sites: Sequence[str]) -> list[int]:
-    """Places of the first, middle and last site of the most frequent kind (last segment of the path)."""
-    kinds = [site.rsplit(".", 1)[-1] for site in sites]
-    kind = Counter(kinds).most_common(1)[0][0]
-    same = [place for place, other in enumerate(kinds) if other == kind]
-    count = min(MOST_SITES, len(same))
-    return [same[round(step * (len(same) - 1) / max(count - 1, 1))] for step in range(count)]
-
-
 def save_png(figure: Figure, path: str | Path) -> Path:
     """Write `figure` as a PNG of 200 dots per inch and return where it lies."""
-    # Without the software's name the same numbers give the same bytes under every matplotlib.
-    figure.savefig(path, format="png", dpi=200, metadata={"Software": None})
+    with warnings.catch_warnings():
+        # letters that the font lacks become boxes; the page has them
+        warnings.filterwarnings("ignore", r"Glyph \d+", UserWarning)
+        # Without the software's name the same numbers give the same bytes under every matplotlib.
+        figure.savefig(path, format="png", dpi=200, metadata={"Software": None})
     return Path(path)
 
 
@@ -112,7 +108,7 @@ def _finite(value: float | None) -> float:
 def _draw_shares(axes: Axes, shares: Sequence[Sequence[float]], groups: Sequence[str], top: float) -> AxesImage:
     image = axes.imshow(shares, cmap="cividis", vmin=0.0, vmax=top, aspect="auto")
     experts = len(shares[0])
-    axes.set_yticks(range(len(groups)), groups, parse_math=False)
+    axes.set_yticks(range(len(groups)), [_shorten(name) for name in groups], parse_math=False)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=min(experts, 10), min_n_ticks=1))
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
@@ -120,6 +116,11 @@ def _draw_shares(axes: Axes, shares: Sequence[Sequence[float]], groups: Sequence
         for row, values in enumerate(shares):
             _label_row(axes, row, values, top)
     return image
+
+
+def _shorten(name: str) -> str:
+    """A name that leaves room for what it stands beside."""
+    return name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 1] + "\N{HORIZONTAL ELLIPSIS}"
 
 
 def _label_row(axes: Axes, row: int, values: Sequence[float], top: float) -> None:

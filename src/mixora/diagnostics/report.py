@@ -1,81 +1,38 @@
-"""The report of a run: one page that stands alone, its plots, and the record they came from."""
+"""The report of a run: one page that stands alone, and its plots."""
 
-import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
 from html import escape
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
-
+from mixora.diagnostics.charts import draw_lines
 from mixora.diagnostics.page import (
     NOTHING,
     format_value,
     is_named,
+    is_number,
     write_code,
-    write_figure,
     write_fold,
     write_page,
     write_section,
     write_table,
 )
 from mixora.diagnostics.plots import plot_expert_load, plot_loss, save_png
-from mixora.errors import CheckpointError
+from mixora.diagnostics.record import Row, RunRecord, Scores, write_record
+from mixora.diagnostics.router_sections import (
+    LIVE,
+    write_depth,
+    write_findings,
+    write_groups,
+    write_live,
+    write_load,
+    write_similar,
+    write_typical,
+)
 
-PAGE, RECORD, LOSS, LOAD = "report.html", "record.json", "loss.png", "expert_load.png"
-LOAD_CAPTION = "Share of each domain's tokens that each expert gets, at the first, middle and last site of one kind."
+PAGE, LOSS, LOAD = "report.html", "loss.png", "expert_load.png"
 BETTER_LOW = ("loss", "perplexity", "error")
-Row = dict[str, Any]
-Scores = dict[str, float | None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunRecord:
-    """All a report tells, as plain values that survive JSON; a number that is not finite becomes None on disk."""
-
-    __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
-
-    title: str
-    recipe: str
-    """Name of the recipe."""
-    base: str
-    """Name of the base model."""
-    data: str
-    """Name of the data set."""
-    created: str
-    """ISO 8601 date and time."""
-    command: str
-    """What was run."""
-    next_command: str
-    """What to run on data of one's own."""
-    plan: list[Row] = field(default_factory=list)
-    """One row per site: path, shape [in, out], experts, rank, top_k, router, parameters, active_parameters."""
-    parameters: dict[str, int] = field(default_factory=dict)
-    """`total`, `trainable`, and `active`: those among the trainable that one token uses."""
-    before: Scores = field(default_factory=dict)
-    """Score by name before training. `rows` is no score: it is the number of held-out rows that were scored. Names
-    with `loss`, `perplexity` or `error` in them are better when lower; `accuracy`, `match` and `share` show in %."""
-    after: Scores = field(default_factory=dict)
-    """The same after training."""
-    reloaded: Scores | None = None
-    """The same for the adapter read back from disk, if that was tried."""
-    history: list[Row] = field(default_factory=list)
-    """Rows with `step`, `loss` (nats) and auxiliary terms by name."""
-    load: Row | None = None
-    """`groups` (domains), `sites` (paths), `load` (shares `[site][group][expert]` that add up to 1 over experts)."""
-    routing: list[Row] = field(default_factory=list)
-    """One row per site: path, experts_per_token, entropy (nats), dropped_share, dead_experts (list), load (shares)."""
-    generations: list[dict[str, str]] = field(default_factory=list)
-    """prompt, expected, before, after."""
-    environment: Row = field(default_factory=dict)
-    """Versions, device, times, ..., by name."""
-    notes: list[str] = field(default_factory=list)
-    """Sentences that the reader should know, such as what was left out."""
-    tasks: dict[str, Row] = field(default_factory=dict)
-    """Of each of several tasks: rows, share, drawn, held_out, and its scores `before`, `after` and `reloaded`. The
-    scores of the run are their means then."""
 
 
 def write_report(record: RunRecord, folder: str | Path) -> Path:
@@ -85,46 +42,37 @@ def write_report(record: RunRecord, folder: str | Path) -> Path:
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(_drop_non_finite(asdict(record)), indent=2, ensure_ascii=False, allow_nan=False)
-    (folder / RECORD).write_text(text + "\n", encoding="utf-8")
+    write_record(record, folder)
     for name in (LOSS, LOAD):
         (folder / name).unlink(missing_ok=True)
-    drawn = {}
     if record.history:
-        drawn[LOSS] = save_png(plot_loss(record.history), folder / LOSS).read_bytes()
+        save_png(plot_loss(_without_live(record.history)), folder / LOSS)
     if record.load and record.load["sites"]:
-        drawn[LOAD] = save_png(plot_expert_load(record.load), folder / LOAD).read_bytes()
-    (folder / PAGE).write_text(render(record, drawn), encoding="utf-8")
+        save_png(plot_expert_load(record.load), folder / LOAD)
+    (folder / PAGE).write_text(render(record), encoding="utf-8")
     return folder / PAGE
 
 
-def read_record(folder: str | Path) -> RunRecord:
-    """The record that `write_report` left in `folder`; `CheckpointError` says what is missing or damaged."""
-    path = Path(folder) / RECORD
-    try:
-        return TypeAdapter(RunRecord).validate_json(path.read_bytes())
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file; valid: a folder that holds a report") from None
-    except ValidationError as error:
-        faults = [f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors(include_url=False)]
-        raise CheckpointError(f"{path}: not a run record: {'; '.join(faults[:5])}") from None
-
-
-def render(record: RunRecord, drawn: Mapping[str, bytes]) -> str:
-    """The page as text; `drawn` holds the PNGs by file name, and a plot that is missing is left out."""
+def render(record: RunRecord) -> str:
+    """The page as text; a section that nothing is known about is left out."""
     sections = [
         _write_verdict(record),
         "".join(f"<p>{escape(note)}</p>" for note in record.notes),
         _write_tiles(record.parameters),
         write_section("Before and after", _write_scores(record)),
         write_section("Tasks", _write_tasks(record.tasks)),
-        write_section("Training", write_figure(drawn.get(LOSS), describe_loss(record.history))),
-        write_section("Who reads what", write_figure(drawn.get(LOAD), LOAD_CAPTION)),
+        write_section("Are the routers well?", write_findings(record)),
+        write_section("Training", _write_training(record.history)),
+        write_section("Routers during training", write_live(record.history)),
+        write_section("Load of the experts", write_load(record.routing)),
+        write_section("Routers over depth", write_depth(record.routing)),
+        write_section("Who reads what", write_groups(record.load)),
+        write_section("Typical tokens", write_typical(record.typical, record.strongest)),
+        write_section("Experts alike", write_similar(record.similar)),
         write_section("What the model says", "".join(map(_write_generation, record.generations))),
-        write_section("Routing", _write_routing(record.routing)),
         write_section("Plan", _write_plan(record.plan)),
-        write_section("Your own data", write_code(record.next_command)),
-        write_section("How it was made", write_code(record.command) + _write_environment(record)),
+        write_section("Your own data", write_code(record.next_command) if record.next_command else ""),
+        write_section("How it was made", _write_making(record)),
     ]
     subtitle = " · ".join(part for part in (record.recipe, record.base, record.data, record.created) if part)
     return write_page(record.title, subtitle, sections)
@@ -159,7 +107,7 @@ def got_worse(record: RunRecord) -> bool:
     """Whether any score got worse, is not finite, or changed when the adapter was read back."""
     for name in _name_scores(record.after):
         before, after = record.before.get(name), record.after[name]
-        if not _is_number(after) or _change(name, before, after) == "worse":
+        if not is_number(after) or _change(name, before, after) == "worse":
             return True
         if record.reloaded is not None and not _same(record.reloaded.get(name), after):
             return True
@@ -172,9 +120,9 @@ def _name_scores(*scores: Scores) -> list[str]:
 
 def _compare(name: str, before: float | None, after: float | None) -> str:
     words = name.replace("_", " ")
-    if not _is_number(after):
+    if not is_number(after):
         return f"{words} is not a finite number after training"
-    if not _is_number(before):
+    if not is_number(before):
         return f"{words} {format_value(after, name)}"
     change = _change(name, before, after)
     numbers = f"{words} {format_value(before, name)} → {format_value(after, name)}"
@@ -182,28 +130,16 @@ def _compare(name: str, before: float | None, after: float | None) -> str:
 
 
 def _change(name: str, before: float | None, after: float | None) -> str:
-    if not (_is_number(before) and _is_number(after)):
+    if not (is_number(before) and is_number(after)):
         return NOTHING
     if before == after:
         return "unchanged"
     return "better" if (after < before) == is_named(name, BETTER_LOW) else "worse"
 
 
-def _is_number(value: Any) -> TypeGuard[float]:
-    return isinstance(value, int | float) and math.isfinite(value)
-
-
 def _same(one: float | None, other: float | None) -> bool:
     """Equal up to what another order of summation may change."""
-    return _is_number(one) and _is_number(other) and math.isclose(one, other, rel_tol=1e-4, abs_tol=1e-6)
-
-
-def _drop_non_finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _drop_non_finite(child) for key, child in value.items()}
-    if isinstance(value, list | tuple):
-        return [_drop_non_finite(child) for child in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return is_number(one) and is_number(other) and math.isclose(one, other, rel_tol=1e-4, abs_tol=1e-6)
 
 
 def _write_verdict(record: RunRecord) -> str:
@@ -236,6 +172,23 @@ def _write_scores(record: RunRecord) -> str:
     return write_table(rows, numeric=("before", "after", "read back"))
 
 
+def _write_training(history: Sequence[Mapping[str, Any]]) -> str:
+    """The loss, and each auxiliary term by itself: they have scales of their own."""
+    rows = [row for row in _without_live(history) if "step" in row]
+    names = dict.fromkeys(name for row in rows for name in row if name != "step")
+    titles = {"loss": "Training loss (nats)"}
+    charts = [
+        draw_lines(titles.get(name, name), {name: [(row["step"], row.get(name)) for row in rows]}, "step")
+        for name in names
+    ]
+    words = f"<p>{escape(describe_loss(rows))}</p>"
+    return f'{words}<div class="charts">{"".join(charts)}</div>' if any(charts) else ""
+
+
+def _without_live(history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    return [{name: value for name, value in row.items() if not name.startswith(LIVE)} for row in history]
+
+
 def _write_tasks(tasks: Mapping[str, Row]) -> str:
     rows = []
     for task, found in tasks.items():
@@ -257,17 +210,6 @@ def _write_generation(said: Mapping[str, str]) -> str:
     return f'<div class="said"><dl>{"".join(lines)}</dl></div>'
 
 
-def _write_routing(routing: Sequence[Row]) -> str:
-    if not routing:
-        return ""
-    dead = [row for row in routing if row.get("dead_experts")]
-    words = f"{len(dead)} of {_count_sites(routing)} with" if dead else f"{_count_sites(routing)}, none with"
-    rows = [{**row, "dead_experts": _name_dead(row.get("dead_experts") or [])} for row in routing]
-    table = "<p>Entropy in nats; the logarithm of the number of experts means an even load.</p>"
-    table += write_table(rows, bars="load")
-    return f"<p>{words} an expert that no token reaches.</p>" + write_fold("All sites", table)
-
-
 def _write_plan(plan: Sequence[Row]) -> str:
     return write_fold(_count_sites(plan), write_table(plan)) if plan else ""
 
@@ -276,12 +218,6 @@ def _count_sites(rows: Sequence[Row]) -> str:
     return f"{len(rows):,} site{'s' * (len(rows) != 1)}"
 
 
-def _name_dead(experts: Sequence[int]) -> str:
-    if not experts:
-        return "none"
-    names = " and ".join(filter(None, [", ".join(map(str, experts[:-1])), str(experts[-1])]))
-    return f"{names} {'get' if len(experts) > 1 else 'gets'} no tokens"
-
-
-def _write_environment(record: RunRecord) -> str:
-    return write_table([{"name": name, "value": format_value(value)} for name, value in record.environment.items()])
+def _write_making(record: RunRecord) -> str:
+    rows = [{"name": name, "value": format_value(value)} for name, value in record.environment.items()]
+    return (write_code(record.command) if record.command else "") + write_table(rows)

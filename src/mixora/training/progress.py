@@ -10,6 +10,7 @@ from rich.progress import Progress as Bars
 from transformers import TrainerCallback
 
 Advance = Callable[[int, int], None]
+ROUTING = {"routing/evenness": "experts' evenness", "routing/dropped_share": "dropped"}
 
 
 class Progress:
@@ -53,9 +54,11 @@ class StepProgress(TrainerCallback):
         self._bars.update(self._task, completed=state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Show the latest loss."""
+        """Show the latest loss, and what the routers do."""
         if logs and "loss" in logs:
-            self._bars.update(self._task, description=f"loss {float(logs['loss']):.4f}")
+            said = [f"loss {float(logs['loss']):.4f}"]
+            said += [f"{words} {logs[name]:.0%}" for name, words in ROUTING.items() if name in logs]
+            self._bars.update(self._task, description=", ".join(said))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Close the bar."""

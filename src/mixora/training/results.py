@@ -9,13 +9,16 @@ from peft import PeftModel
 from rich.box import SIMPLE_HEAD
 from rich.console import RenderableType
 from rich.table import Table
+from rich.text import Text
 
 from mixora.config import did_you_mean, merge_trees, parse, read_yaml
 from mixora.data import render_prompt
 from mixora.diagnostics.measure import inspect
 from mixora.diagnostics.page import format_value
-from mixora.diagnostics.report import RunRecord, summarise
+from mixora.diagnostics.record import RunRecord
+from mixora.diagnostics.report import summarise
 from mixora.diagnostics.residual import residual_energy
+from mixora.diagnostics.verdict import judge_routers
 from mixora.errors import CheckpointError, ConfigError, DataError
 from mixora.evaluate import Examples, generate
 from mixora.loading import from_pretrained
@@ -56,6 +59,8 @@ def summarise_run(record: RunRecord, out: Path) -> Iterator[RenderableType]:
         yield block
         yield ""
     yield summarise(record)
+    for finding in judge_routers(record):
+        yield Text(f"{finding.kind}: {finding.text}")
     yield f"adapter  {out / 'adapter'}\nreport   {out / 'report.html'}\nyours    {record.next_command}"
 
 

@@ -16,8 +16,11 @@ from transformers import TrainingArguments
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from mixora.bases import TASK_TYPES
-from mixora.diagnostics.measure import inspect, load_by_group
-from mixora.diagnostics.report import RunRecord, write_report
+from mixora.diagnostics.checkpoint import history_of
+from mixora.diagnostics.examination import examine
+from mixora.diagnostics.measure import load_by_group
+from mixora.diagnostics.record import RunRecord
+from mixora.diagnostics.report import write_report
 from mixora.errors import ConfigError
 from mixora.evaluate import Evaluation, Examples, evaluate
 from mixora.loading import from_pretrained
@@ -72,7 +75,7 @@ def fit(config: RunConfig, progress: Progress, overwrite: bool = False) -> RunRe
     out = open_folder(config, overwrite)
     trainer.train()
     after = measure(model, examples, config, progress, "after")
-    seen = _describe_model(model, table, examples, config)
+    seen = _describe_model(model, material, table, examples, config)
     save(model, material.tokenizer, out / "adapter")
     progress.say(f"saved {out / 'adapter'}; reading it back")
     reloaded = measure(from_pretrained(model.unload(), out / "adapter"), examples, config, progress, "read back")
@@ -83,10 +86,10 @@ def fit(config: RunConfig, progress: Progress, overwrite: bool = False) -> RunRe
         before={**average(before), "rows": count},
         after={**average(after), "rows": count},
         reloaded=dict(average(reloaded)),
-        history=_history(trainer),
+        history=history_of(trainer.state.log_history),
         generations=_generations(examples, before, after, config.evaluate.generations),
         environment=_environment(config, time.perf_counter() - started),
-        notes=[*table.notes, *_truncation(rows)],
+        notes=[*table.notes, *_truncation(rows), *filter(None, [trainer.alarm.note])],
         tasks=_describe_tasks(rows, examples, {"before": before, "after": after, "reloaded": reloaded}),
     )
     write_report(record, out)
@@ -128,17 +131,16 @@ def _describe_tasks(
 
 
 def _describe_model(
-    model: PeftModel, table: Plan, examples: Mapping[str, Examples], config: RunConfig
+    model: PeftModel, material: Material, table: Plan, examples: Mapping[str, Examples], config: RunConfig
 ) -> dict[str, Any]:
     """Plan, parameters, and what the trained routers do with the held-out rows."""
     trainable, total = model.get_nb_trainable_parameters()
     outside = trainable - table.parameters  # a new classification head
-    columns = ("path", "experts_per_token", "entropy", "dropped_share", "dead_experts", "load")
-    routed = [site for site in inspect(model, batches_of_tasks(examples, config)) if site["num_experts"] > 1]
+    found = examine(model, batches_of_tasks(examples, config), material.tokenizer)
     return {
         "plan": table.rows(full=True),
         "parameters": {"total": total, "trainable": trainable, "active": table.active_parameters + outside},
-        "routing": [{name: site[name] for name in columns} for site in routed],
+        **vars(found),
         "load": _load_by_group(model, examples, config),
     }
 
@@ -216,19 +218,6 @@ def _load_by_group(model: Any, examples: Mapping[str, Examples], config: RunConf
         return None
     load = load_by_group(model, dict(sorted(groups.items())))
     return load if load["sites"] else None
-
-
-def _history(trainer: Trainer) -> list[dict[str, float]]:
-    """The task's own loss and each auxiliary term, by step."""
-    left_out = ("epoch", "learning_rate", "grad_norm", "auxiliary_loss")
-    lines = [line for line in trainer.state.log_history if "loss" in line]
-    return [
-        {
-            **{key: value for key, value in line.items() if key not in left_out},
-            "loss": line["loss"] - line.get("auxiliary_loss", 0.0),
-        }
-        for line in lines
-    ]
 
 
 def _generations(

@@ -21,6 +21,7 @@ from transformers.trainer_callback import CallbackHandler
 from mixora.mixture import mixtures_of
 from mixora.training.batch_loss import run_passes, sum_losses
 from mixora.training.fused_head import FusedHead, why_not_fused
+from mixora.training.routing_figures import CollapseAlarm, RoutingFigures, average
 
 logger = logging.getLogger("mixora")
 
@@ -47,7 +48,9 @@ class AuxiliaryLossMixin:
     """Mix in before a `transformers.Trainer` class: adds the auxiliary losses to the loss and logs them.
 
     Beside `loss`, which is all of it, a log line holds each term without its coefficient, and `auxiliary_loss`: their
-    weighted sum, so that `loss - auxiliary_loss` is the task's own.
+    weighted sum, so that `loss - auxiliary_loss` is the task's own. Where tokens are routed it also holds what the
+    routers did since the last line, as means over the sites (`routing/entropy` and so on; of this process's tokens).
+    `alarm.note` says so where the routers collapsed, and a warning was logged.
     """
 
     _terms: Terms | None = None
@@ -57,6 +60,7 @@ class AuxiliaryLossMixin:
         """`fused_loss`: compute the cross entropy without the whole logits where that is exact."""
         super().__init__(*args, **kwargs)
         self.fused_loss = fused_loss
+        self.figures, self.alarm = RoutingFigures(), CollapseAlarm()
 
     @property
     def fused_loss_reason(self) -> str | None:
@@ -109,6 +113,7 @@ class AuxiliaryLossMixin:
         result = passes.result
         if not model.training:
             return result
+        self.figures.add(model, passes.trace)
         is_scaled = self._is_scaled(num_items_in_batch)
         share = 1 / self.current_gradient_accumulation_steps if is_scaled else 1.0  # type: ignore[attr-defined]
         tokens = self._tokens_of_step(num_items_in_batch) if is_scaled else None
@@ -147,10 +152,14 @@ class AuxiliaryLossMixin:
         return bool(by_model or trainer.compute_loss_func is not None)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As the trainer does, with the mean of each auxiliary term beside the loss."""
-        if "loss" in logs and self._terms is not None:
-            logs = {**logs, **self._terms.take()}
+        """As the trainer does, with the mean of each auxiliary term and the routers' figures beside the loss."""
         host: Any = super()
+        if "loss" in logs:
+            sites = self.figures.take()
+            logs = {**logs, **(self._terms.take() if self._terms else {}), **average(sites.values())}
+            step = self.state.global_step  # type: ignore[attr-defined]
+            if self.alarm.hear(sites, step) and host.is_world_process_zero():
+                logger.warning("%s", self.alarm.note)
         host.log(logs, *args, **kwargs)
 
 

@@ -1,0 +1,156 @@
+"""What the trainer logs of the routers, against `mixora.inspect` on the same rows; the alarm when they collapse."""
+
+import logging
+import math
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import get_peft_model
+from transformers import TrainingArguments
+
+import mixora
+from mixora.diagnostics.collapse import measure_evenness
+from tests.models import fill, tiny_llama
+from tests.training.setups import ROWS, make_model, make_tokenizer
+
+
+def make_trainer(model, tmp_path, rows=ROWS, **settings):
+    defaults = {
+        "output_dir": str(tmp_path),
+        "per_device_train_batch_size": 4,
+        "learning_rate": 0.0,
+        "logging_steps": 1,
+        "max_steps": 4,
+        "report_to": [],
+        "save_strategy": "no",
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+    arguments = TrainingArguments(**{**defaults, **settings})
+    return mixora.Trainer(
+        model=model, args=arguments, train_dataset=Dataset.from_dict({"input_ids": rows}), data_collator=collate
+    )
+
+
+def collate(rows):
+    tokenizer = make_tokenizer()
+    batch = tokenizer.pad([{"input_ids": row["input_ids"]} for row in rows], return_tensors="pt")
+    return {**batch, "labels": batch["input_ids"].where(batch["attention_mask"] == 1, -100)}
+
+
+def lines_of(trainer):
+    return [line for line in trainer.state.log_history if "loss" in line]
+
+
+def expect(sites):
+    """The logged means by what `inspect` tells of each site, site after site."""
+    count = len(sites)
+    evenness = [measure_evenness(site["load"], site["experts_per_token"]) for site in sites]
+    return {
+        "routing/entropy": sum(site["entropy"] / site["max_entropy"] for site in sites) / count,
+        "routing/evenness": sum(evenness) / count,
+        "routing/largest_share": sum(max(site["load"]) * site["experts_per_token"] for site in sites) / count,
+        "routing/dropped_share": sum(site["dropped_share"] for site in sites) / count,
+        "routing/dead_experts": sum(len(site["dead_experts"]) for site in sites) / count,
+    }
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "max_steps": 2},
+        {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}},
+    ],
+    ids=["plain", "accumulated", "checkpointed"],
+)
+def test_an_epoch_logs_what_inspect_finds_on_all_rows(changes, tmp_path):
+    model = fill(make_model(capacity_factor=0.75, min_capacity=1, capacity_at_inference=True))
+    trainer = make_trainer(model, tmp_path, **{"logging_steps": changes.get("max_steps", 4), **changes})
+    sites = mixora.inspect(model, [collate([{"input_ids": row} for row in ROWS])])
+    trainer.train()
+    (line,) = lines_of(trainer)
+    found = {name: value for name, value in line.items() if name.startswith("routing/")}
+    assert found == pytest.approx(expect(sites), abs=1e-5)
+    assert found["routing/dropped_share"] > 0
+
+
+def test_soft_routing_is_told_by_weights(tmp_path):
+    torch.manual_seed(0)
+    adapter = mixora.recipe("molora", num_experts=4, rank=2, targets=["q_proj"], task_type="CAUSAL_LM")
+    model = fill(get_peft_model(tiny_llama(), adapter))
+    trainer = make_trainer(model, tmp_path, logging_steps=4)
+    sites = mixora.inspect(model, [collate([{"input_ids": row} for row in ROWS])])
+    trainer.train()
+    (line,) = lines_of(trainer)
+    assert line["routing/largest_share"] == pytest.approx(sum(max(s["load"]) for s in sites) / len(sites), abs=1e-5)
+    assert line["routing/evenness"] == pytest.approx(
+        sum(-sum(p * math.log(p) for p in s["load"]) / math.log(4) for s in sites) / len(sites), abs=1e-5
+    )
+
+
+@pytest.mark.parametrize("recipe", ["adamix-lora", "lora"])
+def test_blind_routers_and_single_experts_log_nothing(recipe, tmp_path):
+    trainer = make_trainer(
+        get_peft_model(tiny_llama(), mixora.recipe(recipe, task_type="CAUSAL_LM")), tmp_path, max_steps=1
+    )
+    trainer.train()
+    assert not any(name.startswith("routing/") for name in lines_of(trainer)[0])
+
+
+def test_each_line_tells_of_its_own_interval(tmp_path):
+    rows = [[5] * 8] * 8 + ROWS[:8]
+    model = fill(make_model())
+    trainer = make_trainer(model, tmp_path, rows=rows, train_sampling_strategy="sequential", logging_steps=2)
+    trainer.train()
+    first, second = (
+        expect(mixora.inspect(model, [collate([{"input_ids": r} for r in part])])) for part in (rows[:8], rows[8:])
+    )
+    for line, expected in zip(lines_of(trainer), (first, second), strict=True):
+        assert {name: line[name] for name in expected} == pytest.approx(expected, abs=1e-5)
+
+
+def test_neither_the_loss_nor_a_random_draw_changes(tmp_path, monkeypatch):
+    losses = {}
+    for is_on in (True, False):
+        model = fill(make_model(expert_dropout=0.3))
+        trainer = make_trainer(model, tmp_path, learning_rate=0.01, seed=3)
+        if not is_on:
+            monkeypatch.setattr(trainer.figures, "add", lambda model, trace: None)
+        trainer.train()
+        losses[is_on] = [line["loss"] for line in lines_of(trainer)], torch.rand(3).tolist()
+    assert losses[True] == losses[False]
+
+
+def collapse(model):
+    """All tokens look the same, so that a router cannot but send them to the same experts."""
+    with torch.no_grad():
+        embedding = model.get_input_embeddings().weight
+        embedding.copy_(embedding[5].clone().expand_as(embedding))
+    return model
+
+
+def test_a_collapse_warns_once_and_names_sites_and_settings(tmp_path, caplog):
+    trainer = make_trainer(collapse(fill(make_model())), tmp_path, max_steps=8)
+    with caplog.at_level(logging.WARNING, logger="mixora"):
+        trainer.train()
+    (record,) = [r for r in caplog.records if r.name == "mixora"]
+    assert record.getMessage() == trainer.alarm.note
+    assert "Step 3: the routers of 4 of 4 sites have collapsed" in trainer.alarm.note
+    assert "layer 0 self_attn.q_proj" in trainer.alarm.note
+    assert "losses.load_balance.coefficient" in trainer.alarm.note
+
+
+def test_healthy_routers_do_not_warn(tmp_path, caplog):
+    trainer = make_trainer(fill(make_model()), tmp_path, max_steps=8)
+    with caplog.at_level(logging.WARNING, logger="mixora"):
+        trainer.train()
+    assert trainer.alarm.note is None
+    assert not [r for r in caplog.records if r.name == "mixora"]
+
+
+def test_two_bad_intervals_are_no_collapse(tmp_path):
+    trainer = make_trainer(collapse(fill(make_model())), tmp_path, max_steps=2)
+    trainer.train()
+    assert trainer.alarm.note is None
