@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from mixora.bases import Task, load_base, resolve_base
+from mixora.bases import Task, load_base, read_base_config
 from mixora.data import (
     FORMS,
     Collator,
@@ -49,12 +49,23 @@ def read_material(config: RunConfig, to_train: bool = True) -> Material:
     train_rows, evaluation_rows = _read_splits(config, to_train)
     rows = train_rows or evaluation_rows
     is_labelled = FORMS[rows.form].labelled
-    base_config = AutoConfig.from_pretrained(str(resolve_base(config.model.base)))
+    base_config = read_base_config(config.model.base)
     task = _choose_task(config, is_labelled, bool(base_config.is_encoder_decoder))
     outputs = len(rows.labels or (0,)) if task == "sequence-classification" else None
     model, tokenizer = load_base(config.model.base, task=task, num_labels=outputs, dtype=config.model.dtype)
     kind: ModelKind = "encoder-decoder" if base_config.is_encoder_decoder else _kind_of(model, task)
     return Material(model, tokenizer, task, kind, train_rows, evaluation_rows)
+
+
+def read_task(config: RunConfig) -> tuple[Task, str]:
+    """What a run trains the base for, and the form of its rows: read from both, without weights.
+
+    Raises as `read_material` does.
+    """
+    train_rows, _ = _read_splits(config, to_train=True)
+    assert train_rows is not None
+    base = read_base_config(config.model.base)
+    return _choose_task(config, FORMS[train_rows.form].labelled, bool(base.is_encoder_decoder)), train_rows.form
 
 
 def _choose_task(config: RunConfig, is_labelled: bool, is_encoder_decoder: bool) -> Task:

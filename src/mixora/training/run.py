@@ -23,6 +23,7 @@ from mixora.evaluate import Evaluation, Examples, evaluate
 from mixora.loading import from_pretrained
 from mixora.plan import Plan
 from mixora.serving import served_by
+from mixora.training.costs import describe_costs
 from mixora.training.material import Material, batches_of, make_examples, read_material, sample_batches
 from mixora.training.progress import Progress, StepProgress
 from mixora.training.run_config import RunConfig
@@ -61,7 +62,7 @@ def fit(config: RunConfig, progress: Progress, overwrite: bool = False) -> RunRe
     before = measure(model, examples, config, progress, "before")
     trainer = make_trainer(model, material, encoded, config, progress)
     out = open_folder(config, overwrite)
-    trainer.train()
+    seconds = trainer.train().metrics["train_runtime"]
     after = measure(model, examples, config, progress, "after")
     seen = _describe_model(model, table, examples, config)
     save(model, material.tokenizer, out / "adapter")
@@ -76,7 +77,10 @@ def fit(config: RunConfig, progress: Progress, overwrite: bool = False) -> RunRe
         reloaded=dict(reloaded.metrics),
         history=_history(trainer),
         generations=_generations(examples, before, after, config.evaluate.generations),
-        environment=_environment(config, time.perf_counter() - started),
+        environment={
+            **_environment(config, time.perf_counter() - started),
+            **describe_costs(seconds, trainer.state.num_input_tokens_seen),
+        },
         notes=[*table.notes, *_truncation(encoded)],
     )
     write_report(record, out)
@@ -136,6 +140,8 @@ def make_trainer(
         "disable_tqdm": True,
         "dataloader_pin_memory": torch.cuda.is_available(),
         "label_names": ["labels"],
+        # packed rows come without a mask
+        "include_num_input_tokens_seen": "all" if config.data.packing else "non_padding",
     }
     try:
         arguments = TrainingArguments(**{**defaults, **settings.arguments})
@@ -181,11 +187,11 @@ def _load_by_group(model: Any, examples: Examples, config: RunConfig) -> dict[st
 
 def _history(trainer: Trainer) -> list[dict[str, float]]:
     """The task's own loss and each auxiliary term, by step."""
-    left_out = ("epoch", "learning_rate", "grad_norm", "auxiliary_loss")
+    left_out = ("epoch", "learning_rate", "grad_norm", "auxiliary_loss", "num_input_tokens_seen")
     lines = [line for line in trainer.state.log_history if "loss" in line]
     return [
         {
-            **{key: value for key, value in line.items() if key not in left_out},
+            **{key: value for key, value in line.items() if key not in left_out and not key.startswith("train_")},
             "loss": line["loss"] - line.get("auxiliary_loss", 0.0),
         }
         for line in lines
