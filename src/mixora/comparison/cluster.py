@@ -25,7 +25,8 @@ class Cluster:
         try:
             while waiting or running:
                 while waiting and len(running) < (self.workers or len(jobs)):
-                    running[task.remote(waiting[0])] = waiting.pop(0)
+                    job = waiting.pop(0)
+                    running[task.remote(job)] = job
                 (ended,), _ = self.ray.wait(list(running))
                 yield self._outcome(ended, running.pop(ended))
         finally:
@@ -60,7 +61,7 @@ def make_cluster(address: str, workers: int | None, threads: int | None) -> Clus
             ray.init(address=address, log_to_driver=False, logging_level="error")
         except (ConnectionError, ValueError) as error:
             raise ConfigError(
-                f"address: got {address!r}, where no Ray cluster answers: {str(error).splitlines()[0]}; "
+                f"address: got {address!r}, where no Ray cluster answers: {error}; "
                 "valid: --address HOST:PORT of one that runs; `ray start --head` starts one"
             ) from None
     sizes = [(int(r.get("CPU", 0)), int(r.get("GPU", 0))) for r in (n["Resources"] for n in ray.nodes() if n["Alive"])]

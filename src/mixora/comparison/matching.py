@@ -39,7 +39,7 @@ def match_methods(model: nn.Module, comparison: Comparison) -> dict[str, Matched
 
     Raises one `ConfigError` for all methods that cannot have as many parameters as the reference, with what they can.
     """
-    as_given = {method.name: _describe(model, method, {}, "as given") for method in comparison.methods}
+    as_given = {method.name: _describe_as_given(model, method) for method in comparison.methods}
     if comparison.match is None:
         return as_given
     match, reference = comparison.match, as_given[comparison.reference]
@@ -153,7 +153,8 @@ def _by_depth(model: nn.Module, method: MethodEntry, target: int, match: Match) 
             ranks = [max(1, high - low) for low, high in pairwise(steps)]
             changes[f"rules.{name}.expert.rank"] = ranks
         ranks = [rank for key, value in changes.items() if key.endswith(".rank") for rank in value]
-        return _try(model, method, changes, f"rank {min(ranks)}-{max(ranks)} over the layers")
+        mixed = f"-{max(ranks)} over the layers" if max(ranks) > min(ranks) else ""
+        return _try(model, method, changes, f"rank {min(ranks)}{mixed}")
 
     return _nearest(describe, target, match, MOST["rank"] * layers, least=layers)
 
@@ -197,6 +198,13 @@ def _try(model: nn.Module, method: MethodEntry, changes: Changes, chosen: str) -
         return _describe(model, method, changes, chosen)
     except ConfigError:
         return None
+
+
+def _describe_as_given(model: nn.Module, method: MethodEntry) -> Matched:
+    try:
+        return _describe(model, method, {}, "as given")
+    except ConfigError as error:
+        raise ConfigError(f"methods: {method.name}: {error}") from None
 
 
 def _describe(model: nn.Module, method: MethodEntry, changes: Changes, chosen: str) -> Matched:

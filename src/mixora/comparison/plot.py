@@ -5,7 +5,7 @@ import math
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from mixora.comparison.results import Cost, Results, Standing, find_cheapest, is_better_low
 from mixora.diagnostics.plots import COLOURS, WIDTH
@@ -64,5 +64,6 @@ def _draw(axes: Axes, standings: dict[str, Standing], metric: str, cost: Cost, f
     axes.set_xlabel(LABELS[cost])
     axes.set_ylabel(metric.replace("_", " "))
     axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.grid(True, alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)

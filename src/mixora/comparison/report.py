@@ -13,7 +13,7 @@ from mixora.comparison.matching import Matched
 from mixora.comparison.matrix import Matrix
 from mixora.comparison.plot import plot_front
 from mixora.comparison.results import Results, find_cheapest
-from mixora.comparison.wording import describe, format_estimate, tabulate
+from mixora.comparison.wording import format_estimate, judge, remark, tabulate
 from mixora.diagnostics.page import write_code, write_figure, write_fold, write_page, write_section, write_table
 from mixora.diagnostics.plots import save_png
 
@@ -25,7 +25,7 @@ def write_results(results: Results, command: str) -> Path:
     """Write page, record and plots into the folder of the comparison, over those of an earlier call; gives the page."""
     folder = Path(results.matrix.comparison.out)
     folder.mkdir(parents=True, exist_ok=True)
-    record = {**results.to_dict(), "words": list(describe(results)), "command": command}
+    record = {**results.to_dict(), "words": [*judge(results), *remark(results)], "command": command}
     text = json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False)
     (folder / RECORD).write_text(text + "\n", encoding="utf-8")
     drawn = {
@@ -39,7 +39,8 @@ def write_results(results: Results, command: str) -> Path:
 def render(results: Results, drawn: Mapping[str, bytes], command: str) -> str:
     """The page as text; `drawn` holds a PNG for each data set."""
     comparison = results.matrix.comparison
-    sections = ["".join(f'<p class="verdict">{escape(words)}</p>' for words in describe(results))]
+    sections = [f'<p class="verdict">{escape(words)}</p>' for words in judge(results)]
+    sections += [f"<p>{escape(words)}</p>" for words in remark(results)]
     for data in results.standings:
         table = write_table(tabulate(results, data), numeric=_numeric(results, data))
         metrics = write_fold(
@@ -65,7 +66,8 @@ def summarise(results: Results) -> Iterator[Table | str]:
         titles = (f"{data}: mean ± 95 % interval over the seeds", f"{data}: parameters, and costs as means")
         for title, columns in zip(titles, (list(rows[0])[:COST], ["method", *list(rows[0])[COST:]]), strict=True):
             yield _make_table(title, [{name: row[name] for name in columns} for row in rows], left=("method",))
-    yield from describe(results)
+    yield from judge(results)
+    yield from remark(results)
 
 
 def show_matrix(matrix: Matrix, missing: list[str]) -> Iterator[Table | str]:
@@ -162,5 +164,5 @@ def _caption(results: Results, data: str) -> str:
     return (
         f"{results.metric[data].replace('_', ' ')} against cost, better upwards; bars: 95 % intervals. Filled: "
         f"the mean is not dominated. By parameters a token uses: {by_active}; by seconds of training: {by_seconds}. "
-        "Where intervals overlap, another draw of seeds may change who is."
+        "Where intervals overlap, other seeds may change which methods these are."
     )

@@ -47,7 +47,7 @@ class Match(Strict):
     """Each method gets as many `parameters` as method `reference` (the first if not given), within `tolerance`."""
 
     parameters: Parameters = "trainable"
-    tolerance: Annotated[float, Field(gt=0, lt=1)] = 0.02
+    tolerance: Annotated[float, Field(gt=0)] = 0.02
     reference: str | None = None
 
 

@@ -3,10 +3,11 @@
 import math
 from collections.abc import Iterator
 
-from mixora.comparison.results import SIGNIFICANT, Results, Score, Standing, is_better_low
-from mixora.comparison.statistics import Estimate
+from mixora.comparison.results import SIGNIFICANT, Results, Standing, is_better_low
+from mixora.comparison.statistics import Difference, Estimate
 from mixora.diagnostics.page import NOTHING, SHARES, format_value, is_named
 
+Compared = tuple[Difference, float | None]
 # what makes seconds and memory differ
 ENVIRONMENT = ("device", "dtype", "torch", "transformers", "peft", "mixora")
 
@@ -25,53 +26,53 @@ def format_estimate(found: Estimate | None, metric: str, sign: str = "") -> str:
     return f"{mean:{sign},.{decimals}f} ± {half:,.{decimals}f}{unit}"
 
 
-def describe(results: Results) -> Iterator[str]:
-    """A sentence or two for each data set, then what the reader has to know of chance and of what is missing."""
+def judge(results: Results) -> Iterator[str]:
+    """A sentence or two on each data set."""
     reference = results.matrix.comparison.reference
-    counts = []
-    for data, standings in results.standings.items():
-        scores = {name: s.scores[results.metric[data]] for name, s in standings.items() if name != reference}
-        compared = {name: score for name, score in scores.items() if score.difference is not None}
+    for data in results.standings:
+        compared = _compared(results, data)
         if compared:
             yield f"{data}: {_judge(compared, results.metric[data], reference)}"
-            counts.append(sum(score.p is not None for score in compared.values()))
-        elif scores:
+        elif len(results.matrix.matched[data]) > 1:
             yield f"{data}: no seed has a finished run of {reference} and of another method, so nothing is compared."
-        yield from _tell_left_out(data, standings)
-    if any(counts):
+
+
+def remark(results: Results) -> Iterator[str]:
+    """What the reader has to know of chance, and of what is missing."""
+    tested = [sum(p is not None for _, p in _compared(results, data).values()) for data in results.standings]
+    if any(tested):
         yield (
             "Beyond chance: below 5 % in a paired t test over the seeds, adjusted by Holm for the "
-            f"{max(counts)} comparison{'s' * (max(counts) > 1)} of a data set. Intervals are at 95 % each."
+            f"{max(tested)} comparison{'s' * (max(tested) > 1)} of a data set. Intervals are at 95 % each."
         )
+    for data, standings in results.standings.items():
+        yield from _tell_left_out(data, standings)
     yield from _tell_missing(results)
 
 
-def _judge(scores: dict[str, Score], metric: str, reference: str) -> str:
-    low = is_better_low(metric)
-    tested = {name: score for name, score in scores.items() if score.p is not None}
-    if not tested:
+def _compared(results: Results, data: str) -> dict[str, Compared]:
+    """The methods that share a seed with the reference."""
+    scores = {name: standing.scores[results.metric[data]] for name, standing in results.standings[data].items()}
+    return {name: (score.difference, score.p) for name, score in scores.items() if score.difference is not None}
+
+
+def _judge(compared: dict[str, Compared], metric: str, reference: str) -> str:
+    seeds = sorted({difference.n for difference, p in compared.values() if p is not None})
+    if not seeds:
         return (
             f"one seed that {reference} and the others share, which says nothing about chance; "
             "no method is called better. Give two or more seeds."
         )
-    groups: dict[str, list[str]] = {"better": [], "worse": [], "noise": []}
-    for name, score in scores.items():
-        if score.difference is None:
-            continue
-        kind = "noise"
-        if score.p is not None and score.p < SIGNIFICANT:
-            kind = "better" if (score.difference.mean < 0) == low else "worse"
-        groups[kind].append(f"{name} ({format_estimate(score.difference, metric, '+')})")
-    said = [
-        f"beyond chance {kind} than {reference}: {', '.join(groups[kind])}"
-        for kind in groups
-        if kind != "noise" and groups[kind]
-    ]
-    if groups["noise"]:
-        said.append(f"not distinguishable from {reference} by these seeds: {', '.join(groups['noise'])}")
-    pairs = sorted({score.difference.n for score in tested.values() if score.difference})
-    words = metric.replace("_", " ")
-    return f"{words}, {'lower' if low else 'higher'} is better, {'-'.join(map(str, pairs))} seeds; {'; '.join(said)}."
+    low = is_better_low(metric)
+    groups: dict[str, list[str]] = {}
+    for name, (difference, p) in compared.items():
+        words = f"not distinguishable from {reference} by these seeds"
+        if p is not None and p < SIGNIFICANT:
+            words = f"beyond chance {'better' if (difference.mean < 0) == low else 'worse'} than {reference}"
+        groups.setdefault(words, []).append(f"{name} ({format_estimate(difference, metric, '+')})")
+    said = "; ".join(f"{words}: {', '.join(names)}" for words, names in sorted(groups.items()))
+    better = f"{metric.replace('_', ' ')}, {'lower' if low else 'higher'} is better"
+    return f"{better}, {'-'.join(map(str, seeds))} seeds; {said}."
 
 
 def _tell_left_out(data: str, standings: dict[str, Standing]) -> Iterator[str]:
