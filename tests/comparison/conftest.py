@@ -1,4 +1,4 @@
-"""A small comparison on a tiny model, and launchers that need no processes."""
+"""A small comparison on a tiny model, and a launcher that trains nothing."""
 
 import pytest
 import yaml
@@ -7,21 +7,26 @@ from rich.console import Console
 from mixora.comparison.execution import Outcome
 from mixora.comparison.matrix import make_matrix
 from mixora.comparison.settings import read_comparison
+from mixora.diagnostics.report import RunRecord, write_report
 from mixora.training.progress import Progress
-from mixora.training.run import fit
 from mixora.training.run_config import read_run
+from mixora.training.run_folder import open_folder
 from tests.training.conftest import bases, data  # noqa: F401 - fixtures
 
 SIRA = {"recipe": "sira", "num_experts": 4, "top_k": 2}
+WORDS = {"base": "tiny", "data": "rows", "created": "", "command": "", "next_command": ""}
 
 
-class InProcess:
-    """Makes runs here, one after the other; `made`: their names. Runs named in `failing` fail."""
+class Pretend:
+    """Leaves a finished run's folder for each job. `made`: their names; runs named in `failing` fail.
+
+    `measure` gives the metrics and the costs of a run by its name.
+    """
 
     threads = 1
 
-    def __init__(self, failing=()):
-        self.failing, self.made = failing, []
+    def __init__(self, failing=(), measure=lambda name: ({"loss": 1.0}, {"train_seconds": 2.0})):
+        self.failing, self.measure, self.made = failing, measure, []
 
     def launch(self, jobs):
         for job in jobs:
@@ -29,7 +34,12 @@ class InProcess:
                 yield Outcome(job.name, 0.0, "the disk is full")
                 continue
             with open(job.settings) as file:
-                fit(read_run(yaml.safe_load(file)), quiet(), overwrite=True)
+                config = read_run(yaml.safe_load(file))
+            metrics, costs = self.measure(job.name)
+            scores = {"before": {**metrics, "rows": 2}, "after": {**metrics, "rows": 2}, "environment": costs}
+            counts = {"parameters": {"total": 9000, "trainable": 700, "active": 300}}
+            record = RunRecord(title=job.name, recipe=config.adapter.recipe, **WORDS, **scores, **counts)
+            write_report(record, open_folder(config, overwrite=True))
             self.made.append(job.name)
             yield Outcome(job.name, 1.0, None)
 
