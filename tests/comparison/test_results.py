@@ -68,7 +68,7 @@ def test_words_tell_what_is_noise(finish):
     assert "not distinguishable from lora by these seeds: molora (+0.00" in words
     assert any("adjusted by Holm for the 2 comparisons" in remark for remark in remark(finish()))
     (words,) = judge(finish(metric="exact_match"))
-    assert "exact match, higher is better" in words and "better than lora: sira (+12.4 ± 0.3 %)" in words
+    assert "exact match, higher is better" in words and "better than lora: sira (+12.47 ± 0.34 points)" in words
     (words,) = judge(finish(match={"reference": "sira", "tolerance": 99.0}))
     assert "beyond chance worse than sira: lora (+0.49" in words
 

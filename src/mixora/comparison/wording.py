@@ -13,10 +13,10 @@ ENVIRONMENT = ("device", "dtype", "torch", "transformers", "peft", "mixora")
 
 
 def format_estimate(found: Estimate | None, metric: str, sign: str = "") -> str:
-    """`2.314 ± 0.021`, with two digits of the interval; shares in per cent. `sign`: "+" shows it."""
+    """`2.314 ± 0.021`, with two digits of the interval; shares in per cent. `sign`: "+" for a difference."""
     if found is None:
         return NOTHING
-    factor, unit = (100, " %") if is_named(metric, SHARES) else (1, "")
+    factor, unit = (100, " points" if sign else " %") if is_named(metric, SHARES) else (1, "")
     mean, half = factor * found.mean, None if found.half is None else factor * found.half
     if not half:
         digits = 4 if half is None else 3
