@@ -22,6 +22,7 @@ ORDER = [
     {"data", "evaluate", "loading", "crafting", "conversion"},
     {"merging"},
     {"training"},
+    {"comparison"},
     {"terminal"},
     {"commands"},
     {"cli"},

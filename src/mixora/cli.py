@@ -3,6 +3,7 @@
 import typer
 
 from mixora.commands.bench import bench
+from mixora.commands.comparison import compare
 from mixora.commands.methods import plan, recipes
 from mixora.commands.reports import report
 from mixora.commands.runs import evaluate, generate, inspect, train
@@ -20,6 +21,7 @@ A first run, on a model and rows of your own:
   mixora evaluate runs/first                      its metrics on held-out rows
   mixora inspect runs/first                       what its routers do
   mixora report runs/first                        the same and more as a page, made anew from the run's record
+  mixora compare compare.yaml                     methods x seeds at equal parameters; goes on where it was stopped
 
 Several data sets, with scores and load of the experts for each:
 
@@ -59,7 +61,7 @@ Exit codes: 0 done, 1 a fault in mixora, 2 a mistake in what was asked.
 
 app = typer.Typer(help=TUTORIAL, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 
-for command in (recipes, plan, train, evaluate, generate, inspect, report, craft, convert, merge):
+for command in (recipes, plan, train, evaluate, generate, inspect, report, compare, craft, convert, merge):
     app.command()(command)
 # a benchmark reads its own options, --help among them
 app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(bench)

@@ -12,7 +12,7 @@ from mixora.errors import CheckpointError
 from mixora.plan import Plan
 
 STATE, ADAPTER = "trainer_state.json", "adapter_config.json"
-NO_SCORES = ("epoch", "learning_rate", "grad_norm", "auxiliary_loss")
+NO_SCORES = ("epoch", "learning_rate", "grad_norm", "auxiliary_loss", "num_input_tokens_seen")
 NOTE = "Made from a checkpoint's log. Scores, and what the routers do with held-out rows, come from `mixora train`."
 
 
@@ -39,11 +39,15 @@ def history_of(log: Iterable[Mapping[str, Any]]) -> list[dict[str, int | float |
     lines = [line for line in log if "loss" in line]
     return [
         {
-            **{name: _number(value) for name, value in line.items() if name not in NO_SCORES},
+            **{name: _number(value) for name, value in line.items() if not _is_bookkeeping(name)},
             "loss": _own_loss(line),
         }
         for line in lines
     ]
+
+
+def _is_bookkeeping(name: str) -> bool:
+    return name in NO_SCORES or name.startswith("train_")
 
 
 def _own_loss(line: Mapping[str, Any]) -> float | None:

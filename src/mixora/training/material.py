@@ -10,10 +10,10 @@ from typing import Any
 import datasets
 import torch
 import transformers
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from mixora.bases import Task, load_base, resolve_base
+from mixora.bases import Task, load_base, read_base_config
 from mixora.data import (
     FORMS,
     Collator,
@@ -80,17 +80,22 @@ class TrainingSet:
 
 def read_material(config: RunConfig, to_train: bool = True) -> Material:
     """Load what `config` names; `DataError`, `ModelError` or `ConfigError` where the parts do not fit."""
-    tasks = {name: _read_task(section, config.data, to_train) for name, section in config.data.by_task().items()}
-    if config.data.tasks is not None:
-        tasks = {name: _name_task(rows, name) for name, rows in tasks.items()}
-    rows = _check_together({name: rows.evaluation for name, rows in tasks.items()})
+    tasks, rows = _read_tasks(config, to_train)
     is_labelled = FORMS[rows.form].labelled
-    base_config = AutoConfig.from_pretrained(str(resolve_base(config.model.base)))
+    base_config = read_base_config(config.model.base)
     task = _choose_task(config, is_labelled, bool(base_config.is_encoder_decoder))
     outputs = len(rows.labels or (0,)) if task == "sequence-classification" else None
     model, tokenizer = load_base(config.model.base, task=task, num_labels=outputs, dtype=config.model.dtype)
     kind: ModelKind = "encoder-decoder" if base_config.is_encoder_decoder else _kind_of(model, task)
     return Material(model, tokenizer, task, kind, tasks)
+
+
+def _read_tasks(config: RunConfig, to_train: bool) -> tuple[dict[str, TaskRows], Rows]:
+    """All rows, and those to evaluate one task on, which all tasks resemble."""
+    tasks = {name: _read_task(section, config.data, to_train) for name, section in config.data.by_task().items()}
+    if config.data.tasks is not None:
+        tasks = {name: _name_task(rows, name) for name, rows in tasks.items()}
+    return tasks, _check_together({name: rows.evaluation for name, rows in tasks.items()})
 
 
 def _name_task(rows: TaskRows, name: str) -> TaskRows:
@@ -118,6 +123,16 @@ def _check_together(tasks: Mapping[str, Rows]) -> Rows:
             "a run for each task, or rows of prompts with completions, or of choices, for a language model"
         )
     return next(iter(tasks.values()))
+
+
+def read_task(config: RunConfig) -> tuple[Task, str]:
+    """What a run trains the base for, and the form of its rows: read from both, without weights.
+
+    Raises as `read_material` does.
+    """
+    _, rows = _read_tasks(config, to_train=True)
+    base = read_base_config(config.model.base)
+    return _choose_task(config, FORMS[rows.form].labelled, bool(base.is_encoder_decoder)), rows.form
 
 
 def _choose_task(config: RunConfig, is_labelled: bool, is_encoder_decoder: bool) -> Task:

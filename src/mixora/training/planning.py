@@ -5,9 +5,14 @@ from typing import Any
 
 import torch
 from peft import get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+)
 
-from mixora.bases import DTYPES, Task, resolve_base
+from mixora.bases import DTYPES, Task, read_base_config
 from mixora.config import parse
 from mixora.crafting import craft
 from mixora.errors import ConfigError, ModelError
@@ -32,20 +37,28 @@ def plan_without_weights(tree: Mapping[str, Any], batch: int, length: int | None
     """
     base = parse(ModelSection, tree.get("model", {}), "model")
     adapter = parse(AdapterSection, tree.get("adapter", {}), "adapter").build()
-    config = AutoConfig.from_pretrained(str(resolve_base(base.base)))
-    task: Task = ("seq2seq-lm" if config.is_encoder_decoder else "causal-lm") if base.task == "auto" else base.task
-    try:
-        with torch.device("meta"):
-            model = _CLASSES[task].from_config(config, dtype=DTYPES[base.dtype])
-    except ValueError as error:
-        raise ModelError(f"{base.base}: has no class for task {task!r}: {str(error).splitlines()[0]}") from None
+    model = build_on_meta(base, None if base.task == "auto" else base.task)
     table = plan(model, adapter)
-    longest = getattr(config, "max_position_embeddings", None) or 512
+    longest = getattr(model.config, "max_position_embeddings", None) or 512
     if length is not None and length > longest:
         raise ConfigError(f"length: got {length}; valid for {base.base}: at most {longest} tokens")
     length = length or min(512, longest)
     memory = estimate_memory(get_peft_model(model, adapter), batch, length)
     return table, {**vars(memory), "total": memory.total}, length
+
+
+def build_on_meta(base: ModelSection, task: Task | None) -> PreTrainedModel:
+    """The base on the meta device, without weights; where `task` is None, the one that a base without data has.
+
+    Raises `ModelError` for a base that cannot do the task, and for what `resolve_base` refuses.
+    """
+    config = read_base_config(base.base)
+    task = task or ("seq2seq-lm" if config.is_encoder_decoder else "causal-lm")
+    try:
+        with torch.device("meta"):
+            return _CLASSES[task].from_config(config, dtype=DTYPES[base.dtype])
+    except ValueError as error:
+        raise ModelError(f"{base.base}: has no class for task {task!r}: {str(error).splitlines()[0]}") from None
 
 
 def craft_adapter(tree: Mapping[str, Any], out: str, seed: int) -> Plan:

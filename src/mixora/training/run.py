@@ -26,6 +26,7 @@ from mixora.evaluate import Evaluation, Examples, evaluate
 from mixora.loading import from_pretrained
 from mixora.plan import Plan
 from mixora.serving import served_by
+from mixora.training.costs import describe_costs
 from mixora.training.material import (
     Material,
     TrainingSet,
@@ -73,7 +74,7 @@ def fit(config: RunConfig, progress: Progress, overwrite: bool = False) -> RunRe
     before = measure(model, examples, config, progress, "before")
     trainer = make_trainer(model, material, rows, config, progress)
     out = open_folder(config, overwrite)
-    trainer.train()
+    seconds = trainer.train().metrics["train_runtime"]
     after = measure(model, examples, config, progress, "after")
     seen = _describe_model(model, material, table, examples, config)
     save(model, material.tokenizer, out / "adapter")
@@ -88,7 +89,10 @@ def fit(config: RunConfig, progress: Progress, overwrite: bool = False) -> RunRe
         reloaded=dict(average(reloaded)),
         history=history_of(trainer.state.log_history),
         generations=_generations(examples, before, after, config.evaluate.generations),
-        environment=_environment(config, time.perf_counter() - started),
+        environment={
+            **_environment(config, time.perf_counter() - started),
+            **describe_costs(seconds, trainer.state.num_input_tokens_seen),
+        },
         notes=[*table.notes, *_truncation(rows), *filter(None, [trainer.alarm.note])],
         tasks=_describe_tasks(rows, examples, {"before": before, "after": after, "reloaded": reloaded}),
     )
@@ -168,6 +172,8 @@ def make_trainer(
         "disable_tqdm": True,
         "dataloader_pin_memory": torch.cuda.is_available(),
         "label_names": ["labels"],
+        # packed rows come without a mask
+        "include_num_input_tokens_seen": "all" if config.data.packing else "non_padding",
     }
     try:
         arguments = TrainingArguments(**{**defaults, **settings.arguments})

@@ -1,0 +1,1 @@
+"""Methods × seeds × data sets at equal parameters: the runs, the queue that makes them, what they show."""

@@ -1,0 +1,120 @@
+"""The runs of a comparison: each method with each seed on each data set, at matched parameters."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mixora.bases import Task
+from mixora.comparison.matching import Matched, match_methods
+from mixora.comparison.settings import Comparison
+from mixora.diagnostics.record import RunRecord, read_record
+from mixora.errors import CheckpointError, ConfigError
+from mixora.evaluate import METRICS
+from mixora.training.material import read_task
+from mixora.training.planning import build_on_meta
+from mixora.training.run_config import RunConfig
+from mixora.training.run_folder import RUN_FILE
+
+# a run with another title, or in another place, is the same run
+LEFT_OUT = ("out", "title")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run, as `mixora train` makes it."""
+
+    data: str
+    method: str
+    seed: int
+    config: RunConfig
+
+    @property
+    def name(self) -> str:
+        """`data/method/seed-n`, which is also its place in the folders of a comparison."""
+        return f"{self.data}/{self.method}/seed-{self.seed}"
+
+    @property
+    def folder(self) -> Path:
+        """Where it leaves its results."""
+        return Path(self.config.out)
+
+    def record(self) -> RunRecord | None:
+        """What it left behind; None while it is not finished."""
+        try:
+            return read_record(self.folder)
+        except CheckpointError:
+            return None
+
+    def changes(self) -> list[str]:
+        """In which settings the run in its folder differs from this one."""
+        try:
+            made = yaml.safe_load((self.folder / RUN_FILE).read_text(encoding="utf-8"))
+        except (OSError, yaml.YAMLError):
+            return [f"{RUN_FILE} cannot be read"]
+        was, now = dict(_leaves(made)), dict(_leaves(self.config.model_dump(mode="json")))
+        names = [name for name in {**was, **now} if name.split(".")[0] not in LEFT_OUT]
+        return [f"{name}: {was.get(name)!r}, now {now.get(name)!r}" for name in names if was.get(name) != now.get(name)]
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """All runs, those that can be compared first. `matched`: how each method is run, by data set."""
+
+    comparison: Comparison
+    matched: Mapping[str, Mapping[str, Matched]]
+    runs: tuple[Run, ...]
+
+
+def make_matrix(comparison: Comparison) -> Matrix:
+    """Match the methods on each data set's task and lay out the runs; reads data, but no weights, and writes nothing.
+
+    Raises what reading data and matching raise, and `ConfigError` for a metric that a data set does not have.
+    """
+    matched, known = {}, {}
+    for data in comparison.data:
+        task = _read_task(comparison, data)
+        if task not in known:
+            known[task] = match_methods(build_on_meta(comparison.model, task), comparison)
+        matched[data] = known[task]
+    runs = tuple(
+        _make_run(comparison, data, seed, method)
+        for seed in comparison.seed_list
+        for data, methods in matched.items()
+        for method in methods.values()
+    )
+    return Matrix(comparison, matched, runs)
+
+
+def _read_task(comparison: Comparison, data: str) -> Task:
+    sections: dict[str, Any] = {
+        "model": comparison.model,
+        "data": comparison.data[data],
+        "evaluate": comparison.evaluate,
+    }
+    task, form = read_task(RunConfig(**sections))
+    valid = comparison.evaluate.metrics or METRICS[form]
+    if comparison.metric is not None and comparison.metric not in valid:
+        raise ConfigError(f"metric: got {comparison.metric!r}; valid for {data}: {', '.join(valid)}")
+    return task
+
+
+def _make_run(comparison: Comparison, data: str, seed: int, method: Matched) -> Run:
+    sections: dict[str, Any] = {
+        "model": comparison.model,
+        "data": comparison.data[data],
+        "adapter": method.adapter,
+        "train": comparison.train.model_copy(update={"seed": seed}),
+        "evaluate": comparison.evaluate,
+    }
+    folder = Path(comparison.out) / "runs" / data / method.method / f"seed-{seed}"
+    config = RunConfig(**sections, out=str(folder), title=f"{method.method} on {data}, seed {seed}")
+    return Run(data, method.method, seed, config)
+
+
+def _leaves(tree: Any, at: str = "") -> list[tuple[str, Any]]:
+    if not isinstance(tree, Mapping):
+        return [(at, tree)]
+    return [leaf for name, value in tree.items() for leaf in _leaves(value, f"{at}.{name}" if at else str(name))]
