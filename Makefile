@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup quickstart test works-with lint format docs clean
+.PHONY: help setup quickstart test test-matrix works-with lint format docs clean
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ -/'
 
@@ -27,6 +27,19 @@ test: $(READY)   ## all tests
 works-with: $(READY) ## the tests of what mixora works with; writes their table, docs/guide/works_with.md
 	OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python -m pytest -m works_with -p tests.compatibility.table
 
+# the newest of each minor version; `make test` runs everything with the one that is pinned
+PEFTS  := 0.18.1 0.19.1 0.20.0 0.21.2
+MATRIX := tests/test_tuner.py tests/test_tuner_files.py tests/test_mixture.py tests/test_serial.py tests/test_pesc.py \
+          tests/test_adamix.py tests/test_recipes_everywhere.py tests/training/test_foreign_trainers.py \
+          tests/merging/test_export.py tests/compatibility/test_peft.py tests/compatibility/test_transformers.py
+build/peft/%: | $(READY)
+	$(BIN)/python -m pip install --quiet --no-deps --target $@ peft==$*
+
+test-matrix: $(PEFTS:%=build/peft/%)  ## the tests of what PEFT gives, with each minor version of it
+	for version in $(PEFTS); do echo "PEFT $$version"; \
+	  PYTHONPATH=$(CURDIR)/build/peft/$$version:$(CURDIR)/src OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(MATRIX) || exit; \
+	done
+
 lint: $(READY)   ## format, lint and types: all clean
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -40,4 +53,4 @@ docs: $(READY)   ## the documentation site, in site/; warnings are errors
 	$(BIN)/mkdocs build --strict --quiet
 
 clean:           ## remove what the targets made
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs build

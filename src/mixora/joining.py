@@ -41,7 +41,8 @@ def find_obstacle(frozen: nn.Module, x: Tensor) -> str | None:
 
 def warn_once(module: Any, obstacle: str, kernel: str = "stacked") -> None:
     """Say in the log why `kernel` takes the place of a module's own."""
-    if module.obstacle != obstacle:
+    # a compiler would cut its graph in two for the log
+    if module.obstacle != obstacle and not torch.compiler.is_compiling():
         module.obstacle = obstacle
         logger.info("%s: %s, so kernel %r computes its experts", module.path, obstacle, kernel)
 
