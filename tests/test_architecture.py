@@ -7,7 +7,7 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "mixora"
 ORDER = [
-    {"errors"},
+    {"errors", "short_names", "stages"},
     {"draws"},
     {"routing", "config", "folders", "low_rank", "fused_loss"},
     {"contracts", "passes", "depth"},

@@ -1,8 +1,11 @@
 """What all commands share: options, settings as key=value words, errors with their exit codes, JSON."""
 
+import errno
 import json
+import logging
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,7 +13,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from mixora.errors import MixoraError
+from mixora.errors import MixoraError, StoppedError
+
+REFUSALS = {
+    errno.ENOENT: "a path that exists",
+    errno.ENOTDIR: "a path through folders",
+    errno.EISDIR: "a file",
+    errno.EACCES: "one that you may read and write",
+    errno.EPERM: "one that you may read and write",
+    errno.EROFS: "a place that can be written",
+    errno.ENOSPC: "a disk with more room, or less to write",
+    errno.EDQUOT: "a disk with more room, or less to write",
+    errno.ENAMETOOLONG: "a shorter name",
+}
 
 if TYPE_CHECKING:
     from mixora.plan import Plan
@@ -24,6 +39,10 @@ Data = Annotated[str | None, typer.Option(help="A file, a folder or a hub id. Sh
 Out = Annotated[str | None, typer.Option(help="Where to write. Short for out=…")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object to standard output, for machines.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what mixora wrote there before.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Check what can be checked, say what would be written; write nothing.")
+]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="The folder that `mixora train` wrote.")]
 
 
@@ -35,14 +54,30 @@ def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
         _quieten_libraries()
         try:
             command(**options)
+        except StoppedError as stop:
+            _end("stopped", str(stop), 130, {})
         except MixoraError as error:
             _end("error", str(error), 2, options)
+        except OSError as error:
+            _end(*_judge(error), options)
         except KeyboardInterrupt:
             _end("stopped", "interrupted; nothing more was written", 130, options)
         except Exception as error:
-            _end("fault", f"{type(error).__name__}: {error}\n(--debug shows where; please report it)", 1, options)
+            _end("fault", _report(error), 1, options)
 
     return run
+
+
+def _judge(error: OSError) -> tuple[str, str, int]:
+    """What the file system refuses is for the user to settle; other errors of the system are not expected."""
+    if error.errno not in REFUSALS:
+        return "fault", _report(error), 1
+    where = error.filename or "a file"
+    return "error", f"{where}: {error.strerror}; valid: {REFUSALS[error.errno]}", 2
+
+
+def _report(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}\n(--debug shows where; please report it)"
 
 
 def _end(kind: str, text: str, code: int, options: dict[str, Any]) -> None:
@@ -54,13 +89,8 @@ def _end(kind: str, text: str, code: int, options: dict[str, Any]) -> None:
 
 
 def _quieten_libraries() -> None:
-    """Our own progress and errors say what matters."""
-    import warnings
-
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    """Our own progress and errors say what matters. Imports none of them, so that mistakes are told at once."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     for module in ("peft", "transformers"):
         warnings.filterwarnings("ignore", module=module)
 
@@ -94,3 +124,12 @@ def print_plan(plan: "Plan", full: bool = False) -> None:
     Console().print(plan.table(full))
     for note in plan.notes:
         Console().print(f"note: {note}")
+
+
+def tell_written(paths: Mapping[str, object], dry_run: bool) -> None:
+    """What was written where, or would have been."""
+    console = Console()
+    if dry_run:
+        console.print("nothing was written; without --dry-run:")
+    for name, path in paths.items():
+        console.print(f"{name:<8} {path}", markup=False, highlight=False, soft_wrap=True)

@@ -266,8 +266,11 @@ def _find_key(key: str, wrapped: set[str]) -> str:
 
 
 def register() -> None:
-    """Make PEFT know the type MIXORA (once per process; `import mixora` does it)."""
+    """Make PEFT know the type MIXORA."""
     table: Any = peft.mapping
     table.PEFT_TYPE_TO_CONFIG_MAPPING[MIXORA] = MixoraConfig
     table.PEFT_TYPE_TO_TUNER_MAPPING[MIXORA] = MixoraModel
     table.PEFT_TYPE_TO_PREFIX_MAPPING[MIXORA] = PREFIX
+
+
+register()

@@ -7,7 +7,18 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from mixora.terminal import AsJson, Debug, Model, Recipe, Settings, print_json, print_plan, read_tree, reports_errors
+from mixora.terminal import (
+    AsJson,
+    Debug,
+    Model,
+    Recipe,
+    Settings,
+    make_console,
+    print_json,
+    print_plan,
+    read_tree,
+    reports_errors,
+)
 
 
 @reports_errors
@@ -48,9 +59,11 @@ def plan(
 ) -> None:
     """Print the table of sites and an estimate of memory. Loads no weights and trains nothing."""
     from mixora.training.planning import plan_without_weights
+    from mixora.training.progress import Progress
 
     tree = read_tree(settings, adapter__recipe=recipe, model__base=model)
-    table, memory, length = plan_without_weights(tree, batch, length)
+    with Progress(make_console(as_json)).task("planning"):
+        table, memory, length = plan_without_weights(tree, batch, length)
     if as_json:
         print_json({"sites": table.to_list(), "notes": table.notes, "memory_bytes": memory})
         return

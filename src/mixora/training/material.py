@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from mixora.bases import Task, load_base, resolve_base
+from mixora.bases import Task, load_base, read_base_config, read_tokenizer, sketch_base
 from mixora.data import (
     FORMS,
     Collator,
@@ -44,15 +44,22 @@ class Material:
         return Collator(self.tokenizer, self.kind)
 
 
-def read_material(config: RunConfig, to_train: bool = True) -> Material:
-    """Load what `config` names; `DataError`, `ModelError` or `ConfigError` where the parts do not fit."""
+def read_material(config: RunConfig, to_train: bool = True, with_weights: bool = True) -> Material:
+    """Load what `config` names; `DataError`, `ModelError` or `ConfigError` where the parts do not fit.
+
+    Without weights, the model stands on the meta device.
+    """
     train_rows, evaluation_rows = _read_splits(config, to_train)
     rows = train_rows or evaluation_rows
     is_labelled = FORMS[rows.form].labelled
-    base_config = AutoConfig.from_pretrained(str(resolve_base(config.model.base)))
+    base, dtype = config.model.base, config.model.dtype
+    base_config = read_base_config(base)
     task = _choose_task(config, is_labelled, bool(base_config.is_encoder_decoder))
     outputs = len(rows.labels or (0,)) if task == "sequence-classification" else None
-    model, tokenizer = load_base(config.model.base, task=task, num_labels=outputs, dtype=config.model.dtype)
+    if with_weights:
+        model, tokenizer = load_base(base, task=task, num_labels=outputs, dtype=dtype)
+    else:
+        model, tokenizer = sketch_base(base, task=task, dtype=dtype), read_tokenizer(base)
     kind: ModelKind = "encoder-decoder" if base_config.is_encoder_decoder else _kind_of(model, task)
     return Material(model, tokenizer, task, kind, train_rows, evaluation_rows)
 

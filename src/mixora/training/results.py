@@ -9,6 +9,7 @@ from peft import PeftModel
 from rich.box import SIMPLE_HEAD
 from rich.console import RenderableType
 from rich.table import Table
+from torch import Tensor
 
 from mixora.config import parse, read_yaml
 from mixora.data import render_prompt
@@ -20,10 +21,11 @@ from mixora.errors import CheckpointError, DataError
 from mixora.evaluate import generate
 from mixora.loading import from_pretrained
 from mixora.plan import common_prefix
+from mixora.stages import count
 from mixora.training.material import Material, batches_of, make_examples, read_material
 from mixora.training.progress import Progress
 from mixora.training.run import measure
-from mixora.training.run_config import RunConfig
+from mixora.training.run_config import RunConfig, change
 from mixora.training.run_folder import RUN_FILE
 
 
@@ -68,11 +70,16 @@ class Trained:
 
     def inspect(self) -> list[dict[str, Any]]:
         """What the routers do with the held-out rows; see `mixora.inspect`."""
-        return inspect(self.model, batches_of(make_examples(self.material, self.config), self.config))
+        with self.progress.task("inspecting, batches") as advance:
+            return inspect(self.model, count(self._batches(), advance))
 
     def residual_energy(self) -> list[dict[str, Any]]:
         """How far experts behind modules are from full ones on the held-out rows; see `mixora.residual_energy`."""
-        return residual_energy(self.model, batches_of(make_examples(self.material, self.config), self.config))
+        with self.progress.task("measuring, batches") as advance:
+            return residual_energy(self.model, count(self._batches(), advance))
+
+    def _batches(self) -> list[Mapping[str, Tensor]]:
+        return batches_of(make_examples(self.material, self.config), self.config)
 
     def answer(self, prompts: list[str], max_new_tokens: int, sample: bool, compare: bool) -> list[dict[str, str]]:
         """The model's answer to each prompt, with the base's beside it if asked."""
@@ -85,10 +92,13 @@ class Trained:
         settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": 8, "do_sample": sample}
         answers = [{"prompt": p} for p in prompts]
         if compare:
-            with self.model.disable_adapter():
-                for answer, text in zip(answers, generate(self.model, tokenizer, ids, **settings), strict=True):
-                    answer["base"] = text
-        for answer, text in zip(answers, generate(self.model, tokenizer, ids, **settings), strict=True):
+            with self.model.disable_adapter(), self.progress.task("asking the base") as advance:
+                texts = generate(self.model, tokenizer, ids, progress=advance, **settings)
+            for answer, text in zip(answers, texts, strict=True):
+                answer["base"] = text
+        with self.progress.task("answering") as advance:
+            texts = generate(self.model, tokenizer, ids, progress=advance, **settings)
+        for answer, text in zip(answers, texts, strict=True):
             answer["answer"] = text
         return answers
 
@@ -97,13 +107,12 @@ def reopen(run: Path, changes: Mapping[str, Any], progress: Progress) -> Trained
     """The result of `mixora train`, with changes to its settings; `CheckpointError` if the folder is no such result."""
     if not (run / RUN_FILE).is_file() or not (run / "adapter").is_dir():
         raise CheckpointError(f"{run}: is not the folder of a finished run; valid: what `mixora train --out` wrote")
-    tree = read_yaml(run / RUN_FILE)
-    for section, values in changes.items():
-        tree[section] = {**tree.get(section, {}), **values} if isinstance(values, Mapping) else values
-    config = parse(RunConfig, tree)
+    config = parse(RunConfig, change(read_yaml(run / RUN_FILE), changes))
     progress.say(f"reading {run} and {config.model.base}")
-    material = read_material(config, to_train=False)
-    return Trained(from_pretrained(material.model, run / "adapter"), material, config, progress)
+    with progress.task("reading"):
+        material = read_material(config, to_train=False)
+        model = from_pretrained(material.model, run / "adapter")
+    return Trained(model, material, config, progress)
 
 
 def routing_table(sites: list[dict[str, Any]]) -> Table:

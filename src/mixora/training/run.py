@@ -4,6 +4,7 @@ import shlex
 import sys
 import time
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,17 @@ from mixora.diagnostics.measure import inspect, load_by_group
 from mixora.diagnostics.report import RunRecord, write_report
 from mixora.errors import ConfigError
 from mixora.evaluate import Evaluation, Examples, evaluate
+from mixora.folders import check_folder
 from mixora.loading import from_pretrained
 from mixora.plan import Plan
 from mixora.serving import served_by
+from mixora.stages import count
+from mixora.training.checkpoints import find_checkpoint, read_state, remove_checkpoints, resumable
+from mixora.training.interruption import Interruption
 from mixora.training.material import Material, batches_of, make_examples, read_material, sample_batches
 from mixora.training.progress import Progress, StepProgress
 from mixora.training.run_config import RunConfig
-from mixora.training.run_folder import check_folder, open_folder
+from mixora.training.run_folder import CHECKPOINTS, open_folder, paths_read, write_settings
 from mixora.training.trainers import Trainer
 from mixora.tuner import MixoraConfig, allocate, plan
 
@@ -41,46 +46,87 @@ def build(material: Material, encoded: Encoded, config: RunConfig, progress: Pro
     return adapter, plan(material.model, adapter)
 
 
-def fit(config: RunConfig, progress: Progress, overwrite: bool = False) -> RunRecord:
+def fit(config: RunConfig, progress: Progress, overwrite: bool = False, resume: bool = False) -> RunRecord:
     """Run `config` from data to report; writes settings, adapter, report and record below `config.out`.
 
     With `overwrite` an earlier run's results there are replaced, once the data, the model and all settings have proved
-    to fit. Returns the record that the report was made from.
+    to fit. With `resume` the run that was interrupted there goes on from its newest checkpoint. Returns the record that
+    the report was made from. Raises `StoppedError` after a signal, once a checkpoint is written.
     """
     started = time.perf_counter()
-    check_folder(Path(config.out), overwrite)
-    progress.say(f"reading {config.data.source} and {config.model.base}")
-    material = read_material(config)
-    assert material.train_rows is not None
-    encoded = encode(material.train_rows, material.tokenizer, config.data, model_kind=material.kind)
+    checkpoint = find_checkpoint(Path(config.out)) if resume else None
+    if not resume:
+        check_folder(config.out, overwrite, paths_read(config))
+    material, encoded = _read(config, progress)
     adapter, table = build(material, encoded, config, progress)
     _show_plan(table, progress)
     examples = make_examples(material, config)
     torch.manual_seed(config.train.seed)
     model = get_peft_model(material.model, adapter)
     before = measure(model, examples, config, progress, "before")
-    trainer = make_trainer(model, material, encoded, config, progress)
-    out = open_folder(config, overwrite)
-    trainer.train()
-    after = measure(model, examples, config, progress, "after")
-    seen = _describe_model(model, table, examples, config)
-    save(model, material.tokenizer, out / "adapter")
-    progress.say(f"saved {out / 'adapter'}; reading it back")
-    reread = from_pretrained(model.unload(), out / "adapter")
-    reloaded = measure(reread, examples, config, progress, "read back")
-    record = RunRecord(
-        **_describe_run(config, adapter),
-        **seen,
-        before={**before.metrics, "rows": len(examples.rows)},
-        after={**after.metrics, "rows": len(examples.rows)},
-        reloaded=dict(reloaded.metrics),
-        history=_history(trainer),
-        generations=_generations(examples, before, after, config.evaluate.generations),
-        environment=_environment(config, time.perf_counter() - started),
-        notes=[*table.notes, *_truncation(encoded)],
-    )
-    write_report(record, out)
+    make_arguments(config)  # a mistake there must cost no earlier results
+    out = Path(config.out) if resume else open_folder(config, overwrite)
+    write_settings(config)
+    with resumable(out):
+        trainer = make_trainer(model, material, encoded, config)
+        train(trainer, checkpoint, progress)
+        after = measure(model, examples, config, progress, "after")
+        seen = _describe_model(model, table, examples, config, progress)
+        reloaded = _read_back(model, material, examples, config, progress)
+        record = RunRecord(
+            **_describe_run(config, adapter),
+            **seen,
+            before={**before.metrics, "rows": len(examples.rows)},
+            after={**after.metrics, "rows": len(examples.rows)},
+            reloaded=dict(reloaded.metrics),
+            history=_history(trainer),
+            generations=_generations(examples, before, after, config.evaluate.generations),
+            environment=_environment(config, time.perf_counter() - started),
+            notes=[*table.notes, *_truncation(encoded)],
+        )
+        with progress.task("writing the report"):
+            write_report(record, out)
+    if not config.train.keep_checkpoints:
+        remove_checkpoints(out)
     return record
+
+
+def _read(config: RunConfig, progress: Progress) -> tuple[Material, Encoded]:
+    progress.say(f"reading {config.data.source} and {config.model.base}")
+    with progress.task("reading"):
+        material = read_material(config)
+    assert material.train_rows is not None
+    with progress.task("encoding, rows") as advance:
+        encoded = encode(
+            material.train_rows, material.tokenizer, config.data, model_kind=material.kind, advance=advance
+        )
+    return material, encoded
+
+
+def train(trainer: Trainer, checkpoint: Path | None, progress: Progress) -> None:
+    """Train, from `checkpoint` on if there is one; `KeyboardInterrupt` after a signal, with a checkpoint."""
+    state = None if checkpoint is None else read_state(checkpoint)
+    if state and state.global_step >= state.max_steps:
+        # the trainer would make one more step
+        trainer.model.load_adapter(str(checkpoint), trainer.model.active_adapter, is_trainable=True)
+        trainer.state = state
+        return
+    with progress.task("training") as advance, Interruption() as interruption:
+        trainer.add_callback(StepProgress(advance))
+        trainer.add_callback(interruption)
+        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    if interruption.requested:
+        raise KeyboardInterrupt
+
+
+def _read_back(
+    model: PeftModel, material: Material, examples: Examples, config: RunConfig, progress: Progress
+) -> Evaluation:
+    """Save the adapter, and measure what is read from there; `model` is used up."""
+    folder = Path(config.out) / "adapter"
+    save(model, material.tokenizer, folder)
+    progress.say(f"saved {folder}; reading it back")
+    return measure(from_pretrained(model.unload(), folder), examples, config, progress, "read back")
 
 
 def _show_plan(table: Plan, progress: Progress) -> None:
@@ -101,12 +147,16 @@ def _describe_run(config: RunConfig, adapter: MixoraConfig) -> dict[str, Any]:
     }
 
 
-def _describe_model(model: PeftModel, table: Plan, examples: Examples, config: RunConfig) -> dict[str, Any]:
+def _describe_model(
+    model: PeftModel, table: Plan, examples: Examples, config: RunConfig, progress: Progress
+) -> dict[str, Any]:
     """Plan, parameters, and what the trained routers do with the held-out rows."""
     trainable, total = model.get_nb_trainable_parameters()
     outside = trainable - table.parameters  # a new classification head
     columns = ("path", "experts_per_token", "entropy", "dropped_share", "dead_experts", "load")
-    routed = [site for site in inspect(model, batches_of(examples, config)) if site["num_experts"] > 1]
+    with progress.task("inspecting, batches") as advance:
+        sites = inspect(model, count(batches_of(examples, config), advance))
+    routed = [site for site in sites if site["num_experts"] > 1]
     return {
         "plan": table.rows(full=True),
         "parameters": {"total": total, "trainable": trainable, "active": table.active_parameters + outside},
@@ -115,13 +165,11 @@ def _describe_model(model: PeftModel, table: Plan, examples: Examples, config: R
     }
 
 
-def make_trainer(
-    model: PeftModel, material: Material, encoded: Encoded, config: RunConfig, progress: Progress
-) -> Trainer:
-    """A `mixora.Trainer` set up as `config` says; `ConfigError` for arguments that transformers refuses."""
+def make_arguments(config: RunConfig) -> TrainingArguments:
+    """The trainer's arguments as `config` says; `ConfigError` for those that transformers refuses."""
     settings = config.train
     defaults: dict[str, Any] = {
-        "output_dir": config.out,
+        "output_dir": str(Path(config.out) / CHECKPOINTS),
         "max_steps": settings.steps or -1,
         "num_train_epochs": settings.epochs,
         "per_device_train_batch_size": settings.batch_size,
@@ -131,24 +179,35 @@ def make_trainer(
         "warmup_steps": settings.warmup_steps,
         "seed": settings.seed,
         "logging_steps": settings.log_every,
-        "save_strategy": "no",
+        "save_strategy": "steps" if settings.save_every else "no",
+        "save_steps": settings.save_every or 1,
+        "save_total_limit": None if settings.keep_checkpoints else 2,
         "report_to": [],
         "disable_tqdm": True,
         "dataloader_pin_memory": torch.cuda.is_available(),
         "label_names": ["labels"],
     }
     try:
-        arguments = TrainingArguments(**{**defaults, **settings.arguments})
-    except (TypeError, ValueError) as error:
+        return TrainingArguments(**{**defaults, **settings.arguments})
+    except (TypeError, ValueError, ImportError) as error:
         raise ConfigError(f"train.arguments: {error}") from None
-    trainer = Trainer(
-        model=model,
-        args=arguments,
-        train_dataset=encoded.dataset,
-        data_collator=material.collator(),
-        callbacks=[StepProgress(progress)],
-        fused_loss=settings.fused_loss,
-    )
+
+
+def make_trainer(model: PeftModel, material: Material, encoded: Encoded, config: RunConfig) -> Trainer:
+    """A `mixora.Trainer` set up as `config` says; `ConfigError` for arguments that transformers refuses."""
+    arguments = make_arguments(config)
+    # embeddings are never changed here, and looking for it would ask the hub for the base at each checkpoint
+    model.save_pretrained = partial(model.save_pretrained, save_embedding_layers=False)  # type: ignore[method-assign]
+    try:
+        trainer = Trainer(
+            model=model,
+            args=arguments,
+            train_dataset=encoded.dataset,
+            data_collator=material.collator(),
+            fused_loss=config.train.fused_loss,
+        )
+    except ValueError as error:
+        raise ConfigError(f"train.arguments: {error}") from None
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer
 

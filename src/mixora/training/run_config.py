@@ -63,7 +63,9 @@ class DataSection(EncodingConfig):
 class TrainSection(Strict):
     """`steps` of the optimiser, or `epochs`. `arguments`: further `transformers.TrainingArguments` by name.
 
-    `fused_loss`: compute the cross entropy without the whole logits where that is exact.
+    `fused_loss`: compute the cross entropy without the whole logits where that is exact. `save_every`: so many steps a
+    checkpoint, from which an interrupted run goes on; the newest two stay until the run is finished, or with
+    `keep_checkpoints` all of them, for good.
     """
 
     steps: Annotated[int, Field(ge=1)] | None = None
@@ -75,6 +77,8 @@ class TrainSection(Strict):
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     seed: Annotated[int, Field(ge=0)] = 0
     log_every: Annotated[int, Field(ge=1)] = 1
+    save_every: Annotated[int, Field(ge=1)] | None = None
+    keep_checkpoints: bool = False
     fused_loss: bool = True
     arguments: dict[str, Any] = {}
 
@@ -87,6 +91,14 @@ class EvaluateSection(EvaluationConfig):
 
     generations: Annotated[int, Field(ge=0)] = 3
     served_by: Served = "merged"
+
+
+def change(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a run with some replaced."""
+    changed = dict(tree)
+    for section, values in changes.items():
+        changed[section] = {**tree.get(section, {}), **values} if isinstance(values, Mapping) else values
+    return changed
 
 
 def read_run(tree: Mapping[str, Any]) -> "RunConfig":

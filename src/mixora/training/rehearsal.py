@@ -1,0 +1,96 @@
+"""What a run would do, without doing it: everything that is cheap to check is checked, and nothing is written."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import RenderableType
+
+from mixora.bases import TASK_TYPES
+from mixora.data import Rows, encode
+from mixora.folders import check_folder
+from mixora.plan import Plan
+from mixora.training.checkpoints import find_checkpoint
+from mixora.training.material import Material, make_examples, read_material
+from mixora.training.planning import longest_row, weigh
+from mixora.training.run import make_arguments
+from mixora.training.run_config import RunConfig
+from mixora.training.run_folder import paths_read
+from mixora.tuner import MixoraConfig, plan
+
+TRIED_ROWS = 256
+# allocators that read what a rehearsal does not
+READ_WEIGHTS = ("spectral", "sensitivity")
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What a run would do. `memory`: bytes of a training step by part. `steps`: of the optimiser.
+
+    `plan` and `memory` are None where they follow from weights. `goes_on_from`: a checkpoint.
+    """
+
+    out: str
+    task: str
+    train_rows: int
+    evaluation_rows: int
+    steps: int
+    plan: Plan | None
+    memory: dict[str, int] | None
+    goes_on_from: str | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, for JSON."""
+        return {**vars(self), "plan": self.plan and self.plan.to_list()}
+
+    def lines(self) -> Iterator[RenderableType]:
+        """For a terminal."""
+        if self.plan and self.memory:
+            yield self.plan.table()
+            yield from (f"note: {note}" for note in self.plan.notes)
+            yield f"memory of a step of the longest rows: about {self.memory['total'] / 2**20:,.0f} MiB"
+        else:
+            yield "the plan follows from the base's weights, which were not read"
+        if self.goes_on_from:
+            yield f"goes on from {self.goes_on_from}"
+        yield f"{self.steps} steps on {self.train_rows} rows, as {self.task}; {self.evaluation_rows} rows held out"
+        yield f"would write to {self.out}: run.yaml, checkpoints, adapter, report.html with its plots, record.json"
+        yield "nothing was written"
+
+
+def rehearse(config: RunConfig, overwrite: bool = False, resume: bool = False) -> Rehearsal:
+    """Check the folder, the rows, the encoding of the first ones, the plan and the trainer's arguments.
+
+    Of the base, only configuration and tokenizer are read. Raises what the run would raise of these.
+    """
+    checkpoint = find_checkpoint(Path(config.out)) if resume else None
+    if not resume:
+        check_folder(config.out, overwrite, paths_read(config))
+    material = read_material(config, with_weights=False)
+    rows = material.train_rows
+    assert rows is not None
+    first = Rows(rows[:TRIED_ROWS], rows.form, rows.labels, rows.origin)
+    encode(first, material.tokenizer, config.data, model_kind=material.kind)
+    make_examples(material, config)
+    arguments = make_arguments(config)
+    per_step = config.train.batch_size * config.train.gradient_accumulation
+    table, memory = _plan(material, config, config.adapter.build(task_type=TASK_TYPES[material.task]))
+    return Rehearsal(
+        out=config.out,
+        task=material.task,
+        train_rows=len(rows),
+        evaluation_rows=len(material.evaluation_rows),
+        steps=config.train.steps or math.ceil(len(rows) / per_step * arguments.num_train_epochs),
+        plan=table,
+        memory=memory,
+        goes_on_from=str(checkpoint) if checkpoint else None,
+    )
+
+
+def _plan(material: Material, config: RunConfig, adapter: MixoraConfig) -> tuple[Plan | None, dict[str, int] | None]:
+    if adapter.method.allocator.kind in READ_WEIGHTS and adapter.method.allocation is None:
+        return None, None
+    length = min(config.data.max_length, longest_row(material.model))
+    return plan(material.model, adapter), weigh(material.model, adapter, config.train.batch_size, length)
