@@ -8,7 +8,7 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "mixora"
 ORDER = [
     {"errors", "short_names", "stages"},
-    {"draws"},
+    {"draws", "completion"},
     {"routing", "config", "folders", "low_rank", "fused_loss"},
     {"contracts", "passes", "depth"},
     {"experts", "routers", "kernels", "losses", "allocators", "slots", "parts", "plan", "entrances"},
@@ -18,7 +18,7 @@ ORDER = [
     {"assembly"},
     {"allocation"},
     {"tuner", "memory", "serving"},
-    {"diagnostics", "bases"},
+    {"diagnostics", "bases", "environment"},
     {"data", "evaluate", "loading", "crafting", "conversion"},
     {"merging"},
     {"training"},

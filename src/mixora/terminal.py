@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from mixora.completion import complete_model, complete_recipe, complete_run, complete_setting
 from mixora.errors import MixoraError, StoppedError
 
 REFUSALS = {
@@ -31,10 +32,22 @@ if TYPE_CHECKING:
     from mixora.plan import Plan
 
 Settings = Annotated[
-    list[str] | None, typer.Argument(metavar="[RUN.YAML] [KEY=VALUE]...", help="A run file, then changes to it.")
+    list[str] | None,
+    typer.Argument(
+        metavar="[RUN.YAML] [KEY=VALUE]...", help="A run file, then changes to it.", autocompletion=complete_setting
+    ),
 ]
-Recipe = Annotated[str | None, typer.Option(help="A method; see `mixora recipes`. Short for adapter.recipe=…")]
-Model = Annotated[str | None, typer.Option(help="The base model. Short for model.base=…")]
+Changes = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the run.", autocompletion=complete_setting),
+]
+Recipe = Annotated[
+    str | None,
+    typer.Option(help="A method; see `mixora recipes`. Short for adapter.recipe=…", autocompletion=complete_recipe),
+]
+Model = Annotated[
+    str | None, typer.Option(help="The base model. Short for model.base=…", autocompletion=complete_model)
+]
 Data = Annotated[str | None, typer.Option(help="A file, a folder or a hub id. Short for data.source=…")]
 Out = Annotated[str | None, typer.Option(help="Where to write. Short for out=…")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object to standard output, for machines.")]
@@ -43,7 +56,9 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what mixor
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Check what can be checked, say what would be written; write nothing.")
 ]
-Run = Annotated[Path, typer.Argument(metavar="RUN", help="The folder that `mixora train` wrote.")]
+Run = Annotated[
+    Path, typer.Argument(metavar="RUN", help="The folder that `mixora train` wrote.", autocompletion=complete_run)
+]
 
 
 def reports_errors(command: Callable[..., None]) -> Callable[..., None]:

@@ -7,6 +7,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from mixora.completion import complete_recipe
 from mixora.terminal import (
     AsJson,
     Debug,
@@ -23,7 +24,7 @@ from mixora.terminal import (
 
 @reports_errors
 def recipes(
-    name: Annotated[str | None, typer.Argument(help="Show one recipe whole.")] = None,
+    name: Annotated[str | None, typer.Argument(help="Show one recipe whole.", autocompletion=complete_recipe)] = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:

@@ -8,9 +8,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from mixora.completion import complete_run
 from mixora.errors import ConfigError, DataError
 from mixora.terminal import (
     AsJson,
+    Changes,
     Data,
     Debug,
     DryRun,
@@ -36,7 +38,12 @@ def train(
     out: Out = None,
     overwrite: Overwrite = False,
     resume: Annotated[
-        Path | None, typer.Option(metavar="RUN", help="Go on with an interrupted run, from its newest checkpoint.")
+        Path | None,
+        typer.Option(
+            metavar="RUN",
+            help="Go on with an interrupted run, from its newest checkpoint.",
+            autocompletion=complete_run,
+        ),
     ] = None,
     dry_run: DryRun = False,
     as_json: AsJson = False,
@@ -75,7 +82,7 @@ def train(
 @reports_errors
 def evaluate(
     run: Run,
-    settings: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the run.")] = None,
+    settings: Changes = None,
     data: Data = None,
     split: Annotated[str | None, typer.Option(help="Which rows. Short for data.evaluation_split=…")] = None,
     as_json: AsJson = False,
@@ -131,7 +138,7 @@ def generate(
 @reports_errors
 def inspect(
     run: Run,
-    settings: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the run.")] = None,
+    settings: Changes = None,
     data: Data = None,
     residual: Annotated[
         bool, typer.Option("--residual", help="How far experts behind modules (pesc) are from full ones, instead.")

@@ -5,8 +5,10 @@ from typing import Annotated, Any
 
 import typer
 
+from mixora.completion import complete_recipe, complete_run
 from mixora.terminal import (
     AsJson,
+    Changes,
     Data,
     Debug,
     DryRun,
@@ -29,7 +31,10 @@ def craft(
     out: Annotated[
         str, typer.Option(help="The folder of the adapter; new or empty, or with --overwrite one that mixora wrote.")
     ] = "runs/crafted",
-    recipe: Annotated[str, typer.Option(help="A method; see `mixora recipes`. Short for adapter.recipe=…")] = "pesc",
+    recipe: Annotated[
+        str,
+        typer.Option(help="A method; see `mixora recipes`. Short for adapter.recipe=…", autocompletion=complete_recipe),
+    ] = "pesc",
     seed: Annotated[int, typer.Option(help="Of the draw of the experts.")] = 0,
     overwrite: Overwrite = False,
     dry_run: DryRun = False,
@@ -82,11 +87,16 @@ def convert(
 
 @reports_errors
 def merge(
-    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="The folder of a run, or of a saved adapter.")],
+    adapter: Annotated[
+        Path,
+        typer.Argument(
+            metavar="ADAPTER", help="The folder of a run, or of a saved adapter.", autocompletion=complete_run
+        ),
+    ],
     out: Annotated[
         Path, typer.Option(help="The folder of the result; new or empty, or with --overwrite one that mixora wrote.")
     ],
-    settings: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the run.")] = None,
+    settings: Changes = None,
     model: Model = None,
     rank: Annotated[
         int | None, typer.Option(help="Of the LoRA; what it has, or for routed sites the ranks a token uses.")
