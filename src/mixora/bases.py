@@ -229,7 +229,8 @@ def _check_fit(config: Any, name: str | Path, task: str) -> None:
 def _read(auto: Any, source: Path | str, name: str | Path, arguments: dict[str, Any]) -> Any:
     try:
         return auto.from_pretrained(str(source), **arguments)
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:
+        # damaged files make the readers below raise anything
         known = "" if isinstance(source, Path) else f"; no such folder here, short names: {', '.join(SHORT_NAMES)}"
         reason = " ".join(str(error).split())
         raise ModelError(f"{name}: {auto.__name__} cannot read it{known}; reason: {reason[:300]}") from error
@@ -273,7 +274,8 @@ def _convert(file: Path, folder: Path) -> None:
         unpacked = GgufConfig(dequantize=True)
         model = AutoModelForCausalLM.from_pretrained(**source, quantization_config=unpacked, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(**source)
-    except (ValueError, KeyError, NotImplementedError, RuntimeError) as error:
+    except Exception as error:
+        # as damaged files make it
         raise ModelError(
             f"{file}: transformers cannot unpack it as a causal language model; reason: {error}"
         ) from error

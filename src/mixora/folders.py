@@ -55,5 +55,5 @@ def claim_folder(out: str | Path, overwrite: bool = False, reads: Iterable[str |
         folder.mkdir(parents=True, exist_ok=True)
         (folder / MARK).write_text("This folder was written by mixora, which may replace it when told to.\n")
     except OSError as error:
-        raise ConfigError(f"out: {folder} cannot be written: {error}") from None
+        raise ConfigError(f"out: {folder} cannot be written: {error}; valid: a folder that can be written") from None
     return folder

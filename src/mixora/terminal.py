@@ -3,6 +3,8 @@
 import errno
 import json
 import logging
+import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Mapping
@@ -23,6 +25,7 @@ REFUSALS = {
     errno.EACCES: "one that you may read and write",
     errno.EPERM: "one that you may read and write",
     errno.EROFS: "a place that can be written",
+    errno.EFBIG: "a file system that takes larger files",
     errno.ENOSPC: "a disk with more room, or less to write",
     errno.EDQUOT: "a disk with more room, or less to write",
     errno.ENAMETOOLONG: "a shorter name",
@@ -73,26 +76,27 @@ def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
             _end("stopped", str(stop), 130, {})
         except MixoraError as error:
             _end("error", str(error), 2, options)
-        except OSError as error:
-            _end(*_judge(error), options)
         except KeyboardInterrupt:
             _end("stopped", "interrupted; nothing more was written", 130, options)
         except Exception as error:
-            _end("fault", _report(error), 1, options)
+            refusal = find_refusal(error)
+            if refusal is not None:
+                _end("error", refusal, 2, options)
+            report = f"{type(error).__name__}: {error}\n(--debug shows where; please report it)"
+            _end("fault", report, 1, options)
 
     return run
 
 
-def _judge(error: OSError) -> tuple[str, str, int]:
-    """What the file system refuses is for the user to settle; other errors of the system are not expected."""
-    if error.errno not in REFUSALS:
-        return "fault", _report(error), 1
-    where = error.filename or "a file"
-    return "error", f"{where}: {error.strerror}; valid: {REFUSALS[error.errno]}", 2
-
-
-def _report(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}\n(--debug shows where; please report it)"
+def find_refusal(error: Exception) -> str | None:
+    """What to tell where the file system refused, which is for the user to settle; None for other errors."""
+    # libraries in Rust raise errors of their own that end with the system's number
+    match = re.search(r"\(os error (\d+)\)", str(error))
+    number = error.errno if isinstance(error, OSError) else int(match[1]) if match else None
+    if number not in REFUSALS:
+        return None
+    where = getattr(error, "filename", None) or "writing or reading a file"
+    return f"{where}: {os.strerror(number)}; valid: {REFUSALS[number]}"
 
 
 def _end(kind: str, text: str, code: int, options: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+import mixora
 from mixora.terminal import AsJson, Debug, print_json, reports_errors
 
 if TYPE_CHECKING:
@@ -34,9 +35,7 @@ def doctor(
 
 def describe(found: "Environment") -> Iterator[str]:
     """Plain lines."""
-    from mixora import __version__
-
-    yield f"mixora {__version__}, Python {found.machine.python}, {found.machine.system}"
+    yield f"mixora {mixora.__version__}, Python {found.machine.python}, {found.machine.system}"
     yield from _describe_machine(found.machine)
     yield "\npackages"
     for package in found.packages:

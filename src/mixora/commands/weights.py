@@ -35,7 +35,7 @@ def craft(
         str,
         typer.Option(help="A method; see `mixora recipes`. Short for adapter.recipe=…", autocompletion=complete_recipe),
     ] = "pesc",
-    seed: Annotated[int, typer.Option(help="Of the draw of the experts.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the draw of the experts.", min=0, max=2**32 - 1)] = 0,
     overwrite: Overwrite = False,
     dry_run: DryRun = False,
     as_json: AsJson = False,

@@ -14,11 +14,11 @@ from typing import Any
 from transformers import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from mixora.config import parse, read_yaml
+from mixora.config import parse
 from mixora.diagnostics.report import RECORD
 from mixora.errors import CheckpointError, ConfigError, StoppedError
 from mixora.loading import check_files
-from mixora.training.run_config import RunConfig, change
+from mixora.training.run_config import RunConfig, change, read_settings
 from mixora.training.run_folder import CHECKPOINTS, RUN_FILE
 
 MAY_CHANGE = ("title", "evaluate", "train.log_every", "train.save_every", "train.keep_checkpoints")
@@ -34,7 +34,7 @@ def read_resumed(run: Path, changes: Mapping[str, Any]) -> RunConfig:
         raise CheckpointError(f"{run}: is not the folder of a run; valid: what `mixora train --out` wrote")
     if (run / RECORD).is_file():
         raise CheckpointError(f"{run}: this run is finished; valid: one that was stopped, or a new run")
-    tree = {**read_yaml(run / RUN_FILE), "out": str(run)}
+    tree = {**read_settings(run / RUN_FILE), "out": str(run)}
     before, after = (parse(RunConfig, settings) for settings in (tree, change(tree, changes)))
     old, new = (dict(_leaves(settings.model_dump(mode="json"))) for settings in (before, after))
     for path in {**old, **new}:

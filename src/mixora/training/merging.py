@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model
 from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME
 from rich.box import SIMPLE_HEAD
 from rich.console import RenderableType
@@ -17,16 +17,16 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from mixora.bases import load_base, sketch_base
-from mixora.config import parse, read_yaml
+from mixora.config import parse
 from mixora.data import Rows, encode
 from mixora.errors import ConfigError
 from mixora.folders import check_folder
-from mixora.loading import check_files, from_pretrained, task_of
+from mixora.loading import check_files, from_pretrained, read_adapter_config, task_of
 from mixora.merging import Approximation, Comparison, Form, Merged, foresee, merge
 from mixora.plan import common_prefix
 from mixora.training.material import Material, batches_of, make_examples, read_material, sample_batches
 from mixora.training.progress import Progress
-from mixora.training.run_config import ModelSection, RunConfig, change
+from mixora.training.run_config import ModelSection, RunConfig, change, read_settings
 from mixora.training.run_folder import RUN_FILE
 
 FIT_ROWS = 256
@@ -84,7 +84,7 @@ def foresee_merge(
     needs_rows = soup or fit_rows is not None
     adapter, tree = _read_settings(source, changes, needs_rows)
     check_folder(out, overwrite, [source, tree["model"]["base"]])
-    config = PeftConfig.from_pretrained(str(adapter))
+    config = read_adapter_config(adapter)
     if needs_rows:
         base = read_material(parse(RunConfig, tree), with_weights=False).model
     else:
@@ -104,17 +104,17 @@ def _read_settings(source: Path, changes: Mapping[str, Any], needs_rows: bool) -
     tree: dict[str, Any] = {}
     adapter = source
     if (source / RUN_FILE).is_file():
-        tree, adapter = read_yaml(source / RUN_FILE), source / "adapter"
+        tree, adapter = read_settings(source / RUN_FILE), source / "adapter"
     check_files(adapter)
     tree = change(tree, changes)
-    model = {"base": PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path, **tree.get("model", {})}
+    model = {"base": read_adapter_config(adapter).base_model_name_or_path, **tree.get("model", {})}
     if not model["base"]:
         raise ConfigError(f"model.base: {adapter} does not name its base; valid: --model BASE")
     return adapter, {**tree, "model": model}
 
 
 def _load(adapter: Path, section: ModelSection) -> tuple[PeftModel, PreTrainedTokenizerBase]:
-    task = task_of(PeftConfig.from_pretrained(str(adapter)))
+    task = task_of(read_adapter_config(adapter))
     outputs = _count_outputs(adapter) if task == "sequence-classification" else None
     base, tokenizer = load_base(section.base, task=task, num_labels=outputs, dtype=section.dtype)
     return from_pretrained(base, adapter), tokenizer

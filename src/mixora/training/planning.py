@@ -14,7 +14,7 @@ from mixora.errors import ConfigError
 from mixora.memory import estimate_memory
 from mixora.plan import Plan
 from mixora.stages import Stage, silently
-from mixora.training.run_config import AdapterSection, ModelSection
+from mixora.training.run_config import AdapterSection, ModelSection, check_names
 from mixora.tuner import MixoraConfig, plan
 
 
@@ -25,6 +25,7 @@ def plan_without_weights(tree: Mapping[str, Any], batch: int, length: int | None
     The base stands on the meta device: a plan for 70 billion parameters takes seconds. Of `tree`, other sections are
     not looked at. Raises `ConfigError` or `ModelError`.
     """
+    check_names(tree)
     base = parse(ModelSection, tree.get("model", {}), "model")
     adapter = parse(AdapterSection, tree.get("adapter", {}), "adapter").build()
     model = sketch_base(base.base, task=_task_of(base), dtype=base.dtype)
@@ -61,6 +62,7 @@ def craft_adapter(
     progress: Stage = silently,
 ) -> Plan:
     """`mixora.craft` by a run's `model` and `adapter`; of `tree`, other sections are not looked at."""
+    check_names(tree)
     base = parse(ModelSection, tree.get("model", {}), "model")
     adapter = parse(AdapterSection, tree.get("adapter", {}), "adapter").build()
     torch.manual_seed(seed)

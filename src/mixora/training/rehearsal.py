@@ -27,7 +27,8 @@ READ_WEIGHTS = ("spectral", "sensitivity")
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """What a run would do. `memory`: bytes of a training step by part. `steps`: of the optimiser.
+    """What a run would do. `memory`: bytes of a training step by part. `steps`: of the optimiser; fewer where rows are
+    packed.
 
     `plan` and `memory` are None where they follow from weights. `goes_on_from`: a checkpoint.
     """
@@ -75,14 +76,15 @@ def rehearse(config: RunConfig, overwrite: bool = False, resume: bool = False) -
     encode(first, material.tokenizer, config.data, model_kind=material.kind)
     make_examples(material, config)
     arguments = make_arguments(config)
-    per_step = config.train.batch_size * config.train.gradient_accumulation
+    batches = math.ceil(len(rows) / config.train.batch_size)
+    per_epoch = math.ceil(batches / config.train.gradient_accumulation)
     table, memory = _plan(material, config, config.adapter.build(task_type=TASK_TYPES[material.task]))
     return Rehearsal(
         out=config.out,
         task=material.task,
         train_rows=len(rows),
         evaluation_rows=len(material.evaluation_rows),
-        steps=config.train.steps or math.ceil(len(rows) / per_step * arguments.num_train_epochs),
+        steps=config.train.steps or math.ceil(per_epoch * arguments.num_train_epochs),
         plan=table,
         memory=memory,
         goes_on_from=str(checkpoint) if checkpoint else None,

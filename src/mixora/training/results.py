@@ -11,7 +11,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from torch import Tensor
 
-from mixora.config import parse, read_yaml
+from mixora.config import parse
 from mixora.data import render_prompt
 from mixora.diagnostics.measure import inspect
 from mixora.diagnostics.page import format_value
@@ -25,7 +25,7 @@ from mixora.stages import count
 from mixora.training.material import Material, batches_of, make_examples, read_material
 from mixora.training.progress import Progress
 from mixora.training.run import measure
-from mixora.training.run_config import RunConfig, change
+from mixora.training.run_config import RunConfig, change, read_settings
 from mixora.training.run_folder import RUN_FILE
 
 
@@ -107,7 +107,7 @@ def reopen(run: Path, changes: Mapping[str, Any], progress: Progress) -> Trained
     """The result of `mixora train`, with changes to its settings; `CheckpointError` if the folder is no such result."""
     if not (run / RUN_FILE).is_file() or not (run / "adapter").is_dir():
         raise CheckpointError(f"{run}: is not the folder of a finished run; valid: what `mixora train --out` wrote")
-    config = parse(RunConfig, change(read_yaml(run / RUN_FILE), changes))
+    config = parse(RunConfig, change(read_settings(run / RUN_FILE), changes))
     progress.say(f"reading {run} and {config.model.base}")
     with progress.task("reading"):
         material = read_material(config, to_train=False)

@@ -3,6 +3,8 @@
 import shlex
 import sys
 import time
+from collections.abc import Mapping
+from dataclasses import fields
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
@@ -187,10 +189,26 @@ def make_arguments(config: RunConfig) -> TrainingArguments:
         "dataloader_pin_memory": torch.cuda.is_available(),
         "label_names": ["labels"],
     }
+    _check_types(settings.arguments)
     try:
-        return TrainingArguments(**{**defaults, **settings.arguments})
-    except (TypeError, ValueError, ImportError) as error:
+        arguments = TrainingArguments(**{**defaults, **settings.arguments})
+    except Exception as error:
+        # each argument has a check of its own
         raise ConfigError(f"train.arguments: {error}") from None
+    if arguments.eval_strategy != "no":
+        raise ConfigError(
+            f"train.arguments.eval_strategy: got {arguments.eval_strategy.value!r}; valid: 'no', "
+            "since a run is evaluated before and after training"
+        )
+    return arguments
+
+
+def _check_types(arguments: Mapping[str, Any]) -> None:
+    """`ConfigError` for text in place of a number, which `TrainingArguments` would take and fail on later."""
+    for field in fields(TrainingArguments):
+        given = arguments.get(field.name)
+        if isinstance(given, str) and isinstance(field.default, int | float):
+            raise ConfigError(f"train.arguments.{field.name}: got {given!r}; valid: a number, such as {field.default}")
 
 
 def make_trainer(model: PeftModel, material: Material, encoded: Encoded, config: RunConfig) -> Trainer:
@@ -198,16 +216,13 @@ def make_trainer(model: PeftModel, material: Material, encoded: Encoded, config:
     arguments = make_arguments(config)
     # embeddings are never changed here, and looking for it would ask the hub for the base at each checkpoint
     model.save_pretrained = partial(model.save_pretrained, save_embedding_layers=False)  # type: ignore[method-assign]
-    try:
-        trainer = Trainer(
-            model=model,
-            args=arguments,
-            train_dataset=encoded.dataset,
-            data_collator=material.collator(),
-            fused_loss=config.train.fused_loss,
-        )
-    except ValueError as error:
-        raise ConfigError(f"train.arguments: {error}") from None
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=encoded.dataset,
+        data_collator=material.collator(),
+        fused_loss=config.train.fused_loss,
+    )
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer
 
