@@ -11,7 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
+from typer.testing import CliRunner
 
+from mixora.cli import app
 from mixora.errors import CheckpointError, ConfigError, StoppedError
 from mixora.training import run as running
 from mixora.training.checkpoints import find_checkpoint, read_resumed
@@ -171,6 +173,17 @@ def test_without_a_checkpoint_there_is_nothing_to_go_on_from(bases, data, tmp_pa
     (tmp_path / "out" / "checkpoints" / "checkpoint-2" / "trainer_state.json").unlink()
     with pytest.raises(CheckpointError, match="1 damaged checkpoints to go on from"):
         fit(read_resumed(tmp_path / "out", {}), quiet(), resume=True)
+
+
+def test_the_command_goes_on(bases, data, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    stopped(read_run(tree_of(bases, data, out)), monkeypatch, 3)
+    rehearsed = CliRunner().invoke(app, ["train", "--resume", str(out), "--dry-run"])
+    assert f"goes on from {out}/checkpoints/checkpoint-3" in rehearsed.output.replace("\n", "")
+    refused = CliRunner().invoke(app, ["train", "--resume", str(out), "--recipe", "lora"])
+    assert refused.exit_code == 2 and "adapter.recipe: got 'lora'" in " ".join(refused.output.split())
+    result = CliRunner().invoke(app, ["train", "--resume", str(out), "--json"])
+    assert result.exit_code == 0 and len(json.loads(result.output)["history"]) == 12
 
 
 @pytest.mark.slow

@@ -27,8 +27,8 @@ READ_WEIGHTS = ("spectral", "sensitivity")
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """What a run would do. `memory`: bytes of a training step by part. `steps`: of the optimiser; fewer where rows are
-    packed.
+    """What a run would do. `memory`: bytes of a training step by part. `steps`: of the optimiser, or the most of
+    them where rows are packed.
 
     `plan` and `memory` are None where they follow from weights. `goes_on_from`: a checkpoint.
     """
@@ -38,6 +38,7 @@ class Rehearsal:
     train_rows: int
     evaluation_rows: int
     steps: int
+    is_packed: bool
     plan: Plan | None
     memory: dict[str, int] | None
     goes_on_from: str | None
@@ -56,7 +57,9 @@ class Rehearsal:
             yield "the plan follows from the base's weights, which were not read"
         if self.goes_on_from:
             yield f"goes on from {self.goes_on_from}"
-        yield f"{self.steps} steps on {self.train_rows} rows, as {self.task}; {self.evaluation_rows} rows held out"
+        most = "at most " if self.is_packed else ""
+        yield f"{most}{self.steps} steps on {self.train_rows} rows, as {self.task}"
+        yield f"{self.evaluation_rows} rows to evaluate on"
         yield f"would write to {self.out}: run.yaml, checkpoints, adapter, report.html with its plots, record.json"
         yield "nothing was written"
 
@@ -85,6 +88,7 @@ def rehearse(config: RunConfig, overwrite: bool = False, resume: bool = False) -
         train_rows=len(rows),
         evaluation_rows=len(material.evaluation_rows),
         steps=config.train.steps or math.ceil(per_epoch * arguments.num_train_epochs),
+        is_packed=config.data.packing,
         plan=table,
         memory=memory,
         goes_on_from=str(checkpoint) if checkpoint else None,
