@@ -7,8 +7,8 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "mixora"
 ORDER = [
-    {"errors"},
-    {"draws"},
+    {"errors", "short_names", "stages"},
+    {"draws", "completion"},
     {"routing", "config", "folders", "low_rank", "fused_loss", "activations", "host"},
     {"contracts", "passes", "depth"},
     {"experts", "routers", "kernels", "losses", "allocators", "slots", "parts", "plan", "entrances"},
@@ -18,7 +18,7 @@ ORDER = [
     {"assembly", "keys"},
     {"allocation"},
     {"tuner", "memory", "serving"},
-    {"diagnostics", "bases"},
+    {"diagnostics", "bases", "environment"},
     {"data", "evaluate", "loading", "crafting", "conversion"},
     {"merging"},
     {"training"},

@@ -8,8 +8,9 @@ import torch
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, LlamaModel
 
 from mixora import bases
-from mixora.bases import SHORT_NAMES, Packaged, load_base, resolve_base
+from mixora.bases import load_base, resolve_base
 from mixora.errors import ModelError
+from mixora.short_names import SHORT_NAMES, Packaged
 
 SMOLLM, MINILM = "smollm2-135m-instruct", "minilm-l6"
 

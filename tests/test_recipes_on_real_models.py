@@ -13,13 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 from peft import get_peft_model
-from rich.console import Console
 
 import mixora
 from mixora.bases import SHORT_NAMES, TASK_TYPES
 from mixora.evaluate import Evaluation, Examples, evaluate
 from mixora.training.material import Material, TrainingSet, make_examples, make_training_set, read_material
-from mixora.training.progress import Progress
 from mixora.training.run import make_trainer
 from mixora.training.run_config import RunConfig, read_run
 
@@ -100,8 +98,7 @@ def measure(case, model):
 
 
 def train(case, model):
-    material, progress = replace(case.material, model=model), Progress(Console(quiet=True))
-    trainer = make_trainer(model, material, case.training_set, case.config, progress)
+    trainer = make_trainer(model, replace(case.material, model=model), case.training_set, case.config)
     assert isinstance(trainer, mixora.Trainer)
     trainer.train()
     assert trainer.state.global_step == 3

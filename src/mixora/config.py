@@ -33,11 +33,15 @@ def parse(model: type[S], data: Mapping[str, Any], root: str = "") -> S:
     Validation runs on the JSON form, so lists serve as tuples while numbers, strings and booleans are never converted
     into each other. `root` is put before each path in messages.
     """
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"{root or 'config'}: got {data!r}; valid: a mapping of settings")
     try:
-        return model.model_validate_json(json.dumps(data, allow_nan=False))
+        text = json.dumps(data, allow_nan=False)
+        return model.model_validate_json(text)
     except (TypeError, ValueError) as error:
         if isinstance(error, ValidationError):
-            raise ConfigError("\n".join(_describe(error, model, dict(data), root))) from None
+            # keys as JSON has them: strings
+            raise ConfigError("\n".join(_describe(error, model, json.loads(text), root))) from None
         raise ConfigError(f"{root or 'config'}: {error}; valid: numbers, strings, booleans, lists, mappings") from None
 
 

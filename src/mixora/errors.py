@@ -24,5 +24,9 @@ class CheckpointError(MixoraError, ValueError):
     """An adapter on disk does not fit the model or is damaged."""
 
 
+class StoppedError(MixoraError):
+    """A signal ended a run that can go on; the message says how."""
+
+
 class TrainingError(MixoraError, RuntimeError):
     """A set-up in which training would silently do something else than asked."""

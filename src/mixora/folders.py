@@ -1,19 +1,61 @@
-"""Folders and files that results are written to."""
+"""Folders and files for results: nothing is replaced unless asked, and nothing that mixora did not write."""
 
+import os
+import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 from mixora.errors import ConfigError
 
+MARK = ".mixora"
+"""A file in every folder that mixora claimed, by which it knows its own."""
 
-def claim_folder(out: str | Path) -> Path:
-    """Make the folder `out`; `ConfigError` if it holds something already, or cannot be made."""
+
+def check_folder(out: str | Path, overwrite: bool = False, reads: Iterable[str | Path] = ()) -> Path:
+    """The path of the folder that `claim_folder` would make with the same arguments; changes nothing.
+
+    Raises `ConfigError` if it holds something and may not be replaced, if replacing it would remove one of the paths
+    in `reads`, or if it cannot be written.
+    """
     folder = Path(out)
     if folder.is_dir() and any(folder.iterdir()):
-        raise ConfigError(f"out: {folder} is not empty; valid: a folder that is new or empty")
+        _check_replaceable(folder, overwrite, reads)
+    above = folder.absolute()
+    while not above.exists() and not above.is_symlink():
+        above = above.parent
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        reason = "no permission" if above.is_dir() else f"{above} is no folder"
+        raise ConfigError(f"out: {folder} cannot be written: {reason}; valid: a folder that can be written")
+    return folder
+
+
+def _check_replaceable(folder: Path, overwrite: bool, reads: Iterable[str | Path]) -> None:
+    if not overwrite:
+        raise ConfigError(
+            f"out: {folder} is not empty; valid: a folder that is new or empty, or --overwrite to replace what is there"
+        )
+    if not (folder / MARK).is_file():
+        raise ConfigError(
+            f"out: {folder} was not written by mixora, so --overwrite leaves it alone; valid: another folder"
+        )
+    for path in reads:
+        if folder.resolve() in (resolved := Path(path).resolve(), *resolved.parents) and resolved.exists():
+            raise ConfigError(f"out: {folder} holds {path}, which is read; valid: another folder")
+
+
+def claim_folder(out: str | Path, overwrite: bool = False, reads: Iterable[str | Path] = ()) -> Path:
+    """Make the folder `out`, empty but for a mark; with `overwrite` what mixora wrote there goes.
+
+    Raises `ConfigError` as `check_folder` does.
+    """
+    folder = check_folder(out, overwrite, reads)
     try:
+        if folder.is_dir() and any(folder.iterdir()):
+            shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / MARK).write_text("This folder was written by mixora, which may replace it when told to.\n")
     except OSError as error:
-        raise ConfigError(f"out: {folder} cannot be written: {error}") from None
+        raise ConfigError(f"out: {folder} cannot be written: {error}; valid: a folder that can be written") from None
     return folder
 
 

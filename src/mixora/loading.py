@@ -1,6 +1,5 @@
 """A saved adapter back on its base model, checked tensor by tensor."""
 
-import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -37,13 +36,7 @@ def from_pretrained(
     folder = Path(adapter)
     if folder.exists():
         check_files(folder)
-    try:
-        kind = PeftConfig._get_peft_type(str(adapter))
-        if kind != MIXORA:
-            raise CheckpointError(f"{adapter}: is an adapter of type {kind}; valid: {MIXORA.value}")
-        config = PeftConfig.from_pretrained(str(adapter))
-    except (KeyError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{adapter}: its {CONFIG_NAME} is damaged: {error}") from None
+    config = read_adapter_config(adapter)
     if not isinstance(base, PreTrainedModel):
         base, _ = load_base(base, task=task_of(config), **for_base)
     with warnings.catch_warnings():
@@ -59,6 +52,17 @@ def from_pretrained(
             shown = "\n  ".join(problems[:20])
             raise CheckpointError(f"{adapter}: {len(problems)} tensors do not fit the model:\n  {shown}")
     return model
+
+
+def read_adapter_config(adapter: str | Path) -> PeftConfig:
+    """The configuration of an adapter of ours, a folder or a hub id; `CheckpointError` for others and damaged ones."""
+    try:
+        kind = PeftConfig._get_peft_type(str(adapter))
+        if kind == MIXORA:
+            return PeftConfig.from_pretrained(str(adapter))
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise CheckpointError(f"{adapter}: its {CONFIG_NAME} is damaged or not there: {error}") from None
+    raise CheckpointError(f"{adapter}: is an adapter of type {kind}; valid: {MIXORA.value}")
 
 
 def check_files(folder: Path) -> None:

@@ -1,8 +1,13 @@
 """What all commands share: options, settings as key=value words, errors with their exit codes, JSON."""
 
+import errno
 import json
+import logging
+import os
+import re
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,21 +15,53 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from mixora.errors import MixoraError
+from mixora.completion import complete_model, complete_recipe, complete_run, complete_setting
+from mixora.errors import MixoraError, StoppedError
+
+REFUSALS = {
+    errno.ENOENT: "a path that exists",
+    errno.ENOTDIR: "a path through folders",
+    errno.EISDIR: "a file",
+    errno.EACCES: "one that you may read and write",
+    errno.EPERM: "one that you may read and write",
+    errno.EROFS: "a place that can be written",
+    errno.EFBIG: "a file system that takes larger files",
+    errno.ENOSPC: "a disk with more room, or less to write",
+    errno.EDQUOT: "a disk with more room, or less to write",
+    errno.ENAMETOOLONG: "a shorter name",
+}
 
 if TYPE_CHECKING:
     from mixora.plan import Plan
 
 Settings = Annotated[
-    list[str] | None, typer.Argument(metavar="[RUN.YAML] [KEY=VALUE]...", help="A run file, then changes to it.")
+    list[str] | None,
+    typer.Argument(
+        metavar="[RUN.YAML] [KEY=VALUE]...", help="A run file, then changes to it.", autocompletion=complete_setting
+    ),
 ]
-Recipe = Annotated[str | None, typer.Option(help="A method; see `mixora recipes`. Short for adapter.recipe=…")]
-Model = Annotated[str | None, typer.Option(help="The base model. Short for model.base=…")]
+Changes = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the run.", autocompletion=complete_setting),
+]
+Recipe = Annotated[
+    str | None,
+    typer.Option(help="A method; see `mixora recipes`. Short for adapter.recipe=…", autocompletion=complete_recipe),
+]
+Model = Annotated[
+    str | None, typer.Option(help="The base model. Short for model.base=…", autocompletion=complete_model)
+]
 Data = Annotated[str | None, typer.Option(help="A file, a folder or a hub id. Short for data.source=…")]
 Out = Annotated[str | None, typer.Option(help="Where to write. Short for out=…")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object to standard output, for machines.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-Run = Annotated[Path, typer.Argument(metavar="RUN", help="The folder that `mixora train` wrote.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what mixora wrote there before.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Check what can be checked, say what would be written; write nothing.")
+]
+Run = Annotated[
+    Path, typer.Argument(metavar="RUN", help="The folder that `mixora train` wrote.", autocompletion=complete_run)
+]
 
 
 def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
@@ -35,14 +72,31 @@ def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
         _quieten_libraries()
         try:
             command(**options)
+        except StoppedError as stop:
+            _end("stopped", str(stop), 130, {})
         except MixoraError as error:
             _end("error", str(error), 2, options)
         except KeyboardInterrupt:
             _end("stopped", "interrupted; nothing more was written", 130, options)
         except Exception as error:
-            _end("fault", f"{type(error).__name__}: {error}\n(--debug shows where; please report it)", 1, options)
+            refusal = find_refusal(error)
+            if refusal is not None:
+                _end("error", refusal, 2, options)
+            report = f"{type(error).__name__}: {error}\n(--debug shows where; please report it)"
+            _end("fault", report, 1, options)
 
     return run
+
+
+def find_refusal(error: Exception) -> str | None:
+    """What to tell where the file system refused, which is for the user to settle; None for other errors."""
+    # libraries in Rust raise errors of their own that end with the system's number
+    match = re.search(r"\(os error (\d+)\)", str(error))
+    number = error.errno if isinstance(error, OSError) else int(match[1]) if match else None
+    if number not in REFUSALS:
+        return None
+    where = getattr(error, "filename", None) or "writing or reading a file"
+    return f"{where}: {os.strerror(number)}; valid: {REFUSALS[number]}"
 
 
 def _end(kind: str, text: str, code: int, options: dict[str, Any]) -> None:
@@ -54,13 +108,8 @@ def _end(kind: str, text: str, code: int, options: dict[str, Any]) -> None:
 
 
 def _quieten_libraries() -> None:
-    """Our own progress and errors say what matters."""
-    import warnings
-
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    """Our own progress and errors say what matters. Imports none of them, so that mistakes are told at once."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     for module in ("peft", "transformers"):
         warnings.filterwarnings("ignore", module=module)
 
@@ -94,3 +143,12 @@ def print_plan(plan: "Plan", full: bool = False) -> None:
     Console().print(plan.table(full))
     for note in plan.notes:
         Console().print(f"note: {note}")
+
+
+def tell_written(paths: Mapping[str, object], dry_run: bool) -> None:
+    """What was written where, or would have been."""
+    console = Console()
+    if dry_run:
+        console.print("nothing was written; without --dry-run:")
+    for name, path in paths.items():
+        console.print(f"{name:<8} {path}", markup=False, highlight=False, soft_wrap=True)

@@ -240,5 +240,8 @@ def _group_by_root(model: nn.Module, plan: Plan) -> dict[str, list[Site]]:
 
 
 def register() -> None:
-    """Make PEFT know the type MIXORA (once per process; `import mixora` does it)."""
+    """Make PEFT know the type MIXORA."""
     host.register(MixoraConfig, MixoraModel, PREFIX, keys.as_alone, keys.as_here)
+
+
+register()

@@ -82,7 +82,8 @@ def test_a_run_that_does_not_stop_is_ended(stand_in, tmp_path, monkeypatch):
 
 def test_sigterm_stops_the_runs_as_ctrl_c_does(stand_in, build, tmp_path):
     # the run tells its parent to end, as a cluster would
-    stand_in(f'trap "touch {tmp_path}/saved; exit 130" INT; sleep 0.5; kill -TERM {os.getpid()}; while :; do sleep 0.02; done')
+    stop = f"sleep 0.5; kill -TERM {os.getpid()}"
+    stand_in(f'trap "touch {tmp_path}/saved; exit 130" INT; {stop}; while :; do sleep 0.02; done')
     matrix = build()
     with pytest.raises(KeyboardInterrupt):
         work_through(matrix, matrix.runs, lambda: Local(1, 1, ()), quiet())

@@ -15,7 +15,7 @@ from mixora.training.run_config import read_run
 from tests import models
 from tests.training.setups import accumulated_batches, dataset, make_model, make_trainer
 from tests.training.test_consistency import make_model as make_adamix
-from tests.training.test_run import quiet, settings
+from tests.training.test_run import settings
 
 
 class Other(PassLoss):
@@ -110,7 +110,7 @@ def test_the_command_line_switches_it_off(fused, bases, data, tmp_path):
     material = read_material(config)
     training_set = make_training_set(material, config)
     model = get_peft_model(material.model, config.adapter.build(task_type="CAUSAL_LM"))
-    assert make_run_trainer(model, material, training_set, config, quiet()).fused_loss is fused
+    assert make_run_trainer(model, material, training_set, config).fused_loss is fused
 
 
 def test_who_asks_for_outputs_gets_logits(tmp_path):

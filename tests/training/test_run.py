@@ -4,7 +4,6 @@ import json
 import math
 
 import pytest
-import yaml
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
@@ -12,12 +11,13 @@ from transformers import LlamaForCausalLM
 import mixora
 from mixora.diagnostics.record import read_record
 from mixora.errors import CheckpointError, ConfigError, DataError
+from mixora.folders import MARK, check_folder, claim_folder
 from mixora.training.material import make_training_set, read_material
 from mixora.training.progress import Progress
 from mixora.training.results import reopen
 from mixora.training.run import build, fit
 from mixora.training.run_config import read_run
-from mixora.training.run_folder import check_folder, open_folder
+from mixora.training.run_folder import open_folder
 
 
 def quiet():
@@ -58,7 +58,7 @@ def test_generating_models(kind, bases, data, tmp_path):
     assert record.parameters["active"] < record.parameters["trainable"] < record.parameters["total"]
     assert read_record(tmp_path / "out") == record
     names = {p.name for p in (tmp_path / "out").iterdir()}
-    assert names == {"adapter", "report.html", "record.json", "loss.png", "expert_load.png", "run.yaml"}
+    assert names == {MARK, "adapter", "report.html", "record.json", "loss.png", "expert_load.png", "run.yaml"}
 
 
 def test_classifier_trains_its_head_and_groups_by_a_named_field(bases, data, tmp_path):
@@ -175,10 +175,15 @@ def test_folders_are_never_replaced_by_accident(tmp_path):
     for overwrite in (False, True):
         with pytest.raises(ConfigError, match=r"mine (is not empty|was not written by mixora)"):
             check_folder(tmp_path / "mine", overwrite)
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "run.yaml").write_text(yaml.safe_dump({}))
+    claim_folder(tmp_path / "run")
     with pytest.raises(ConfigError, match="--overwrite"):
-        check_folder(tmp_path / "run", overwrite=False)
+        check_folder(tmp_path / "run")
+    (tmp_path / "run" / "results.txt").write_text("x")
+    with pytest.raises(ConfigError, match=r"run holds .*results\.txt, which is read"):
+        claim_folder(tmp_path / "run", overwrite=True, reads=[tmp_path / "run" / "results.txt"])
+    assert (tmp_path / "run" / "results.txt").exists()
+    claim_folder(tmp_path / "run", overwrite=True)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [MARK]
     (tmp_path / "file").write_text("x")
     below = read_run(settings("base", "data", tmp_path / "file" / "below"))
     with pytest.raises(ConfigError, match="cannot be written"):

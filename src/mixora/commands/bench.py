@@ -31,10 +31,22 @@ def import_benchmarks() -> Any:
     )
 
 
+def complete_benchmark(incomplete: str) -> list[str]:
+    """Names of benchmarks, where there are any."""
+    from mixora.errors import ConfigError
+
+    try:
+        return [name for name in import_benchmarks().BENCHMARKS if name.startswith(incomplete)]
+    except ConfigError:
+        return []
+
+
 @reports_errors
 def bench(
     context: typer.Context,
-    name: Annotated[str | None, typer.Argument(help="Which one; without it, all are listed.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="Which one; without it, all are listed.", autocompletion=complete_benchmark)
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Measure time and memory; `mixora bench NAME --help` lists the options of a benchmark."""

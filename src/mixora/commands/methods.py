@@ -7,12 +7,24 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from mixora.terminal import AsJson, Debug, Model, Recipe, Settings, print_json, print_plan, read_tree, reports_errors
+from mixora.completion import complete_recipe
+from mixora.terminal import (
+    AsJson,
+    Debug,
+    Model,
+    Recipe,
+    Settings,
+    make_console,
+    print_json,
+    print_plan,
+    read_tree,
+    reports_errors,
+)
 
 
 @reports_errors
 def recipes(
-    name: Annotated[str | None, typer.Argument(help="Show one recipe whole.")] = None,
+    name: Annotated[str | None, typer.Argument(help="Show one recipe whole.", autocompletion=complete_recipe)] = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -40,17 +52,19 @@ def plan(
     settings: Settings = None,
     recipe: Recipe = None,
     model: Model = None,
-    batch: Annotated[int, typer.Option(help="Rows of a batch, for the memory estimate.")] = 8,
-    length: Annotated[int | None, typer.Option(help="Tokens of a row; 512, or what the base takes.")] = None,
+    batch: Annotated[int, typer.Option(help="Rows of a batch, for the memory estimate.", min=1)] = 8,
+    length: Annotated[int | None, typer.Option(help="Tokens of a row; 512, or what the base takes.", min=1)] = None,
     full: Annotated[bool, typer.Option("--full", help="One line for every site, not for every kind.")] = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Print the table of sites and an estimate of memory. Loads no weights and trains nothing."""
     from mixora.training.planning import plan_without_weights
+    from mixora.training.progress import Progress
 
     tree = read_tree(settings, adapter__recipe=recipe, model__base=model)
-    table, memory, length = plan_without_weights(tree, batch, length)
+    with Progress(make_console(as_json)).task("planning"):
+        table, memory, length = plan_without_weights(tree, batch, length)
     if as_json:
         print_json({"sites": table.to_list(), "notes": table.notes, "memory_bytes": memory})
         return

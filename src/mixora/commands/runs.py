@@ -7,12 +7,17 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from mixora.completion import complete_run
+from mixora.errors import ConfigError, DataError
 from mixora.terminal import (
     AsJson,
+    Changes,
     Data,
     Debug,
+    DryRun,
     Model,
     Out,
+    Overwrite,
     Recipe,
     Run,
     Settings,
@@ -32,20 +37,40 @@ def train(
     model: Model = None,
     data: Data = None,
     out: Out = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier run left in `out`.")] = False,
+    overwrite: Overwrite = False,
+    resume: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="RUN",
+            help="Go on with an interrupted run, from its newest checkpoint.",
+            autocompletion=complete_run,
+        ),
+    ] = None,
+    dry_run: DryRun = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Fine-tune, evaluate before and after, save the adapter, read it back, write a report."""
+    from mixora.training.checkpoints import read_resumed
     from mixora.training.progress import Progress
+    from mixora.training.rehearsal import rehearse
     from mixora.training.results import summarise_run
     from mixora.training.run import fit
     from mixora.training.run_config import read_run
 
     tree = read_tree(settings, adapter__recipe=recipe, model__base=model, data__source=data, out=out)
-    config = read_run(tree)
+    if resume is not None and overwrite:
+        raise ConfigError("overwrite: would remove the run that --resume goes on with; valid: one of the two")
+    config = read_run(tree) if resume is None else read_resumed(resume, tree)
     console = make_console(as_json)
-    record = fit(config, Progress(console), overwrite)
+    if dry_run:
+        rehearsal = rehearse(config, overwrite, resume is not None)
+        if as_json:
+            print_json(rehearsal.to_dict())
+        for part in rehearsal.lines():
+            console.print(part)
+        return
+    record = fit(config, Progress(console), overwrite, resume is not None)
     if as_json:
         from dataclasses import asdict
 
@@ -58,7 +83,7 @@ def train(
 @reports_errors
 def evaluate(
     run: Run,
-    settings: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the run.")] = None,
+    settings: Changes = None,
     data: Data = None,
     split: Annotated[str | None, typer.Option(help="Which rows. Short for data.evaluation_split=…")] = None,
     task: Task = None,
@@ -93,7 +118,6 @@ def generate(
     debug: Debug = False,
 ) -> None:
     """Ask a trained model."""
-    from mixora.errors import DataError
     from mixora.training.progress import Progress
     from mixora.training.results import reopen
 
@@ -114,7 +138,7 @@ def generate(
 @reports_errors
 def inspect(
     run: Run,
-    settings: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the run.")] = None,
+    settings: Changes = None,
     data: Data = None,
     task: Task = None,
     residual: Annotated[

@@ -1,22 +1,26 @@
 """Commands that make one folder of weights from another: craft, convert, merge."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
+from mixora.completion import complete_recipe, complete_run
 from mixora.terminal import (
     AsJson,
+    Changes,
     Data,
     Debug,
+    DryRun,
     Model,
+    Overwrite,
     Settings,
     make_console,
     print_json,
     print_plan,
     read_tree,
     reports_errors,
+    tell_written,
 )
 
 
@@ -24,51 +28,75 @@ from mixora.terminal import (
 def craft(
     settings: Settings = None,
     model: Model = None,
-    out: Annotated[str, typer.Option(help="The folder of the adapter; new or empty.")] = "runs/crafted",
-    recipe: Annotated[str, typer.Option(help="A method; see `mixora recipes`. Short for adapter.recipe=…")] = "pesc",
-    seed: Annotated[int, typer.Option(help="Of the draw of the experts.")] = 0,
+    out: Annotated[
+        str, typer.Option(help="The folder of the adapter; new or empty, or with --overwrite one that mixora wrote.")
+    ] = "runs/crafted",
+    recipe: Annotated[
+        str,
+        typer.Option(help="A method; see `mixora recipes`. Short for adapter.recipe=…", autocompletion=complete_recipe),
+    ] = "pesc",
+    seed: Annotated[int, typer.Option(help="Of the draw of the experts.", min=0, max=2**32 - 1)] = 0,
+    overwrite: Overwrite = False,
+    dry_run: DryRun = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Make a dense model sparse: write an adapter with which it computes what it did, until it is trained."""
     from mixora.training.planning import craft_adapter
+    from mixora.training.progress import Progress
 
-    table = craft_adapter(read_tree(settings, adapter__recipe=recipe, model__base=model), out, seed)
+    tree = read_tree(settings, adapter__recipe=recipe, model__base=model)
+    stage = Progress(make_console(as_json)).task
+    table = craft_adapter(tree, out, seed, overwrite=overwrite, dry_run=dry_run, progress=stage)
     if as_json:
-        print_json({"sites": table.to_list(), "notes": table.notes, "adapter": out})
+        print_json({"sites": table.to_list(), "notes": table.notes, "adapter": out, "written": not dry_run})
         return
     print_plan(table)
-    Console().print(f"adapter  {out}")
+    tell_written({"adapter": out}, dry_run)
 
 
 @reports_errors
 def convert(
     checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="The folder of a model or an adapter.")],
-    out: Annotated[Path, typer.Option(help="The folder of what is written; new or empty.")],
+    out: Annotated[
+        Path,
+        typer.Option(help="The folder of what is written; new or empty, or with --overwrite one that mixora wrote."),
+    ],
     model: Annotated[
         str | None, typer.Option(help="The base of a MoE-PEFT adapter, where it is not the one that the adapter names.")
     ] = None,
+    overwrite: Overwrite = False,
+    dry_run: DryRun = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Read a released Camelidae, Qwen2idae or Sparsetral model, or a MoLA or MixLoRA adapter of MoE-PEFT."""
     from mixora.conversion import convert as convert_checkpoint
+    from mixora.training.progress import Progress
 
-    table = convert_checkpoint(checkpoint, out, model)
+    stage = Progress(make_console(as_json)).task
+    table = convert_checkpoint(checkpoint, out, model, overwrite=overwrite, dry_run=dry_run, progress=stage)
     # an adapter of MoE-PEFT comes without its base
-    base = out / "base" if (out / "base").is_dir() else None
+    base = out / "base" if (checkpoint / "config.json").is_file() else None
     if as_json:
-        print_json({"sites": table.to_list(), "base": base, "adapter": out / "adapter"})
+        print_json({"sites": table.to_list(), "base": base, "adapter": out / "adapter", "written": not dry_run})
         return
     print_plan(table)
-    Console().print(f"base     {base or 'not written: it stays where it is'}\nadapter  {out / 'adapter'}")
+    tell_written({"base": base or "not written: it stays where it is", "adapter": out / "adapter"}, dry_run)
 
 
 @reports_errors
 def merge(
-    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="The folder of a run, or of a saved adapter.")],
-    out: Annotated[Path, typer.Option(help="The folder of the result; new or empty.")],
-    settings: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the run.")] = None,
+    adapter: Annotated[
+        Path,
+        typer.Argument(
+            metavar="ADAPTER", help="The folder of a run, or of a saved adapter.", autocompletion=complete_run
+        ),
+    ],
+    out: Annotated[
+        Path, typer.Option(help="The folder of the result; new or empty, or with --overwrite one that mixora wrote.")
+    ],
+    settings: Changes = None,
     model: Model = None,
     rank: Annotated[
         int | None, typer.Option(help="Of the LoRA; what it has, or for routed sites the ranks a token uses.")
@@ -84,12 +112,14 @@ def merge(
         int | None, typer.Option(help="Training rows that --approximate fits on; 256 unless told.")
     ] = None,
     data: Data = None,
+    overwrite: Overwrite = False,
+    dry_run: DryRun = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Turn a mixture into an ordinary LoRA adapter that plain PEFT reads, or into a dense model."""
     from mixora.errors import ConfigError
-    from mixora.training.merging import FIT_ROWS, merge_folder, summarise_merge
+    from mixora.training.merging import FIT_ROWS, foresee_merge, merge_folder, summarise_foreseen, summarise_merge
     from mixora.training.progress import Progress
 
     if fit_rows is not None and not approximate:
@@ -97,7 +127,15 @@ def merge(
     changes = read_tree(settings, model__base=model, data__source=data)
     console = make_console(as_json)
     rows = (FIT_ROWS if fit_rows is None else fit_rows) if approximate else None
-    merged = merge_folder(adapter, out, changes, Progress(console), rank=rank, dense=dense, soup=soup, fit_rows=rows)
+    asked: dict[str, Any] = {"rank": rank, "dense": dense, "soup": soup, "fit_rows": rows, "overwrite": overwrite}
+    if dry_run:
+        form, methods = foresee_merge(adapter, out, changes, **asked)
+        if as_json:
+            print_json({"form": form, "sites": methods, "out": out, "written": False})
+        for part in summarise_foreseen(form, methods, out):
+            console.print(part)
+        return
+    merged = merge_folder(adapter, out, changes, Progress(console), **asked)
     for part in summarise_merge(merged):
         console.print(part)
     if as_json:

@@ -7,14 +7,13 @@ from typing import Any
 
 import yaml
 
-from mixora.bases import Task
+from mixora.bases import Task, sketch_base
 from mixora.comparison.matching import Matched, match_methods
 from mixora.comparison.settings import Comparison
 from mixora.diagnostics.record import RunRecord, read_record
 from mixora.errors import CheckpointError, ConfigError
 from mixora.evaluate import METRICS
 from mixora.training.material import read_task
-from mixora.training.planning import build_on_meta
 from mixora.training.run_config import RunConfig
 from mixora.training.run_folder import RUN_FILE
 
@@ -77,7 +76,8 @@ def make_matrix(comparison: Comparison) -> Matrix:
     for data in comparison.data:
         task = _read_task(comparison, data)
         if task not in known:
-            known[task] = match_methods(build_on_meta(comparison.model, task), comparison)
+            base = comparison.model
+            known[task] = match_methods(sketch_base(base.base, task=task, dtype=base.dtype), comparison)
         matched[data] = known[task]
     runs = tuple(
         _make_run(comparison, data, seed, method)

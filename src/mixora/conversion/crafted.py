@@ -8,7 +8,7 @@ a softmax over the kept logits, or by a softmax over all of them renormalised ov
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,8 +27,8 @@ from mixora.conversion.tensors import (
     write_adapter,
 )
 from mixora.errors import CheckpointError
-from mixora.folders import claim_folder
 from mixora.plan import Plan
+from mixora.stages import Advance, Stage, count
 from mixora.tuner import MixoraConfig, plan, recipe
 
 # model types of released checkpoints, and those of the dense models below them
@@ -69,19 +69,26 @@ class Sizes:
         return found
 
 
-def convert_crafted(source: Path, out: str | Path) -> Plan:
-    """Split a released checkpoint into `out/base`, an ordinary dense checkpoint, and `out/adapter`, an adapter for it.
+def convert_crafted(source: Path, claim: Callable[[], Path] | None, progress: Stage) -> Plan:
+    """Split a released checkpoint into an ordinary dense checkpoint, `base`, and an `adapter` for it.
 
-    Reads safetensors or `.bin` files, in one file or sharded; one shard at a time is in memory.
+    Both go to the folder that `claim` makes once everything fits; without it nothing is written. Reads safetensors or
+    `.bin` files, in one file or sharded; one shard at a time is in memory.
     """
     config, sizes = _read_config(source)
     shards = _find_shards(source)
     with torch.device("meta"):
         dense = AutoModelForCausalLM.from_config(config)
     _check(read_shapes(shards), dense, sizes.shapes(config), source)
-    folder = claim_folder(out)
-    table = _write_adapter(folder, shards, dense, sizes)
-    _write_base(folder / "base", shards, config)
+    settings = sizes.config()
+    table = plan(dense, settings)
+    if claim is None:
+        return table
+    folder = claim()
+    with progress("writing the adapter, files read") as advance:
+        _write_adapter(folder, _tensors_of(count(shards, advance)), dense, settings)
+    with progress("writing the base, files") as advance:
+        _write_base(folder / "base", shards, config, advance)
     for pattern in _COMPANIONS:
         for file in source.glob(pattern):
             shutil.copy(file, folder / "base" / file.name)
@@ -130,35 +137,34 @@ def _check(found: Shapes, dense: PreTrainedModel, of_experts: Shapes, source: Pa
     check_shapes(kept, expected, source, "a crafted model")
 
 
-def _tensors_of(shards: list[Path]) -> Iterator[tuple[str, Tensor]]:
+def _tensors_of(shards: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:
     for shard in shards:
         yield from read_tensors(shard).items()
 
 
-def _write_adapter(folder: Path, shards: list[Path], dense: PreTrainedModel, sizes: Sizes) -> Plan:
+def _write_adapter(
+    folder: Path, stored: Iterable[tuple[str, Tensor]], dense: PreTrainedModel, config: MixoraConfig
+) -> None:
     layers: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in _tensors_of(shards):
+    for name, tensor in stored:
         match = _ADAPTER.fullmatch(name)
         if match:
             layers.setdefault(match[1], {})[match[2]] = tensor.clone()
     tensors: dict[str, Tensor] = {}
     for layer, parts in layers.items():
         prefix = f"base_model.model.model.layers.{layer}.mlp.mixora_"
-        experts = [f"experts.{expert}.adapter_" for expert in range(sizes.num_experts)]
+        experts = [f"experts.{expert}.adapter_" for expert in range(len(parts) // 2)]
         tensors[prefix + "A"] = torch.cat([parts[expert + "down"] for expert in experts])
         tensors[prefix + "B"] = torch.cat([parts[expert + "up"].T for expert in experts])
         tensors[prefix + "router"] = parts["router"].float()
-    config = sizes.config()
-    table = plan(dense, config)
     write_adapter(folder / "adapter", dense, config, str(folder / "base"), tensors)
-    return table
 
 
-def _write_base(folder: Path, shards: list[Path], config: PreTrainedConfig) -> None:
+def _write_base(folder: Path, shards: list[Path], config: PreTrainedConfig, advance: Advance) -> None:
     folder.mkdir()
     weight_map: dict[str, str] = {}
     size = 0
-    for number, shard in enumerate(shards, start=1):
+    for number, shard in enumerate(count(shards, advance), start=1):
         name = f"model-{number:05}-of-{len(shards):05}.safetensors"
         kept = {
             key: tensor.contiguous()

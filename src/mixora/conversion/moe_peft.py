@@ -11,6 +11,7 @@ ours acts in training only.
 
 import math
 from abc import abstractmethod
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -25,7 +26,6 @@ from mixora.config import Strict, parse
 from mixora.conversion.tensors import Shapes, check_shapes, read_json, read_tensors, shapes_of, write_adapter
 from mixora.depth import Count
 from mixora.errors import CheckpointError, ConfigError, ModelError
-from mixora.folders import claim_folder
 from mixora.plan import Plan, Site
 from mixora.tuner import MixoraConfig, plan, recipe
 
@@ -138,8 +138,11 @@ class _MixLora(_Adapter):
 _METHODS: dict[str, type[_Adapter]] = {"MOLA": _Mola, "MIXLORA": _MixLora}
 
 
-def convert_moe_peft(source: Path, out: str | Path, model: str | Path | None) -> Plan:
-    """Write `out/adapter`; the base is `model`, or the one that the adapter names."""
+def convert_moe_peft(source: Path, claim: Callable[[], Path] | None, model: str | Path | None) -> Plan:
+    """Write `adapter` to the folder that `claim` makes, if there is one, once everything fits.
+
+    The base is `model`, or the one that the adapter names.
+    """
     theirs = _read_settings(source)
     base = str(model or theirs.base_model_name_or_path or "")
     dense = _make_dense(base, source)
@@ -155,7 +158,8 @@ def convert_moe_peft(source: Path, out: str | Path, model: str | Path | None) ->
         for site in table.sites
         for kind, names in theirs.sources(site).items()
     }
-    write_adapter(claim_folder(out) / "adapter", dense, config, base, ours)
+    if claim is not None:
+        write_adapter(claim() / "adapter", dense, config, base, ours)
     return table
 
 

@@ -24,6 +24,7 @@ from mixora.data.prompts import (
 )
 from mixora.data.sources import Rows
 from mixora.errors import DataError
+from mixora.stages import Advance
 
 IGNORED = -100
 
@@ -49,7 +50,14 @@ class _Example:
     truncated: bool
 
 
-def encode(rows: Rows, tokenizer: PreTrainedTokenizerBase, config: EncodingConfig, *, model_kind: ModelKind) -> Encoded:
+def encode(
+    rows: Rows,
+    tokenizer: PreTrainedTokenizerBase,
+    config: EncodingConfig,
+    *,
+    model_kind: ModelKind,
+    advance: Advance | None = None,
+) -> Encoded:
     """Encode `rows` for training or for measuring the loss.
 
     Columns, each a list of int per row unless said otherwise:
@@ -61,6 +69,7 @@ def encode(rows: Rows, tokenizer: PreTrainedTokenizerBase, config: EncodingConfi
 
     A row over `max_length` loses the start of its prompt first (BOS stays, or the last token where there is none),
     then the end of its answer; such rows are counted and logged. Text and classification rows lose their end.
+    `advance` is told the rows done and the rows in all.
 
     Raises:
         DataError: the form does not suit the model, a setting cannot take effect, the tokenizer lacks EOS or a chat
@@ -70,7 +79,7 @@ def encode(rows: Rows, tokenizer: PreTrainedTokenizerBase, config: EncodingConfi
         raise DataError(f"{rows.origin}: has no rows to encode")
     with _named(rows.origin):
         _check_fit(rows.form, tokenizer, config, model_kind)
-    examples = list(_examples_of(rows, tokenizer, config, model_kind))
+    examples = list(_examples_of(rows, tokenizer, config, model_kind, advance))
     truncated = sum(example.truncated for example in examples)
     if truncated:
         told = "%s: %d of %d rows are longer than max_length %d and lost tokens"
@@ -84,7 +93,11 @@ def encode(rows: Rows, tokenizer: PreTrainedTokenizerBase, config: EncodingConfi
 
 
 def _examples_of(
-    rows: Rows, tokenizer: PreTrainedTokenizerBase, config: EncodingConfig, model_kind: ModelKind
+    rows: Rows,
+    tokenizer: PreTrainedTokenizerBase,
+    config: EncodingConfig,
+    model_kind: ModelKind,
+    advance: Advance | None,
 ) -> Iterator[_Example]:
     make = _encode_labelled if FORMS[rows.form].labelled else _encode_text
     if model_kind == "encoder-decoder":
@@ -95,6 +108,8 @@ def _examples_of(
             if _supervised(example) == 0:
                 raise DataError("keeps no token to learn from")
         yield example
+        if advance and number % 100 == 0:
+            advance(number, len(rows))
 
 
 @contextmanager

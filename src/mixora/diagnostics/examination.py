@@ -15,6 +15,7 @@ from mixora.diagnostics.typical import TokenCounts, find_strongest
 from mixora.mixture import Mixture, mixtures_of
 from mixora.passes import Stream
 from mixora.routing import Observation, Routing
+from mixora.stages import Advance, count
 
 Batch = Mapping[str, Tensor]
 STREAMS: tuple[Stream, ...] = ("source", "target")
@@ -30,18 +31,22 @@ class Examination:
     strongest: list[Typical]
 
 
-def examine(model: nn.Module, batches: Sequence[Batch], tokenizer: PreTrainedTokenizerBase) -> Examination:
+def examine(
+    model: nn.Module, batches: Sequence[Batch], tokenizer: PreTrainedTokenizerBase, advance: Advance | None = None
+) -> Examination:
     """What the routers of the active adapter do with the real tokens of the batches, in evaluation mode.
 
     Sites with one expert are left out; tokens and likeness are not told where a router does not look at its input.
-    Weights, gradients and mode of the model stay as they are. Raises `ModelError` for a model without active sites.
+    Weights, gradients and mode of the model stay as they are. `advance` is told the batches done, and all. Raises
+    `ModelError` for a model without active sites.
     """
     layers = {layer.path: layer for layer in mixtures_of(model)}
     batch_ids = [{stream: _token_ids(model, batch, stream) for stream in STREAMS} for batch in batches]
     known = [ids.flatten() for ids_of in batch_ids for ids in ids_of.values() if ids is not None]
     vocabulary_V = torch.cat(known).unique() if known else torch.zeros(0, dtype=torch.long)
     sites: dict[str, _Site] = {}
-    for ids_of, observations in zip(batch_ids, observe(model, batches), strict=True):
+    watched = batches if advance is None else count(batches, advance)
+    for ids_of, observations in zip(batch_ids, observe(model, watched), strict=True):
         for seen in observations:
             if seen.routing.num_experts > 1:
                 site = sites.setdefault(seen.path, _Site(layers[seen.path], seen, vocabulary_V))

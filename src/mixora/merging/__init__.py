@@ -2,7 +2,7 @@
 
 from mixora.merging.approximation import Approximation
 from mixora.merging.comparison import Comparison
-from mixora.merging.procedure import merge
-from mixora.merging.result import Merged, MergedSite
+from mixora.merging.procedure import foresee, merge
+from mixora.merging.result import Form, Merged, MergedSite
 
-__all__ = ["Approximation", "Comparison", "Merged", "MergedSite", "merge"]
+__all__ = ["Approximation", "Comparison", "Form", "Merged", "MergedSite", "foresee", "merge"]

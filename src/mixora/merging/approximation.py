@@ -15,9 +15,9 @@ from mixora.evaluate.inference import inference
 from mixora.low_rank import LowRank
 from mixora.merging.regression import Inputs, Outputs
 from mixora.mixture import Mixture
+from mixora.stages import Advance
 
 Batch = Mapping[str, Tensor]
-Advance = Callable[[int, int], None]
 FLOAT64 = 8
 
 

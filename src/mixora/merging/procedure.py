@@ -1,34 +1,28 @@
 """The whole way of a merge: what can be merged and how, the pairs, the files, the measured change, the card."""
 
-from collections.abc import Callable, Collection
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 import torch
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from mixora.errors import CheckpointError, ConfigError
-from mixora.folders import claim_folder
+from mixora.folders import check_folder, claim_folder
 from mixora.host import MIXORA
 from mixora.low_rank import LowRank
-from mixora.merging.approximation import Advance, Approximation, Batch, active_rank, approximate
+from mixora.merging.approximation import Approximation, Batch, active_rank, approximate
 from mixora.merging.card import write_companions
 from mixora.merging.comparison import Comparison, compare
 from mixora.merging.export import Pairs, name_base, write_dense, write_lora, write_mixture
-from mixora.merging.result import Merged, MergedSite
+from mixora.merging.result import Form, Merged, MergedSite
 from mixora.merging.soup import Soup, cook
 from mixora.mixture import Mixture
+from mixora.stages import Stage, silently
 from mixora.tuner import MixoraConfig
 
-Stage = Callable[[str], AbstractContextManager[Advance]]
 Found = dict[str, tuple[LowRank, MergedSite]]
-
-
-def _silently(label: str) -> AbstractContextManager[Advance]:
-    return nullcontext(lambda done, total: None)
 
 
 @torch.no_grad()
@@ -41,7 +35,8 @@ def merge(
     soup: Collection[Batch] | None = None,
     approximation: Approximation | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    progress: Stage = _silently,
+    overwrite: bool = False,
+    progress: Stage = silently,
 ) -> Merged:
     """Write the active adapter of `model` to the folder `out` as an ordinary PEFT LoRA adapter, with a model card.
 
@@ -49,29 +44,47 @@ def merge(
     decomposition. Drawn experts (AdaMix) are averaged, all of them or those that a greedy `soup` on held-out batches
     chooses. Sites routed by the input get the LoRA that is nearest on `approximation.fit`, of `rank` (by default
     `active_rank`); loss and logits are compared on its `held_out`. `dense`: write the base with the change in its
-    weights instead, which uses up `model`. `tokenizer` is written beside. `progress` is told what is being done and
-    gives a context with a function of (done, total). Raises `ConfigError` for routed sites without `approximation`,
-    options without effect, and an `out` that is not empty; `MixoraError` for routed experts behind modules.
+    weights instead, which uses up `model`. `tokenizer` is written beside. `overwrite`: replace what mixora wrote to
+    `out` before. `progress` is told what is being done and gives a context with a function of (done, total).
+
+    Raises `ConfigError` for routed sites without `approximation`, options without effect, and an `out` that is not
+    empty; `MixoraError` for routed experts behind modules.
     """
     adapter, modules = _read_sites(model)
     config = model.peft_config[adapter]
-    routed = _find_routed(config, adapter, modules, rank, approximation)
-    form = _choose_form(modules, adapter, dense, rank, approximation)
+    routed = _find_routed(config, adapter, modules, rank, approximation is not None)
+    form = _choose_form(modules, adapter, dense, rank, approximation is not None)
+    check_folder(out, overwrite)
     cooked = None if soup is None else _cook(model, modules, adapter, soup, progress)
     members = None if cooked is None else cooked.members
-    folder = claim_folder(out)
     exact = [module for module in modules if module not in routed and form != "mixture"]
     found = {module.path: _cut(module, adapter, rank, members) for module in exact}
     if approximation is not None:
         found |= _fit(model, routed, adapter, approximation, rank, progress)
     pairs = {path: pair for path, (pair, _) in found.items()}
+    folder = claim_folder(out, overwrite)
     sites = tuple(_describe(module, adapter, found) for module in modules)
     merged = Merged(folder, form, str(name_base(config.base_model_name_or_path)), config.recipe, sites, soup=cooked)
     if approximation is not None:
         origin = f"{len(approximation.fit)} batches of {approximation.origin}"
         merged = replace(merged, fitted_on=origin, changes=_measure(model, modules, pairs, approximation, progress))
-    _write(merged, model, adapter, pairs, tokenizer)
+    with progress(f"writing {folder}"):
+        _write(merged, model, adapter, pairs, tokenizer)
     return merged
+
+
+def foresee(
+    model: PeftModel, *, rank: int | None = None, dense: bool = False, approximate: bool = False
+) -> tuple[Form, dict[str, str]]:
+    """What `merge` would write, and how it would get to each site, by path; `model` may stand on the meta device.
+
+    Raises what `merge` would raise of the adapter and the options.
+    """
+    adapter, modules = _read_sites(model)
+    routed = _find_routed(model.peft_config[adapter], adapter, modules, rank, approximate)
+    form = _choose_form(modules, adapter, dense, rank, approximate)
+    static = "averaged" if form == "mixture" else "exact" if rank is None else f"cut to rank {rank}"
+    return form, {module.path: "fitted" if module in routed else static for module in modules}
 
 
 def _write(
@@ -86,14 +99,12 @@ def _write(
     write_companions(merged, task_type, tokenizer)
 
 
-def _choose_form(
-    modules: list[Mixture], adapter: str, dense: bool, rank: int | None, approximation: Approximation | None
-) -> Literal["adapter", "mixture", "dense"]:
+def _choose_form(modules: list[Mixture], adapter: str, dense: bool, rank: int | None, approximate: bool) -> Form:
     """What can hold the merged adapter; `ConfigError` for options that have no meaning there."""
     behind = [module for module in modules if module.parts[adapter].expert.reads == "output"]
     if not behind:
         return "dense" if dense else "adapter"
-    unfit = {"dense": dense, "rank": rank is not None, "approximate": approximation is not None}
+    unfit = {"dense": dense, "rank": rank is not None, "approximate": approximate}
     named = [name for name, is_asked in unfit.items() if is_asked]
     if named:
         raise ConfigError(
@@ -127,7 +138,7 @@ def _read_sites(model: PeftModel) -> tuple[str, list[Mixture]]:
 
 
 def _find_routed(
-    config: PeftConfig, adapter: str, modules: list[Mixture], rank: int | None, approximation: Approximation | None
+    config: PeftConfig, adapter: str, modules: list[Mixture], rank: int | None, approximate: bool
 ) -> list[Mixture]:
     """The sites that have to be fitted, once it is sure that the adapter can be merged as asked."""
     routed = [module for module in modules if not module.parts[adapter].router.is_static]
@@ -137,9 +148,9 @@ def _find_routed(
         if module.parts[adapter].expert.reads == "output" or module.parts[adapter].firsts:
             # raises, with the reason
             module.as_low_rank(adapter)
-    if routed and approximation is None:
+    if routed and not approximate:
         raise ConfigError(_name_obstacle(config, routed))
-    if approximation is not None and not routed:
+    if approximate and not routed:
         raise ConfigError("approximate: every site of this adapter is merged exactly; valid: merge it without")
     return routed
 

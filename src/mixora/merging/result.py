@@ -8,6 +8,8 @@ from typing import Any, Literal
 from mixora.merging.comparison import Comparison
 from mixora.merging.soup import Soup
 
+Form = Literal["adapter", "mixture", "dense"]
+
 
 @dataclass(frozen=True)
 class MergedSite:
@@ -34,7 +36,7 @@ class Merged:
     """
 
     out: Path
-    form: Literal["adapter", "mixture", "dense"]
+    form: Form
     base: str
     recipe: str | None
     sites: tuple[MergedSite, ...]

@@ -8,9 +8,10 @@ from torch import nn
 from mixora.draws import serving
 from mixora.errors import ConfigError, DataError
 from mixora.evaluate.inference import inference
-from mixora.merging.approximation import Advance, Batch
+from mixora.merging.approximation import Batch
 from mixora.merging.comparison import predict, sum_loss
 from mixora.mixture import Mixture
+from mixora.stages import Advance
 
 
 @dataclass(frozen=True)

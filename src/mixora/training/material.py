@@ -13,7 +13,7 @@ import transformers
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from mixora.bases import Task, load_base, read_base_config
+from mixora.bases import Task, load_base, read_base_config, read_tokenizer, sketch_base
 from mixora.data import (
     FORMS,
     Collator,
@@ -32,6 +32,7 @@ from mixora.data import (
 )
 from mixora.errors import ConfigError, DataError
 from mixora.evaluate import Examples
+from mixora.stages import Advance
 from mixora.training.run_config import DataSection, RunConfig, TaskSection
 
 ROUTED_ROWS = 64
@@ -78,14 +79,21 @@ class TrainingSet:
     tasks: dict[str, dict[str, Any]]
 
 
-def read_material(config: RunConfig, to_train: bool = True) -> Material:
-    """Load what `config` names; `DataError`, `ModelError` or `ConfigError` where the parts do not fit."""
+def read_material(config: RunConfig, to_train: bool = True, with_weights: bool = True) -> Material:
+    """Load what `config` names; `DataError`, `ModelError` or `ConfigError` where the parts do not fit.
+
+    Without weights, the model stands on the meta device.
+    """
     tasks, rows = _read_tasks(config, to_train)
     is_labelled = FORMS[rows.form].labelled
-    base_config = read_base_config(config.model.base)
+    base, dtype = config.model.base, config.model.dtype
+    base_config = read_base_config(base)
     task = _choose_task(config, is_labelled, bool(base_config.is_encoder_decoder))
     outputs = len(rows.labels or (0,)) if task == "sequence-classification" else None
-    model, tokenizer = load_base(config.model.base, task=task, num_labels=outputs, dtype=config.model.dtype)
+    if with_weights:
+        model, tokenizer = load_base(base, task=task, num_labels=outputs, dtype=dtype)
+    else:
+        model, tokenizer = sketch_base(base, task=task, dtype=dtype), read_tokenizer(base)
     kind: ModelKind = "encoder-decoder" if base_config.is_encoder_decoder else _kind_of(model, task)
     return Material(model, tokenizer, task, kind, tasks)
 
@@ -163,7 +171,7 @@ def _read_task(section: TaskSection, data: DataSection, to_train: bool) -> TaskR
         assert train_rows is not None
         train_rows, held_out = _hold_out(train_rows)
     if train_rows is not None and count is not None:
-        train_rows = _first(train_rows, count)
+        train_rows = first_rows(train_rows, count)
     return TaskRows(train_rows if to_train else None, held_out)
 
 
@@ -173,27 +181,31 @@ def _hold_out(rows: Rows) -> tuple[Rows, Rows]:
     if len(rows) < 2:
         raise DataError(f"{rows.origin}: one row cannot be split into training and evaluation; valid: two or more")
     held_out = replace(rows, rows=rows[len(rows) - count :], origin=f"{rows.origin} (last {count} rows)")
-    return _first(rows, len(rows) - count), held_out
+    return first_rows(rows, len(rows) - count), held_out
 
 
-def _first(rows: Rows, count: int) -> Rows:
+def first_rows(rows: Rows, count: int) -> Rows:
+    """The first `count` rows."""
     return replace(rows, rows=rows[:count])
 
 
-def encode_rows(material: Material, config: RunConfig, tasks: Mapping[str, Rows], **changes: Any) -> dict[str, Encoded]:
-    """Rows of several tasks, encoded by the settings of the run with `changes`."""
+def encode_rows(
+    material: Material, config: RunConfig, tasks: Mapping[str, Rows], advance: Advance | None = None, **changes: Any
+) -> dict[str, Encoded]:
+    """Rows of several tasks, encoded by the settings of the run with `changes`; each task is told to `advance`."""
     encoding: EncodingConfig = config.data.model_copy(update=changes)
     # text has no prompt to format, which is no mistake beside tasks that have one
+    common: dict[str, Any] = {"model_kind": material.kind, "advance": advance}
     plain = encoding if config.data.tasks is None else encoding.model_copy(update={"prompt_format": "auto"})
     return {
-        name: encode(rows, material.tokenizer, plain if rows.form == "text" else encoding, model_kind=material.kind)
+        name: encode(rows, material.tokenizer, plain if rows.form == "text" else encoding, **common)
         for name, rows in tasks.items()
     }
 
 
-def make_training_set(material: Material, config: RunConfig) -> TrainingSet:
+def make_training_set(material: Material, config: RunConfig, advance: Advance | None = None) -> TrainingSet:
     """What `config` trains on: the rows of a single source as they stand, or as many of several as the run takes."""
-    encoded = encode_rows(material, config, material.train_rows())
+    encoded = encode_rows(material, config, material.train_rows(), advance)
     truncated = sum(part.truncated for part in encoded.values())
     parts = {name: part.dataset for name, part in encoded.items()}
     if config.data.tasks is None:
@@ -201,7 +213,7 @@ def make_training_set(material: Material, config: RunConfig) -> TrainingSet:
         return TrainingSet(dataset, truncated, {})
     settings = _mixing(config.data)
     sizes = {name: len(part) for name, part in parts.items()}
-    count = _count_draws(config, sum(count_rows(sizes, settings["limit"]).values()))
+    count = count_rows_of_epoch(config, sizes)
     dataset = mix(parts, **settings, rows=count, seed=config.train.seed)
     shares, drawn = share_out(sizes, **settings), Counter(dataset["task"])
     tasks = {name: {"rows": sizes[name], "share": shares[name], "drawn": drawn[name]} for name in parts}
@@ -217,12 +229,17 @@ def _mixing(data: DataSection) -> dict[str, Any]:
     }
 
 
-def _count_draws(config: RunConfig, epoch: int) -> int:
-    """The rows that the whole run takes; a trainer that other arguments make take more begins again."""
+def count_rows_of_epoch(config: RunConfig, sizes: Mapping[str, int]) -> int:
+    """The rows that a trainer sees as one epoch of tasks of these `sizes`: of several, all that the run takes.
+
+    A trainer that other arguments make take more begins again.
+    """
     train = config.train
+    if config.data.tasks is None:
+        return sum(sizes.values())
     if train.steps is not None:
         return train.steps * train.batch_size * train.gradient_accumulation
-    return math.ceil(train.epochs * epoch)
+    return math.ceil(train.epochs * sum(count_rows(sizes, _mixing(config.data)["limit"]).values()))
 
 
 def make_examples(material: Material, config: RunConfig) -> dict[str, Examples]:
@@ -230,7 +247,7 @@ def make_examples(material: Material, config: RunConfig) -> dict[str, Examples]:
     limit = config.evaluate.limit
     held_out = {name: task.evaluation for name, task in material.tasks.items()}
     if limit is not None:
-        held_out = {name: _first(rows, limit) for name, rows in held_out.items()}
+        held_out = {name: first_rows(rows, limit) for name, rows in held_out.items()}
     encoded = encode_rows(material, config, held_out, packing=False, train_on="completion")
     return {name: _make_examples(rows, encoded[name], material, config) for name, rows in held_out.items()}
 

@@ -2,13 +2,14 @@
 
 import random
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from datasets import concatenate_datasets
-from peft import PeftConfig, PeftModel
+from peft import PeftModel, get_peft_model
 from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME
 from rich.box import SIMPLE_HEAD
 from rich.console import RenderableType
@@ -17,12 +18,12 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from mixora.bases import load_base
-from mixora.config import merge_trees, parse, read_yaml
+from mixora.bases import load_base, sketch_base
+from mixora.config import merge_trees, parse
 from mixora.errors import ConfigError
-from mixora.folders import claim_folder
-from mixora.loading import check_files, from_pretrained, task_of
-from mixora.merging import Approximation, Comparison, Merged, merge
+from mixora.folders import check_folder
+from mixora.loading import check_files, from_pretrained, read_adapter_config, task_of
+from mixora.merging import Approximation, Comparison, Form, Merged, foresee, merge
 from mixora.plan import common_prefix
 from mixora.training.material import (
     Material,
@@ -33,7 +34,7 @@ from mixora.training.material import (
     sample_batches,
 )
 from mixora.training.progress import Progress
-from mixora.training.run_config import ModelSection, RunConfig
+from mixora.training.run_config import ModelSection, RunConfig, read_settings
 from mixora.training.run_folder import RUN_FILE
 
 FIT_ROWS = 256
@@ -49,6 +50,7 @@ def merge_folder(
     dense: bool = False,
     soup: bool = False,
     fit_rows: int | None = None,
+    overwrite: bool = False,
 ) -> Merged:
     """`mixora.merge` for the folder of a run, or of a saved adapter; `changes` are settings of a run.
 
@@ -56,45 +58,71 @@ def merge_folder(
     nearest LoRA on as many training rows, drawn by the run's seed, and the change is measured on the evaluation rows.
     Without either, the data are not looked at.
     """
-    adapter, tree = _read_settings(source, changes)
     needs_rows = soup or fit_rows is not None
+    adapter, tree = _read_settings(source, changes, needs_rows)
+    reads = [source, tree["model"]["base"]]
+    check_folder(out, overwrite, reads)
+    progress.say(f"reading {adapter} and {tree['model']['base']}")
+    approximation, held_out = None, None
+    with progress.task("reading"):
+        if not needs_rows:
+            model, tokenizer = _load(adapter, parse(ModelSection, tree["model"], "model"))
+        else:
+            config = parse(RunConfig, tree)
+            material = read_material(config)
+            model, tokenizer = from_pretrained(material.model, adapter), material.tokenizer
+            approximation = None if fit_rows is None else sample(material, config, fit_rows)
+            held_out = _all_batches(material, config) if soup else None
+    settings: dict[str, Any] = {"approximation": approximation, "tokenizer": tokenizer, "progress": progress.task}
+    return merge(model, out, rank=rank, dense=dense, soup=held_out, overwrite=overwrite, **settings)
+
+
+def foresee_merge(
+    source: Path,
+    out: Path,
+    changes: Mapping[str, Any],
+    *,
+    rank: int | None = None,
+    dense: bool = False,
+    soup: bool = False,
+    fit_rows: int | None = None,
+    overwrite: bool = False,
+) -> tuple[Form, dict[str, str]]:
+    """What `merge_folder` would write, and how it would get to each site, by path; reads no weights of the base."""
+    needs_rows = soup or fit_rows is not None
+    adapter, tree = _read_settings(source, changes, needs_rows)
+    check_folder(out, overwrite, [source, tree["model"]["base"]])
+    config = read_adapter_config(adapter)
+    if needs_rows:
+        base = read_material(parse(RunConfig, tree), with_weights=False).model
+    else:
+        section = parse(ModelSection, tree["model"], "model")
+        base = sketch_base(section.base, task=task_of(config), dtype=section.dtype)
+    return foresee(get_peft_model(base, config), rank=rank, dense=dense, approximate=fit_rows is not None)
+
+
+def _read_settings(source: Path, changes: Mapping[str, Any], needs_rows: bool) -> tuple[Path, dict[str, Any]]:
+    """The folder of the adapter, and the settings of its run as far as they are known."""
     ineffective = [] if needs_rows else sorted(changes.keys() - {"model"})
     if ineffective:
         raise ConfigError(
             f"{ineffective[0]}: an exact merge looks at no rows; valid: with --approximate (routed experts) or --soup "
             "(drawn ones)"
         )
-    claim_folder(out)
-    progress.say(f"reading {adapter} and {tree['model']['base']}")
-    approximation, held_out = None, None
-    if not needs_rows:
-        model, tokenizer = _load(adapter, parse(ModelSection, tree["model"], "model"))
-    else:
-        config = parse(RunConfig, tree)
-        material = read_material(config)
-        model, tokenizer = from_pretrained(material.model, adapter), material.tokenizer
-        approximation = None if fit_rows is None else sample(material, config, fit_rows)
-        held_out = _all_batches(material, config) if soup else None
-    settings: dict[str, Any] = {"approximation": approximation, "tokenizer": tokenizer, "progress": progress.task}
-    return merge(model, out, rank=rank, dense=dense, soup=held_out, **settings)
-
-
-def _read_settings(source: Path, changes: Mapping[str, Any]) -> tuple[Path, dict[str, Any]]:
-    """The folder of the adapter, and the settings of its run as far as they are known."""
     tree: dict[str, Any] = {}
     adapter = source
     if (source / RUN_FILE).is_file():
-        tree, adapter = read_yaml(source / RUN_FILE), source / "adapter"
+        tree, adapter = read_settings(source / RUN_FILE), source / "adapter"
     check_files(adapter)
     tree = merge_trees(tree, changes)
-    model = {"base": PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path, **tree.get("model", {})}
+    model = {"base": read_adapter_config(adapter).base_model_name_or_path, **tree.get("model", {})}
     if not model["base"]:
         raise ConfigError(f"model.base: {adapter} does not name its base; valid: --model BASE")
     return adapter, {**tree, "model": model}
 
 
 def _load(adapter: Path, section: ModelSection) -> tuple[PeftModel, PreTrainedTokenizerBase]:
-    task = task_of(PeftConfig.from_pretrained(str(adapter)))
+    task = task_of(read_adapter_config(adapter))
     outputs = _count_outputs(adapter) if task == "sequence-classification" else None
     base, tokenizer = load_base(section.base, task=task, num_labels=outputs, dtype=section.dtype)
     return from_pretrained(base, adapter), tokenizer
@@ -133,6 +161,16 @@ def sample(material: Material, config: RunConfig, fit_rows: int) -> Approximatio
 def _all_batches(material: Material, config: RunConfig) -> list[Mapping[str, Tensor]]:
     """All evaluation rows."""
     return batches_of_tasks(make_examples(material, config), config, None)
+
+
+def summarise_foreseen(form: Form, methods: Mapping[str, str], out: Path) -> Iterator[RenderableType]:
+    """What a merge would do, for a terminal."""
+    kinds = Counter((re.sub(r"\.\d+\.", ".*.", path, count=1), method) for path, method in methods.items())
+    table = Table("site", "number", "method", title=f"{len(methods)} sites", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for (kind, method), number in kinds.items():
+        table.add_row(kind, str(number), method)
+    yield table
+    yield f"nothing was written; without --dry-run:\n{form}  {out}"
 
 
 def summarise_merge(merged: Merged) -> Iterator[RenderableType]:

@@ -5,27 +5,17 @@ from typing import Any
 
 import torch
 from peft import get_peft_model
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    AutoModelForSequenceClassification,
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 
-from mixora.bases import DTYPES, Task, read_base_config
+from mixora.bases import Task, sketch_base
 from mixora.config import parse
 from mixora.crafting import craft
-from mixora.errors import ConfigError, ModelError
+from mixora.errors import ConfigError
 from mixora.memory import estimate_memory
 from mixora.plan import Plan
-from mixora.training.run_config import AdapterSection, ModelSection
-from mixora.tuner import plan
-
-_CLASSES: dict[Task, Any] = {
-    "causal-lm": AutoModelForCausalLM,
-    "seq2seq-lm": AutoModelForSeq2SeqLM,
-    "sequence-classification": AutoModelForSequenceClassification,
-}
+from mixora.stages import Stage, silently
+from mixora.training.run_config import AdapterSection, ModelSection, check_names
+from mixora.tuner import MixoraConfig, plan
 
 
 def plan_without_weights(tree: Mapping[str, Any], batch: int, length: int | None) -> tuple[Plan, dict[str, int], int]:
@@ -35,35 +25,46 @@ def plan_without_weights(tree: Mapping[str, Any], batch: int, length: int | None
     The base stands on the meta device: a plan for 70 billion parameters takes seconds. Of `tree`, other sections are
     not looked at. Raises `ConfigError` or `ModelError`.
     """
+    check_names(tree)
     base = parse(ModelSection, tree.get("model", {}), "model")
     adapter = parse(AdapterSection, tree.get("adapter", {}), "adapter").build()
-    model = build_on_meta(base, None if base.task == "auto" else base.task)
+    model = sketch_base(base.base, task=_task_of(base), dtype=base.dtype)
     table = plan(model, adapter)
-    longest = getattr(model.config, "max_position_embeddings", None) or 512
+    longest = longest_row(model)
     if length is not None and length > longest:
         raise ConfigError(f"length: got {length}; valid for {base.base}: at most {longest} tokens")
     length = length or min(512, longest)
+    return table, weigh(model, adapter, batch, length), length
+
+
+def _task_of(section: ModelSection) -> Task | None:
+    return None if section.task == "auto" else section.task
+
+
+def longest_row(model: PreTrainedModel) -> int:
+    """The tokens of the longest row that a model takes; 512 where it does not say."""
+    return getattr(model.config, "max_position_embeddings", None) or 512
+
+
+def weigh(model: PreTrainedModel, adapter: MixoraConfig, batch: int, length: int) -> dict[str, int]:
+    """Bytes of a training step by part, and their `total`; `model` stands on the meta device, and is changed."""
     memory = estimate_memory(get_peft_model(model, adapter), batch, length)
-    return table, {**vars(memory), "total": memory.total}, length
+    return {**vars(memory), "total": memory.total}
 
 
-def build_on_meta(base: ModelSection, task: Task | None) -> PreTrainedModel:
-    """The base on the meta device, without weights; where `task` is None, the one that a base without data has.
-
-    Raises `ModelError` for a base that cannot do the task, and for what `resolve_base` refuses.
-    """
-    config = read_base_config(base.base)
-    task = task or ("seq2seq-lm" if config.is_encoder_decoder else "causal-lm")
-    try:
-        with torch.device("meta"):
-            return _CLASSES[task].from_config(config, dtype=DTYPES[base.dtype])
-    except ValueError as error:
-        raise ModelError(f"{base.base}: has no class for task {task!r}: {str(error).splitlines()[0]}") from None
-
-
-def craft_adapter(tree: Mapping[str, Any], out: str, seed: int) -> Plan:
+def craft_adapter(
+    tree: Mapping[str, Any],
+    out: str,
+    seed: int,
+    *,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    progress: Stage = silently,
+) -> Plan:
     """`mixora.craft` by a run's `model` and `adapter`; of `tree`, other sections are not looked at."""
+    check_names(tree)
     base = parse(ModelSection, tree.get("model", {}), "model")
     adapter = parse(AdapterSection, tree.get("adapter", {}), "adapter").build()
     torch.manual_seed(seed)
-    return craft(base.base, out, adapter, task=None if base.task == "auto" else base.task, dtype=base.dtype)
+    settings: dict[str, Any] = {"overwrite": overwrite, "dry_run": dry_run, "progress": progress}
+    return craft(base.base, out, adapter, task=_task_of(base), dtype=base.dtype, **settings)

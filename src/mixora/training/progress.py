@@ -1,23 +1,34 @@
-"""What a person sees while a run goes on: lines, tables, and bars with the remaining time."""
+"""What a person sees while a run goes on: lines, tables, and bars with the remaining time; in a log, lines only."""
 
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from datetime import timedelta
+from typing import Any, Protocol
 
 from rich.console import Console, RenderableType
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 from transformers import TrainerCallback
+from transformers.utils import logging
 
-Advance = Callable[[int, int], None]
 ROUTING = {"routing/evenness": "experts' evenness", "routing/dropped_share": "dropped"}
+SECONDS_BETWEEN_LINES = 15.0
+
+
+class Advance(Protocol):
+    """Told what is done and of how much, and perhaps a word on it."""
+
+    def __call__(self, done: int, total: int, note: str = "") -> None: ...
 
 
 class Progress:
-    """Writes to `console`; a quiet console makes a silent run."""
+    """Writes to `console`, in place of what transformers would; a quiet console makes a silent run."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
 
     def say(self, text: str) -> None:
         """One line."""
@@ -29,37 +40,63 @@ class Progress:
 
     @contextmanager
     def task(self, label: str) -> Iterator[Advance]:
-        """A bar; gives a function of (done, total)."""
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Bars(*columns, console=self.console, transient=True) as bars:
-            task = bars.add_task(label, total=None)
-            yield lambda done, total: bars.update(task, completed=done, total=total)
+        """Gives a function of (done, total) that moves a bar, or where there is no terminal writes a line at times."""
+        if not self.console.is_terminal or self.console.is_dumb_terminal:
+            yield _Lines(self, label)
+            return
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        remaining = (TextColumn("left"), TimeRemainingColumn())
+        with Bars(
+            *columns, *remaining, TextColumn("{task.fields[note]}"), console=self.console, transient=True
+        ) as bars:
+            task = bars.add_task(label, total=None, note="")
+
+            def advance(done: int, total: int, note: str = "") -> None:
+                bars.update(task, completed=done, total=total, note=note)
+
+            yield advance
+
+
+class _Lines:
+    """Plain lines, some time apart; none for what is over sooner."""
+
+    def __init__(self, progress: Progress, label: str) -> None:
+        self._progress, self._label = progress, label
+        self._told = time.monotonic()
+        self._first: tuple[int, float] | None = None
+
+    def __call__(self, done: int, total: int, note: str = "") -> None:
+        now = time.monotonic()
+        if self._first is None or done < self._first[0]:
+            self._first = done, now
+        if now - self._told < SECONDS_BETWEEN_LINES:
+            return
+        self._told = now
+        since, began = self._first
+        left = ""
+        if done > since:
+            seconds = round((now - began) / (done - since) * (total - done))
+            left = f", {timedelta(seconds=seconds)} left"
+        self._progress.say(f"{self._label}: {done} of {total}{left}{note and ', ' + note}")
 
 
 class StepProgress(TrainerCallback):
-    """A bar over the optimiser's steps, with the latest loss."""
+    """Tells the optimiser's steps, with the latest loss."""
 
-    def __init__(self, progress: Progress) -> None:
-        self.progress = progress
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Open the bar."""
-        columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self._bars = Bars(*columns, TextColumn("{task.description}"), console=self.progress.console, transient=True)
-        self._task = self._bars.add_task("", total=state.max_steps)
-        self._bars.start()
+    def __init__(self, advance: Advance) -> None:
+        self._advance = advance
+        self._note = ""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """One step further."""
-        self._bars.update(self._task, completed=state.global_step)
+        """One step further; a resumed run begins later than at 0."""
+        self._advance(state.global_step, state.max_steps, self._note)
+
+    on_train_begin = on_step_end
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Show the latest loss, and what the routers do."""
         if logs and "loss" in logs:
             said = [f"loss {float(logs['loss']):.4f}"]
             said += [f"{words} {logs[name]:.0%}" for name, words in ROUTING.items() if name in logs]
-            self._bars.update(self._task, description=", ".join(said))
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Close the bar."""
-        self._bars.stop()
+            self._note = ", ".join(said)
+            self._advance(state.global_step, state.max_steps, self._note)

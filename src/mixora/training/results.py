@@ -11,7 +11,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from mixora.config import did_you_mean, merge_trees, parse, read_yaml
+from mixora.config import did_you_mean, merge_trees, parse
 from mixora.data import render_prompt
 from mixora.diagnostics.measure import inspect
 from mixora.diagnostics.page import format_value
@@ -23,10 +23,11 @@ from mixora.errors import CheckpointError, ConfigError, DataError
 from mixora.evaluate import Examples, generate
 from mixora.loading import from_pretrained
 from mixora.plan import common_prefix
+from mixora.stages import count
 from mixora.training.material import Material, batches_of_tasks, make_examples, read_material
 from mixora.training.progress import Progress
 from mixora.training.run import measure
-from mixora.training.run_config import DataSection, RunConfig
+from mixora.training.run_config import DataSection, RunConfig, read_settings
 from mixora.training.run_folder import RUN_FILE
 from mixora.training.tasks import average, scores_table, split_sites
 
@@ -83,17 +84,19 @@ class Trained:
     def inspect(self) -> list[dict[str, Any]]:
         """What the routers do with the held-out rows, see `mixora.inspect`; of several tasks each below `tasks`."""
         examples = self._examples()
-        sites = inspect(self.model, batches_of_tasks(examples, self.config))
+        sites = self._inspect(examples, "inspecting")
         if self.config.data.tasks is None:
             return sites
-        each = {
-            name: inspect(self.model, batches_of_tasks({name: part}, self.config)) for name, part in examples.items()
-        }
-        return split_sites(sites, each)
+        return split_sites(sites, {name: self._inspect({name: part}, name) for name, part in examples.items()})
+
+    def _inspect(self, examples: Mapping[str, Examples], label: str) -> list[dict[str, Any]]:
+        with self.progress.task(f"{label}, batches") as advance:
+            return inspect(self.model, count(batches_of_tasks(examples, self.config), advance))
 
     def residual_energy(self) -> list[dict[str, Any]]:
         """How far experts behind modules are from full ones on the held-out rows; see `mixora.residual_energy`."""
-        return residual_energy(self.model, batches_of_tasks(self._examples(), self.config))
+        with self.progress.task("measuring, batches") as advance:
+            return residual_energy(self.model, count(batches_of_tasks(self._examples(), self.config), advance))
 
     def _examples(self) -> dict[str, Examples]:
         return make_examples(self.material, self.config)
@@ -109,10 +112,13 @@ class Trained:
         settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": 8, "do_sample": sample}
         answers = [{"prompt": p} for p in prompts]
         if compare:
-            with self.model.disable_adapter():
-                for answer, text in zip(answers, generate(self.model, tokenizer, ids, **settings), strict=True):
-                    answer["base"] = text
-        for answer, text in zip(answers, generate(self.model, tokenizer, ids, **settings), strict=True):
+            with self.model.disable_adapter(), self.progress.task("asking the base") as advance:
+                texts = generate(self.model, tokenizer, ids, progress=advance, **settings)
+            for answer, text in zip(answers, texts, strict=True):
+                answer["base"] = text
+        with self.progress.task("answering") as advance:
+            texts = generate(self.model, tokenizer, ids, progress=advance, **settings)
+        for answer, text in zip(answers, texts, strict=True):
             answer["answer"] = text
         return answers
 
@@ -126,12 +132,14 @@ def reopen(run: Path, changes: Mapping[str, Any], progress: Progress, tasks: Seq
     """
     if not (run / RUN_FILE).is_file() or not (run / "adapter").is_dir():
         raise CheckpointError(f"{run}: is not the folder of a finished run; valid: what `mixora train --out` wrote")
-    config = parse(RunConfig, merge_trees(read_yaml(run / RUN_FILE), changes))
+    config = parse(RunConfig, merge_trees(read_settings(run / RUN_FILE), changes))
     if tasks:
         config = config.model_copy(update={"data": _select(config.data, tasks)})
     progress.say(f"reading {run} and {config.model.base}")
-    material = read_material(config, to_train=False)
-    return Trained(from_pretrained(material.model, run / "adapter"), material, config, progress)
+    with progress.task("reading"):
+        material = read_material(config, to_train=False)
+        model = from_pretrained(material.model, run / "adapter")
+    return Trained(model, material, config, progress)
 
 
 def _select(data: DataSection, names: Sequence[str]) -> DataSection:

@@ -1,11 +1,9 @@
 """The whole way of a run: load, plan, evaluate, train, evaluate again, save, read back, report."""
 
-import shlex
-import sys
 import time
 from collections.abc import Mapping
-from datetime import UTC, datetime
-from importlib.metadata import version
+from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +15,27 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from mixora.bases import TASK_TYPES
 from mixora.diagnostics.checkpoint import history_of
-from mixora.diagnostics.examination import examine
-from mixora.diagnostics.measure import load_by_group
 from mixora.diagnostics.record import RunRecord
 from mixora.diagnostics.report import write_report
 from mixora.errors import ConfigError
 from mixora.evaluate import Evaluation, Examples, evaluate
+from mixora.folders import check_folder
 from mixora.loading import from_pretrained
 from mixora.plan import Plan
 from mixora.serving import served_by
+from mixora.training.checkpoints import find_checkpoint, read_state, remove_checkpoints, resumable
 from mixora.training.costs import describe_costs
+from mixora.training.description import (
+    describe_environment,
+    describe_model,
+    describe_run,
+    describe_tasks,
+    list_generations,
+)
+from mixora.training.interruption import Interruption
 from mixora.training.material import (
     Material,
     TrainingSet,
-    batches_of,
-    batches_of_tasks,
     make_examples,
     make_training_set,
     read_material,
@@ -39,12 +43,10 @@ from mixora.training.material import (
 )
 from mixora.training.progress import Progress, StepProgress
 from mixora.training.run_config import RunConfig
-from mixora.training.run_folder import check_folder, open_folder
+from mixora.training.run_folder import CHECKPOINTS, open_folder, paths_read, write_settings
 from mixora.training.tasks import average, mixture_table, with_loss
 from mixora.training.trainers import Trainer
 from mixora.tuner import MixoraConfig, allocate, plan
-
-ROWS_PER_GROUP = 8
 
 
 def build(material: Material, rows: TrainingSet, config: RunConfig, progress: Progress) -> tuple[MixoraConfig, Plan]:
@@ -55,49 +57,103 @@ def build(material: Material, rows: TrainingSet, config: RunConfig, progress: Pr
     return adapter, plan(material.model, adapter)
 
 
-def fit(config: RunConfig, progress: Progress, overwrite: bool = False) -> RunRecord:
+def fit(config: RunConfig, progress: Progress, overwrite: bool = False, resume: bool = False) -> RunRecord:
     """Run `config` from data to report; writes settings, adapter, report and record below `config.out`.
 
     With `overwrite` an earlier run's results there are replaced, once the data, the model and all settings have proved
-    to fit. Returns the record that the report was made from.
+    to fit. With `resume` the run that was interrupted there goes on from its newest checkpoint. Returns the record that
+    the report was made from. Raises `StoppedError` after a signal, once a checkpoint is written.
     """
     started = time.perf_counter()
-    check_folder(Path(config.out), overwrite)
-    progress.say(f"reading {config.data.origin} and {config.model.base}")
-    material = read_material(config)
-    rows = make_training_set(material, config)
+    checkpoint = find_checkpoint(Path(config.out)) if resume else None
+    if not resume:
+        check_folder(config.out, overwrite, paths_read(config))
+    material, rows = _read(config, progress)
     adapter, table = build(material, rows, config, progress)
     _show_plan(table, rows, progress)
     examples = make_examples(material, config)
     torch.manual_seed(config.train.seed)
     model = get_peft_model(material.model, adapter)
     before = measure(model, examples, config, progress, "before")
-    trainer = make_trainer(model, material, rows, config, progress)
-    out = open_folder(config, overwrite)
-    seconds = trainer.train().metrics["train_runtime"]
-    after = measure(model, examples, config, progress, "after")
-    seen = _describe_model(model, material, table, examples, config)
-    save(model, material.tokenizer, out / "adapter")
-    progress.say(f"saved {out / 'adapter'}; reading it back")
-    reloaded = measure(from_pretrained(model.unload(), out / "adapter"), examples, config, progress, "read back")
-    count = sum(len(of_task.rows) for of_task in examples.values())
-    record = RunRecord(
-        **_describe_run(config, adapter),
-        **seen,
-        before={**average(before), "rows": count},
-        after={**average(after), "rows": count},
-        reloaded=dict(average(reloaded)),
-        history=history_of(trainer.state.log_history),
-        generations=_generations(examples, before, after, config.evaluate.generations),
-        environment={
-            **_environment(config, time.perf_counter() - started),
-            **describe_costs(seconds, trainer.state.num_input_tokens_seen),
-        },
-        notes=[*table.notes, *_truncation(rows), *filter(None, [trainer.alarm.note])],
-        tasks=_describe_tasks(rows, examples, {"before": before, "after": after, "reloaded": reloaded}),
-    )
-    write_report(record, out)
+    make_arguments(config)  # a mistake there must cost no earlier results
+    out = Path(config.out) if resume else open_folder(config, overwrite)
+    write_settings(config)
+    with resumable(out):
+        trainer = make_trainer(model, material, rows, config)
+        seconds = train(trainer, checkpoint, progress)
+        after = measure(model, examples, config, progress, "after")
+        seen = describe_model(model, material, table, examples, config, progress)
+        reloaded = _read_back(model, material, examples, config, progress)
+        record = RunRecord(
+            **describe_run(config, adapter),
+            **seen,
+            **_scores(before, after, reloaded, examples),
+            history=history_of(trainer.state.log_history),
+            generations=list_generations(examples, before, after, config.evaluate.generations),
+            environment={
+                **describe_environment(config, time.perf_counter() - started),
+                **describe_costs(seconds, trainer.state.num_input_tokens_seen),
+            },
+            notes=[*table.notes, *_truncation(rows), *filter(None, [trainer.alarm.note])],
+            tasks=describe_tasks(rows, examples, {"before": before, "after": after, "reloaded": reloaded}),
+        )
+        with progress.task("writing the report"):
+            write_report(record, out)
+    if not config.train.keep_checkpoints:
+        remove_checkpoints(out)
     return record
+
+
+def _read(config: RunConfig, progress: Progress) -> tuple[Material, TrainingSet]:
+    progress.say(f"reading {config.data.origin} and {config.model.base}")
+    with progress.task("reading"):
+        material = read_material(config)
+    with progress.task("encoding, rows") as advance:
+        return material, make_training_set(material, config, advance)
+
+
+def _scores(
+    before: Mapping[str, Evaluation],
+    after: Mapping[str, Evaluation],
+    reloaded: Mapping[str, Evaluation],
+    examples: Mapping[str, Examples],
+) -> dict[str, Any]:
+    rows = sum(len(of_task.rows) for of_task in examples.values())
+    return {
+        "before": {**average(before), "rows": rows},
+        "after": {**average(after), "rows": rows},
+        "reloaded": dict(average(reloaded)),
+    }
+
+
+def train(trainer: Trainer, checkpoint: Path | None, progress: Progress) -> float | None:
+    """Train, from `checkpoint` on if there is one; `KeyboardInterrupt` after a signal, with a checkpoint.
+
+    Returns the seconds that it took; None where nothing was left to do.
+    """
+    state = None if checkpoint is None else read_state(checkpoint)
+    if state and state.global_step >= state.max_steps:
+        # the trainer would make one more step
+        trainer.model.load_adapter(str(checkpoint), trainer.model.active_adapter, is_trainable=True)
+        trainer.state = state
+        return None
+    with progress.task("training") as advance, Interruption() as interruption:
+        trainer.add_callback(StepProgress(advance))
+        trainer.add_callback(interruption)
+        metrics = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint)).metrics
+    if interruption.requested:
+        raise KeyboardInterrupt
+    return metrics["train_runtime"]
+
+
+def _read_back(
+    model: PeftModel, material: Material, examples: Mapping[str, Examples], config: RunConfig, progress: Progress
+) -> dict[str, Evaluation]:
+    """Save the adapter, and measure what is read from there; `model` is used up."""
+    folder = Path(config.out) / "adapter"
+    save(model, material.tokenizer, folder)
+    progress.say(f"saved {folder}; reading it back")
+    return measure(from_pretrained(model.unload(), folder), examples, config, progress, "read back")
 
 
 def _show_plan(table: Plan, rows: TrainingSet, progress: Progress) -> None:
@@ -108,58 +164,15 @@ def _show_plan(table: Plan, rows: TrainingSet, progress: Progress) -> None:
         progress.show(mixture_table(rows.tasks))
 
 
-def _describe_run(config: RunConfig, adapter: MixoraConfig) -> dict[str, Any]:
-    return {
-        "title": config.title or f"{adapter.recipe} on {', '.join(config.data.by_task())}",
-        "recipe": str(adapter.recipe),
-        "base": config.model.base,
-        "data": config.data.origin,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(["mixora", *sys.argv[1:]]),
-        "next_command": f"mixora train --recipe {adapter.recipe} --model YOUR_MODEL --data YOUR_DATA --out runs/yours",
-    }
-
-
-def _describe_tasks(
-    rows: TrainingSet, examples: Mapping[str, Examples], measured: Mapping[str, Mapping[str, Evaluation]]
-) -> dict[str, Any]:
-    """What was drawn of each task, and its scores; nothing for a single source."""
-    return {
-        name: {
-            **drawn,
-            "held_out": len(examples[name].rows),
-            **{when: dict(evaluations[name].metrics) for when, evaluations in measured.items()},
-        }
-        for name, drawn in rows.tasks.items()
-    }
-
-
-def _describe_model(
-    model: PeftModel, material: Material, table: Plan, examples: Mapping[str, Examples], config: RunConfig
-) -> dict[str, Any]:
-    """Plan, parameters, and what the trained routers do with the held-out rows."""
-    trainable, total = model.get_nb_trainable_parameters()
-    outside = trainable - table.parameters  # a new classification head
-    found = examine(model, batches_of_tasks(examples, config), material.tokenizer)
-    return {
-        "plan": table.rows(full=True),
-        "parameters": {"total": total, "trainable": trainable, "active": table.active_parameters + outside},
-        **vars(found),
-        "load": _load_by_group(model, examples, config),
-    }
-
-
-def make_trainer(
-    model: PeftModel, material: Material, rows: TrainingSet, config: RunConfig, progress: Progress
-) -> Trainer:
-    """A `mixora.Trainer` set up as `config` says; `ConfigError` for arguments that transformers refuses."""
+def make_arguments(config: RunConfig) -> TrainingArguments:
+    """The trainer's arguments as `config` says; `ConfigError` for those that transformers refuses."""
     settings = config.train
     defaults: dict[str, Any] = {
-        "output_dir": config.out,
+        "output_dir": str(Path(config.out) / CHECKPOINTS),
         "max_steps": settings.steps or -1,
         # what is drawn from tasks is as long as the run and in its order
-        "num_train_epochs": 1 if rows.tasks else settings.epochs,
-        "train_sampling_strategy": "sequential" if rows.tasks else "random",
+        "num_train_epochs": settings.epochs if config.data.tasks is None else 1,
+        "train_sampling_strategy": "random" if config.data.tasks is None else "sequential",
         "per_device_train_batch_size": settings.batch_size,
         "gradient_accumulation_steps": settings.gradient_accumulation,
         "learning_rate": settings.learning_rate,
@@ -167,7 +180,9 @@ def make_trainer(
         "warmup_steps": settings.warmup_steps,
         "seed": settings.seed,
         "logging_steps": settings.log_every,
-        "save_strategy": "no",
+        "save_strategy": "steps" if settings.save_every else "no",
+        "save_steps": settings.save_every or 1,
+        "save_total_limit": None if settings.keep_checkpoints else 2,
         "report_to": [],
         "disable_tqdm": True,
         "dataloader_pin_memory": torch.cuda.is_available(),
@@ -175,17 +190,39 @@ def make_trainer(
         # packed rows come without a mask
         "include_num_input_tokens_seen": "all" if config.data.packing else "non_padding",
     }
+    _check_types(settings.arguments)
     try:
         arguments = TrainingArguments(**{**defaults, **settings.arguments})
-    except (TypeError, ValueError) as error:
+    except Exception as error:
+        # each argument has a check of its own
         raise ConfigError(f"train.arguments: {error}") from None
+    if arguments.eval_strategy != "no":
+        raise ConfigError(
+            f"train.arguments.eval_strategy: got {arguments.eval_strategy.value!r}; valid: 'no', "
+            "since a run is evaluated before and after training"
+        )
+    return arguments
+
+
+def _check_types(arguments: Mapping[str, Any]) -> None:
+    """`ConfigError` for text in place of a number, which `TrainingArguments` would take and fail on later."""
+    for field in fields(TrainingArguments):
+        given = arguments.get(field.name)
+        if isinstance(given, str) and isinstance(field.default, int | float):
+            raise ConfigError(f"train.arguments.{field.name}: got {given!r}; valid: a number, such as {field.default}")
+
+
+def make_trainer(model: PeftModel, material: Material, rows: TrainingSet, config: RunConfig) -> Trainer:
+    """A `mixora.Trainer` set up as `config` says; `ConfigError` for arguments that transformers refuses."""
+    arguments = make_arguments(config)
+    # embeddings are never changed here, and looking for it would ask the hub for the base at each checkpoint
+    model.save_pretrained = partial(model.save_pretrained, save_embedding_layers=False)  # type: ignore[method-assign]
     trainer = Trainer(
         model=model,
         args=arguments,
         train_dataset=rows.dataset,
         data_collator=material.collator(),
-        callbacks=[StepProgress(progress)],
-        fused_loss=settings.fused_loss,
+        fused_loss=config.train.fused_loss,
     )
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer
@@ -208,52 +245,6 @@ def save(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> 
     # embeddings are never changed here, and looking for it would ask the hub for the base
     model.save_pretrained(str(folder), save_embedding_layers=False)
     tokenizer.save_pretrained(str(folder))
-
-
-def _load_by_group(model: Any, examples: Mapping[str, Examples], config: RunConfig) -> dict[str, Any] | None:
-    field = config.data.group_by or ("domain" if config.data.tasks is None else "task")
-    groups: dict[str, list[Mapping[str, torch.Tensor]]] = {}
-    for of_task in examples.values():
-        numbers: dict[str, list[int]] = {}
-        for number, row in enumerate(of_task.rows):
-            if field in row:
-                numbers.setdefault(str(row[field]), []).append(number)
-        for name, rows in numbers.items():
-            groups.setdefault(name, []).extend(batches_of(of_task, config, rows[:ROWS_PER_GROUP]))
-    if not groups:
-        return None
-    load = load_by_group(model, dict(sorted(groups.items())))
-    return load if load["sites"] else None
-
-
-def _generations(
-    examples: Mapping[str, Examples], before: Mapping[str, Evaluation], after: Mapping[str, Evaluation], count: int
-) -> list[dict[str, str]]:
-    said = []
-    for name, of_task in examples.items():
-        if of_task.form not in ("completion", "messages"):
-            continue
-        answers = zip(of_task.rows, before[name].predictions, after[name].predictions, strict=True)
-        for row, first, last in list(answers)[:count]:
-            messages = row.get("messages", [{}, {}])
-            prompt, expected = (
-                row.get("prompt", messages[-2].get("content")),
-                row.get("completion", messages[-1].get("content")),
-            )
-            said.append({"prompt": str(prompt), "expected": str(expected), "before": str(first), "after": str(last)})
-    return said
-
-
-def _environment(config: RunConfig, seconds: float) -> dict[str, Any]:
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-    packages = ("mixora", "torch", "transformers", "peft")
-    return {
-        **{name: version(name) for name in packages},
-        "device": device,
-        "dtype": config.model.dtype,
-        "seed": config.train.seed,
-        "minutes": round(seconds / 60, 2),
-    }
 
 
 def _truncation(rows: TrainingSet) -> list[str]:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import ConfigDict, Field, model_validator
 
-from mixora.config import Strict, parse
+from mixora.config import Strict, did_you_mean, parse, read_yaml
 from mixora.data import EncodingConfig
 from mixora.depth import is_line
 from mixora.errors import ConfigError
@@ -120,7 +120,9 @@ class DataSection(EncodingConfig):
 class TrainSection(Strict):
     """`steps` of the optimiser, or `epochs`. `arguments`: further `transformers.TrainingArguments` by name.
 
-    `fused_loss`: compute the cross entropy without the whole logits where that is exact.
+    `fused_loss`: compute the cross entropy without the whole logits where that is exact. `save_every`: so many steps a
+    checkpoint, from which an interrupted run goes on; the newest two stay until the run is finished, or with
+    `keep_checkpoints` all of them, for good.
     """
 
     steps: Annotated[int, Field(ge=1)] | None = None
@@ -130,8 +132,10 @@ class TrainSection(Strict):
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
     schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
     warmup_steps: Annotated[int, Field(ge=0)] = 0
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     log_every: Annotated[int, Field(ge=1)] = 1
+    save_every: Annotated[int, Field(ge=1)] | None = None
+    keep_checkpoints: bool = False
     fused_loss: bool = True
     arguments: dict[str, Any] = {}
 
@@ -144,6 +148,23 @@ class EvaluateSection(EvaluationConfig):
 
     generations: Annotated[int, Field(ge=0)] = 3
     served_by: Served = "merged"
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The run file in a run's folder; `ConfigError` for one that cannot be read."""
+    tree = read_yaml(path)
+    check_names(tree)
+    for section in ("model", "data", "adapter", "train", "evaluate"):
+        if not isinstance(tree.get(section, {}), Mapping):
+            raise ConfigError(f"{path}: {section}: got {tree[section]!r}; valid: a mapping of settings")
+    return tree
+
+
+def check_names(tree: Mapping[str, Any]) -> None:
+    """`ConfigError` for a section that no run has."""
+    for name in tree:
+        if name not in RunConfig.model_fields:
+            raise ConfigError(f"{name}: unknown key{did_you_mean(str(name), RunConfig.model_fields)}")
 
 
 def read_run(tree: Mapping[str, Any]) -> "RunConfig":

@@ -1,0 +1,208 @@
+"""Interrupted runs: what stays, and that going on ends with the weights of a run that nobody stopped."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+from typer.testing import CliRunner
+
+from mixora.cli import app
+from mixora.errors import CheckpointError, ConfigError, StoppedError
+from mixora.training import run as running
+from mixora.training.checkpoints import find_checkpoint, read_resumed
+from mixora.training.run import fit
+from mixora.training.run_config import read_run
+from tests.training.test_run import quiet, settings
+
+
+def tree_of(bases, data, out, **changes):
+    tree = settings(bases / "llama", data / "commands", out, train__steps=12, train__schedule="cosine")
+    tree["adapter"] |= {"dropout": 0.1}
+    tree["train"] |= changes
+    return tree
+
+
+def stop_at(monkeypatch, step, number=signal.SIGINT, times=1):
+    """The signal comes during the given step of the next run."""
+
+    class Signal(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == step - 1:
+                for _ in range(times):
+                    os.kill(os.getpid(), number)
+                    time.sleep(0.01)
+
+    make = running.make_trainer
+
+    def make_trainer(*given):
+        trainer = make(*given)
+        trainer.add_callback(Signal())
+        return trainer
+
+    monkeypatch.setattr(running, "make_trainer", make_trainer)
+
+
+def weights_of(out):
+    return load_file(out / "adapter" / "adapter_model.safetensors")
+
+
+def stopped(config, monkeypatch, step, **how):
+    with monkeypatch.context() as patch:
+        stop_at(patch, step, **how)
+        with pytest.raises(StoppedError) as caught:
+            fit(config, quiet())
+    return str(caught.value)
+
+
+# step 10 is in the second epoch: 32 rows in batches of 4
+@pytest.mark.parametrize(
+    ("step", "number", "changes"),
+    [
+        (3, signal.SIGINT, {}),
+        (10, signal.SIGTERM, {}),
+        (4, signal.SIGINT, {"gradient_accumulation": 2}),
+        (12, signal.SIGINT, {}),
+    ],
+)
+def test_a_resumed_run_ends_with_the_same_weights(step, number, changes, bases, data, tmp_path, monkeypatch):
+    whole = fit(read_run(tree_of(bases, data, tmp_path / "whole", **changes)), quiet())
+    config = read_run(tree_of(bases, data, tmp_path / "parts", **changes))
+    message = stopped(config, monkeypatch, step, number=number)
+    assert f"after step {step} of 12" in message and f"mixora train --resume {tmp_path / 'parts'}" in message
+    resumed = fit(read_resumed(tmp_path / "parts", {}), quiet(), resume=True)
+    expected, found = weights_of(tmp_path / "whole"), weights_of(tmp_path / "parts")
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert resumed.history == whole.history
+    assert (resumed.before, resumed.after) == (whole.before, whole.after)
+    assert {path.name for path in (tmp_path / "parts").iterdir()} == {p.name for p in (tmp_path / "whole").iterdir()}
+
+
+@pytest.mark.parametrize(("recipe", "base", "rows"), [("adamix-lora", "t5", "commands"), ("sira", "bert", "classes")])
+def test_drawn_routes_and_new_heads_go_on_too(recipe, base, rows, bases, data, tmp_path, monkeypatch):
+    trees = [settings(bases / base, data / rows, tmp_path / name, train__steps=6) for name in ("whole", "parts")]
+    for tree in trees:
+        tree["adapter"] = {"recipe": recipe, "num_experts": 4, "rank": 2}
+    fit(read_run(trees[0]), quiet())
+    stopped(read_run(trees[1]), monkeypatch, 4)
+    fit(read_resumed(tmp_path / "parts", {}), quiet(), resume=True)
+    expected, found = weights_of(tmp_path / "whole"), weights_of(tmp_path / "parts")
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_checkpoint_holds_the_adapter_and_nothing_of_the_base(bases, data, tmp_path, monkeypatch):
+    stopped(read_run(tree_of(bases, data, tmp_path / "out")), monkeypatch, 3)
+    checkpoint = find_checkpoint(tmp_path / "out")
+    assert checkpoint.name == "checkpoint-3"
+    assert not (checkpoint / "model.safetensors").exists()
+    tensors = load_file(checkpoint / "adapter_model.safetensors")
+    assert tensors and all("mixora_" in name for name in tensors)
+
+
+def test_checkpoints_on_the_way_go_unless_they_are_kept(bases, data, tmp_path):
+    fit(read_run(tree_of(bases, data, tmp_path / "gone", save_every=5)), quiet())
+    assert not (tmp_path / "gone" / "checkpoints").exists()
+    fit(read_run(tree_of(bases, data, tmp_path / "kept", save_every=5, keep_checkpoints=True)), quiet())
+    kept = {path.name for path in (tmp_path / "kept" / "checkpoints").iterdir()}
+    assert kept == {"checkpoint-5", "checkpoint-10", "checkpoint-12"}
+
+
+def test_the_newest_whole_checkpoint_counts(bases, data, tmp_path, monkeypatch):
+    whole = fit(read_run(tree_of(bases, data, tmp_path / "whole")), quiet())
+    stopped(read_run(tree_of(bases, data, tmp_path / "out", save_every=3)), monkeypatch, 8)
+    newest = find_checkpoint(tmp_path / "out")
+    assert newest.name == "checkpoint-8"
+    content = (newest / "optimizer.pt").read_bytes()
+    (newest / "optimizer.pt").write_bytes(content[: len(content) // 2])
+    older = find_checkpoint(tmp_path / "out")
+    assert older.name == "checkpoint-6"
+    resumed = fit(read_resumed(tmp_path / "out", {}), quiet(), resume=True)
+    assert resumed.after == whole.after
+
+
+def test_an_interruption_after_training_costs_no_training(bases, data, tmp_path, monkeypatch):
+    whole = fit(read_run(tree_of(bases, data, tmp_path / "whole")), quiet())
+
+    def interrupt(*given):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(running, "_read_back", interrupt)
+        with pytest.raises(StoppedError, match="after step 12 of 12"):
+            fit(read_run(tree_of(bases, data, tmp_path / "out")), quiet())
+    resumed = fit(read_resumed(tmp_path / "out", {}), quiet(), resume=True)
+    assert (resumed.after, resumed.history) == (whole.after, whole.history)
+
+
+def test_a_second_signal_stops_at_once(bases, data, tmp_path, monkeypatch):
+    stop_at(monkeypatch, 3, times=2)
+    with pytest.raises(KeyboardInterrupt):
+        fit(read_run(tree_of(bases, data, tmp_path / "out")), quiet())
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_what_does_not_fit_is_refused(bases, data, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    with pytest.raises(CheckpointError, match="is not the folder of a run"):
+        read_resumed(tmp_path, {})
+    stopped(read_run(tree_of(bases, data, out)), monkeypatch, 2)
+    for changes, message in [
+        ({"train": {"learning_rate": 0.5}}, r"train\.learning_rate: got 0\.5, but .* was started with 0\.01"),
+        ({"adapter": {"rank": 8}}, r"adapter\.rank: got 8, but .* was started with 2"),
+        ({"adapter": {"alpha": 8}}, r"adapter\.alpha: got 8, but .* was started with None"),
+        ({"out": "elsewhere"}, "out: got 'elsewhere'"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            read_resumed(out, changes)
+    changed = read_resumed(out, {"evaluate": {"limit": 2}, "train": {"save_every": 3}})
+    fit(changed, quiet(), resume=True)
+    assert json.loads((out / "record.json").read_text())["after"]["rows"] == 2
+    with pytest.raises(CheckpointError, match="is finished"):
+        read_resumed(out, {})
+
+
+def test_without_a_checkpoint_there_is_nothing_to_go_on_from(bases, data, tmp_path, monkeypatch):
+    stopped(read_run(tree_of(bases, data, tmp_path / "out")), monkeypatch, 2)
+    (tmp_path / "out" / "checkpoints" / "checkpoint-2" / "trainer_state.json").unlink()
+    with pytest.raises(CheckpointError, match="1 damaged checkpoints to go on from"):
+        fit(read_resumed(tmp_path / "out", {}), quiet(), resume=True)
+
+
+def test_the_command_goes_on(bases, data, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    stopped(read_run(tree_of(bases, data, out)), monkeypatch, 3)
+    rehearsed = CliRunner().invoke(app, ["train", "--resume", str(out), "--dry-run"])
+    assert f"goes on from {out}/checkpoints/checkpoint-3" in rehearsed.output.replace("\n", "")
+    refused = CliRunner().invoke(app, ["train", "--resume", str(out), "--recipe", "lora"])
+    assert refused.exit_code == 2 and "adapter.recipe: got 'lora'" in " ".join(refused.output.split())
+    result = CliRunner().invoke(app, ["train", "--resume", str(out), "--json"])
+    assert result.exit_code == 0 and len(json.loads(result.output)["history"]) == 12
+
+
+@pytest.mark.slow
+def test_ctrl_c_and_resume_on_the_command_line(bases, data, tmp_path):
+    out = tmp_path / "out"
+    command = [sys.executable, "-c", "import mixora_command; mixora_command.main()", "train"]
+    words = ["--recipe", "sira", "--model", bases / "llama", "--data", data / "commands", "--out", out]
+    small = ["adapter.num_experts=4", "adapter.rank=2", "train.steps=40000", "evaluate.limit=2", "train.save_every=5"]
+    process = subprocess.Popen(
+        [*map(str, command + words), *small, "evaluate.max_new_tokens=2"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    while not list(out.glob("checkpoints/*/trainer_state.json")):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    told, errors = (text.decode() for text in process.communicate(timeout=60))
+    assert process.returncode == 130
+    assert f"mixora train --resume {out}" in errors and "of 40000, which is saved" in errors
+    assert "\x1b" not in told + errors and "Traceback" not in errors
+    assert find_checkpoint(out)
