@@ -31,7 +31,7 @@ def trained(call, bases, data, tmp_path):  # noqa: F811
 
 def test_help_is_a_tutorial(call):
     text = call("--help").output
-    for command in ("recipes", "plan", "train", "evaluate", "generate", "inspect", "merge"):
+    for command in ("recipes", "plan", "train", "evaluate", "generate", "inspect", "report", "merge"):
         assert f"mixora {command}" in text
     assert "Exit codes: 0" in text
 

@@ -149,11 +149,12 @@ def _distance(groups: Sequence[Sequence[float | None]]) -> float | None:
 
 def write_typical(typical: Sequence[Typical], strongest: Sequence[Typical]) -> str:
     """The tokens that an expert gets far more often than others do, site after site."""
-    if not any(row.tokens for row in typical):
+    if not strongest and not any(row.tokens for row in typical):
         return ""
     words = (
         f"<p>Tokens, seen {LEAST_SEEN} times or more, that reach an expert far more often than other tokens do (by "
-        f"{LEAST_SCORE:g} standard errors, roughly), the clearest first. Behind each, how many per cent of its occurrences went to the expert; ␣ is a space, ↵ a new line.</p>"
+        f"{LEAST_SCORE:g} standard errors, roughly), the clearest first. Behind each, how many per cent of its "
+        "occurrences went to the expert; ␣ is a space, ↵ a new line.</p>"
     )
     sites: dict[str, list[Typical]] = {}
     for row in typical:
@@ -214,5 +215,6 @@ def write_similar(similar: Sequence[Similar]) -> str:
         for pair in pairs
     ]
     sites = len({pair.path for pair in similar})
-    words = f"<p>{len(twins)} pair{'s' * (len(twins) != 1)} of twins (cosine or correlation of {TWIN:g} or more) at {sites} measured sites.</p>"
+    count = f"{len(twins)} pair{'s' * (len(twins) != 1)} of twins"
+    words = f"<p>{count} (cosine or correlation of {TWIN:g} or more) at {sites} measured sites.</p>"
     return words + write_fold("The most similar pairs", write_table(rows))

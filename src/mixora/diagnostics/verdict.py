@@ -23,8 +23,8 @@ THRESHOLDS = (
     f"A router has collapsed if the evenness of its load is below {COLLAPSED:g}. Evenness is 1 where all experts get "
     "the same share and 0 where all tokens go to the same few; with one of eight experts per token, "
     f"{COLLAPSED:g} is reached where one takes about 95 %.",
-    f"Two experts are twins if the cosine of their weights or the correlation of their routing is {TWIN:g} or more. The "
-    f"routing of an expert that fewer than {LEAST_TOKENS} tokens reach, or do not reach, is not compared.",
+    f"Two experts are twins if the cosine of their weights or the correlation of their routing is {TWIN:g} or more. "
+    f"The routing of an expert that fewer than {LEAST_TOKENS} tokens reach, or do not reach, is not compared.",
     f"Many choices are dropped if the limit of capacity would turn away {MANY_DROPPED:.0%} or more of them at a site.",
     f"A router is undecided if the entropy of its probabilities is {UNDECIDED:.0%} of its maximum or more.",
 )
