@@ -154,7 +154,7 @@ def write_typical(typical: Sequence[Typical], strongest: Sequence[Typical]) -> s
     words = (
         f"<p>Tokens, seen {LEAST_SEEN} times or more, that reach an expert far more often than other tokens do (by "
         f"{LEAST_SCORE:g} standard errors, roughly), the clearest first. Behind each, how many per cent of its "
-        "occurrences went to the expert; ␣ is a space, ↵ a new line.</p>"
+        "occurrences went to the expert; beside the expert, how many of all tokens do. ␣ is a space, ↵ a new line.</p>"
     )
     sites: dict[str, list[Typical]] = {}
     for row in typical:
