@@ -31,7 +31,8 @@ def trained(call, bases, data, tmp_path):  # noqa: F811
 
 def test_help_is_a_tutorial(call):
     text = call("--help").output
-    for command in ("recipes", "plan", "train", "evaluate", "generate", "inspect", "compare", "merge"):
+    commands = ("recipes", "plan", "train", "evaluate", "generate", "inspect", "report", "compare", "merge", "doctor")
+    for command in commands:
         assert f"mixora {command}" in text
     assert "Exit codes: 0" in text
 

@@ -15,8 +15,7 @@ from mixora.diagnostics.report import render, write_report
 from mixora.errors import CheckpointError
 from tests.diagnostics.records import HOSTILE, make_large_record
 from tests.models import tiny_llama
-from tests.training.setups import ROWS
-from tests.training.test_routing_figures import make_trainer
+from tests.training.setups import make_trainer
 
 NAMES = dict.fromkeys(["title", "recipe", "base", "data", "created", "command", "next_command"], "x")
 
@@ -40,7 +39,7 @@ def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     adapter = mixora.recipe("sira", num_experts=4, top_k=2, rank=2, task_type="CAUSAL_LM")
     settings = {"save_strategy": "steps", "save_steps": 2, "learning_rate": 0.01, "max_steps": 4}
-    make_trainer(get_peft_model(tiny_llama(), adapter), folder, ROWS, **settings).train()
+    make_trainer(mixora.Trainer, folder, model=get_peft_model(tiny_llama(), adapter), **settings).train()
     return folder
 
 

@@ -38,16 +38,17 @@ def test_experts_that_do_nothing_are_like_none():
     assert cosines[0].isnan().all() and cosines[1, 1] == pytest.approx(1)
 
 
-def test_correlation_over_batches_is_pearsons():
+def test_correlation_over_batches_is_pearsons_and_unknown_for_few_tokens():
     generator = torch.Generator().manual_seed(0)
-    choices_TE = (torch.rand(50, 4, generator=generator) < 0.4).double()
+    choices_TE = (torch.rand(80, 5, generator=generator) < 0.4).double()
     choices_TE[:, 3] = 1.0
+    choices_TE[:, 4] = torch.arange(80) < 9
     sums = Correlation()
     for part in choices_TE.split(20):
         sums.add(part)
     values = sums.values()
     assert values[:3, :3].numpy() == pytest.approx(np.corrcoef(choices_TE[:, :3].numpy().T))
-    assert values[3].isnan().all() and values[:, 3].isnan().all()
+    assert values[3:].isnan().all() and values[:, 3:].isnan().all()
 
 
 def test_choices_are_weights_where_routing_is_soft_and_leave_padding_out():

@@ -5,38 +5,21 @@ import math
 
 import pytest
 import torch
-from datasets import Dataset
 from peft import get_peft_model
-from transformers import TrainingArguments
 
 import mixora
 from mixora.diagnostics.collapse import measure_evenness
 from tests.models import fill, tiny_llama
-from tests.training.setups import ROWS, make_model, make_tokenizer
+from tests.training.setups import ROWS, collate, make_model, make_trainer
 
 
-def make_trainer(model, tmp_path, rows=ROWS, **settings):
-    defaults = {
-        "output_dir": str(tmp_path),
-        "per_device_train_batch_size": 4,
-        "learning_rate": 0.0,
-        "logging_steps": 1,
-        "max_steps": 4,
-        "report_to": [],
-        "save_strategy": "no",
-        "use_cpu": True,
-        "disable_tqdm": True,
-    }
-    arguments = TrainingArguments(**{**defaults, **settings})
-    return mixora.Trainer(
-        model=model, args=arguments, train_dataset=Dataset.from_dict({"input_ids": rows}), data_collator=collate
-    )
+def prepare(model, tmp_path, trainer_class=mixora.Trainer, **settings):
+    """Four steps that see all rows once."""
+    return make_trainer(trainer_class, tmp_path, model=model, **{"max_steps": 4, **settings})
 
 
-def collate(rows):
-    tokenizer = make_tokenizer()
-    batch = tokenizer.pad([{"input_ids": row["input_ids"]} for row in rows], return_tensors="pt")
-    return {**batch, "labels": batch["input_ids"].where(batch["attention_mask"] == 1, -100)}
+def batch_of(rows):
+    return collate([{"input_ids": row} for row in rows])
 
 
 def lines_of(trainer):
@@ -56,6 +39,7 @@ def expect(sites):
     }
 
 
+@pytest.mark.parametrize("name", ["Trainer", "SFTTrainer"])
 @pytest.mark.parametrize(
     "changes",
     [
@@ -65,10 +49,11 @@ def expect(sites):
     ],
     ids=["plain", "accumulated", "checkpointed"],
 )
-def test_an_epoch_logs_what_inspect_finds_on_all_rows(changes, tmp_path):
+def test_an_epoch_logs_what_inspect_finds_on_all_rows(changes, name, tmp_path):
     model = fill(make_model(capacity_factor=0.75, min_capacity=1, capacity_at_inference=True))
-    trainer = make_trainer(model, tmp_path, **{"logging_steps": changes.get("max_steps", 4), **changes})
-    sites = mixora.inspect(model, [collate([{"input_ids": row} for row in ROWS])])
+    settings = {"logging_steps": changes.get("max_steps", 4), **changes}
+    trainer = prepare(model, tmp_path, getattr(mixora, name), **settings)
+    sites = mixora.inspect(model, [batch_of(ROWS)])
     trainer.train()
     (line,) = lines_of(trainer)
     found = {name: value for name, value in line.items() if name.startswith("routing/")}
@@ -80,8 +65,8 @@ def test_soft_routing_is_told_by_weights(tmp_path):
     torch.manual_seed(0)
     adapter = mixora.recipe("molora", num_experts=4, rank=2, targets=["q_proj"], task_type="CAUSAL_LM")
     model = fill(get_peft_model(tiny_llama(), adapter))
-    trainer = make_trainer(model, tmp_path, logging_steps=4)
-    sites = mixora.inspect(model, [collate([{"input_ids": row} for row in ROWS])])
+    trainer = prepare(model, tmp_path, logging_steps=4)
+    sites = mixora.inspect(model, [batch_of(ROWS)])
     trainer.train()
     (line,) = lines_of(trainer)
     assert line["routing/largest_share"] == pytest.approx(sum(max(s["load"]) for s in sites) / len(sites), abs=1e-5)
@@ -92,21 +77,18 @@ def test_soft_routing_is_told_by_weights(tmp_path):
 
 @pytest.mark.parametrize("recipe", ["adamix-lora", "lora"])
 def test_blind_routers_and_single_experts_log_nothing(recipe, tmp_path):
-    trainer = make_trainer(
-        get_peft_model(tiny_llama(), mixora.recipe(recipe, task_type="CAUSAL_LM")), tmp_path, max_steps=1
-    )
+    model = get_peft_model(tiny_llama(), mixora.recipe(recipe, task_type="CAUSAL_LM"))
+    trainer = prepare(model, tmp_path, max_steps=1)
     trainer.train()
     assert not any(name.startswith("routing/") for name in lines_of(trainer)[0])
 
 
 def test_each_line_tells_of_its_own_interval(tmp_path):
-    rows = [[5] * 8] * 8 + ROWS[:8]
     model = fill(make_model())
-    trainer = make_trainer(model, tmp_path, rows=rows, train_sampling_strategy="sequential", logging_steps=2)
+    trainer = prepare(model, tmp_path, logging_steps=2)
     trainer.train()
-    first, second = (
-        expect(mixora.inspect(model, [collate([{"input_ids": r} for r in part])])) for part in (rows[:8], rows[8:])
-    )
+    first, second = (expect(mixora.inspect(model, [batch_of(rows)])) for rows in (ROWS[:8], ROWS[8:]))
+    assert first != pytest.approx(second, abs=1e-3)
     for line, expected in zip(lines_of(trainer), (first, second), strict=True):
         assert {name: line[name] for name in expected} == pytest.approx(expected, abs=1e-5)
 
@@ -115,7 +97,7 @@ def test_neither_the_loss_nor_a_random_draw_changes(tmp_path, monkeypatch):
     losses = {}
     for is_on in (True, False):
         model = fill(make_model(expert_dropout=0.3))
-        trainer = make_trainer(model, tmp_path, learning_rate=0.01, seed=3)
+        trainer = prepare(model, tmp_path, learning_rate=0.01, seed=3)
         if not is_on:
             monkeypatch.setattr(trainer.figures, "add", lambda model, trace: None)
         trainer.train()
@@ -132,7 +114,7 @@ def collapse(model):
 
 
 def test_a_collapse_warns_once_and_names_sites_and_settings(tmp_path, caplog):
-    trainer = make_trainer(collapse(fill(make_model())), tmp_path, max_steps=8)
+    trainer = prepare(collapse(fill(make_model())), tmp_path, max_steps=8)
     with caplog.at_level(logging.WARNING, logger="mixora"):
         trainer.train()
     (record,) = [r for r in caplog.records if r.name == "mixora"]
@@ -143,7 +125,7 @@ def test_a_collapse_warns_once_and_names_sites_and_settings(tmp_path, caplog):
 
 
 def test_healthy_routers_do_not_warn(tmp_path, caplog):
-    trainer = make_trainer(fill(make_model()), tmp_path, max_steps=8)
+    trainer = prepare(fill(make_model()), tmp_path, max_steps=8)
     with caplog.at_level(logging.WARNING, logger="mixora"):
         trainer.train()
     assert trainer.alarm.note is None
@@ -151,6 +133,6 @@ def test_healthy_routers_do_not_warn(tmp_path, caplog):
 
 
 def test_two_bad_intervals_are_no_collapse(tmp_path):
-    trainer = make_trainer(collapse(fill(make_model())), tmp_path, max_steps=2)
+    trainer = prepare(collapse(fill(make_model())), tmp_path, max_steps=2)
     trainer.train()
     assert trainer.alarm.note is None

@@ -55,7 +55,7 @@ class Token:
     count: int
     share: float
     score: float
-    """Log-odds of reaching the expert against all other tokens, in standard errors."""
+    """Signed root of the likelihood ratio of reaching the expert so often by chance; see `typical`."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ from mixora.diagnostics.charts import draw_heat, draw_lines, draw_scale
 from mixora.diagnostics.page import is_number, write_fold, write_table
 from mixora.diagnostics.places import group_by_kind, name_site, spread_over_depth
 from mixora.diagnostics.record import GroupLoad, RunRecord, Similar, SiteRouting, Token, Typical
+from mixora.diagnostics.typical import LEAST_SCORE, LEAST_SEEN
 from mixora.diagnostics.verdict import (
     THRESHOLDS,
     TWIN,
@@ -148,11 +149,12 @@ def _distance(groups: Sequence[Sequence[float | None]]) -> float | None:
 
 def write_typical(typical: Sequence[Typical], strongest: Sequence[Typical]) -> str:
     """The tokens that an expert gets far more often than others do, site after site."""
-    if not any(row.tokens for row in typical):
+    if not strongest and not any(row.tokens for row in typical):
         return ""
     words = (
-        "<p>Tokens of the held-out rows that reach an expert far more often than other tokens do, the clearest first. "
-        "Behind each, how many per cent of its occurrences went to the expert; ␣ is a space, ↵ a new line.</p>"
+        f"<p>Tokens, seen {LEAST_SEEN} times or more, that reach an expert far more often than other tokens do (by "
+        f"{LEAST_SCORE:g} standard errors, roughly), the clearest first. Behind each, how many per cent of its "
+        "occurrences went to the expert; beside the expert, how many of all tokens do. ␣ is a space, ↵ a new line.</p>"
     )
     sites: dict[str, list[Typical]] = {}
     for row in typical:
@@ -183,7 +185,7 @@ def _write_expert(row: Typical) -> str:
 
 
 def _write_token(token: Token) -> str:
-    words = f"{token.share:.0%} of {token.count}; log-odds {token.score:.1f} standard errors above the others"
+    words = f"{token.share:.0%} of {token.count}; score {token.score:.1f}"
     return f'<span class="token" title="{words}">{escape(show_token(token.text))} <i>{token.share:.0%}</i></span>'
 
 
@@ -213,5 +215,6 @@ def write_similar(similar: Sequence[Similar]) -> str:
         for pair in pairs
     ]
     sites = len({pair.path for pair in similar})
-    words = f"<p>{len(twins)} pairs of twins (cosine or correlation of {TWIN:g} or more) at {sites} measured sites.</p>"
+    count = f"{len(twins)} pair{'s' * (len(twins) != 1)} of twins"
+    words = f"<p>{count} (cosine or correlation of {TWIN:g} or more) at {sites} measured sites.</p>"
     return words + write_fold("The most similar pairs", write_table(rows))

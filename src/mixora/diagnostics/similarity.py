@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mixora.diagnostics.record import Similar
-from mixora.diagnostics.verdict import TWIN, likeness
+from mixora.diagnostics.verdict import LEAST_TOKENS, TWIN, likeness
 from mixora.routing import Routing
 
 MOST_TWINS = 5  # kept per site
@@ -57,13 +57,14 @@ class Correlation:
         self.products_EE = self.products_EE + choices_TE.T @ choices_TE
 
     def values(self) -> Tensor:
-        """[E, E]; NaN for an expert that all tokens treat alike."""
+        """[E, E]; NaN for an expert that too few tokens reach, or all but too few: they would agree by chance."""
         assert isinstance(self.sum_E, Tensor) and isinstance(self.products_EE, Tensor)
         covariance_EE = self.tokens * self.products_EE - self.sum_E[:, None] * self.sum_E
         variance_E = covariance_EE.diagonal()
+        is_known_E = (self.sum_E >= LEAST_TOKENS) & (self.sum_E <= self.tokens - LEAST_TOKENS)
         # what rounding leaves of a variance of 0
-        is_spread_E = variance_E > 1e-9 * self.tokens * self.products_EE.diagonal()
-        deviation_E = variance_E.where(is_spread_E, torch.nan).sqrt()
+        is_known_E &= variance_E > 1e-9 * self.tokens * self.products_EE.diagonal()
+        deviation_E = variance_E.where(is_known_E, torch.nan).sqrt()
         return covariance_EE / (deviation_E[:, None] * deviation_E)
 
 

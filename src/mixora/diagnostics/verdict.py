@@ -9,6 +9,7 @@ from mixora.diagnostics.places import name_site
 from mixora.diagnostics.record import RunRecord, Similar, SiteRouting
 
 TWIN = 0.95
+LEAST_TOKENS = 20
 MANY_DROPPED = 0.1
 UNDECIDED = 0.99
 MOST_NAMED = 4
@@ -22,7 +23,8 @@ THRESHOLDS = (
     f"A router has collapsed if the evenness of its load is below {COLLAPSED:g}. Evenness is 1 where all experts get "
     "the same share and 0 where all tokens go to the same few; with one of eight experts per token, "
     f"{COLLAPSED:g} is reached where one takes about 95 %.",
-    f"Two experts are twins if the cosine of their weights or the correlation of their routing is {TWIN:g} or more.",
+    f"Two experts are twins if the cosine of their weights or the correlation of their routing is {TWIN:g} or more. "
+    f"The routing of an expert that fewer than {LEAST_TOKENS} tokens reach, or do not reach, is not compared.",
     f"Many choices are dropped if the limit of capacity would turn away {MANY_DROPPED:.0%} or more of them at a site.",
     f"A router is undecided if the entropy of its probabilities is {UNDECIDED:.0%} of its maximum or more.",
 )
