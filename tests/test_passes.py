@@ -161,6 +161,20 @@ def test_padding_between_packed_sequences_keeps_them_apart():
     assert torch.equal(found.admitted_TK[mask[0].bool()], expected.admitted_TK)
 
 
+@pytest.mark.parametrize(("training", "real"), [(True, 5), (False, 8)])
+def test_what_fills_a_packed_row_up_is_no_token_in_training(training, real):
+    model = adapt(tiny_llama(), sira()).train(training)
+    _, routings = run(model, input_ids=token_ids(1, 8), position_ids=torch.tensor([[0, 1, 2, 0, 1, 0, 0, 0]]))
+    expected = torch.arange(8) < real
+    assert all(torch.equal(routing.valid_T, expected) for routing in routings.values())
+
+
+def test_a_row_that_has_no_other_positions_is_real():
+    positions = torch.zeros(2, 1, dtype=torch.long)
+    _, routings = run(adapt(tiny_llama(), sira()), input_ids=token_ids(2, 1), position_ids=positions)
+    assert all(routing.valid_T.all() for routing in routings.values())
+
+
 def test_packed_gradients_equal_those_of_the_rows():
     model = adapt(tiny_llama(), sira())
     rows = [token_ids(1, n, seed=n)[0] for n in (5, 4, 8)]

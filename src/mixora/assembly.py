@@ -21,7 +21,7 @@ from mixora.mixture import Mixture
 from mixora.parts import Parts
 from mixora.plan import Plan, Site
 from mixora.routers import ROUTERS
-from mixora.sites import Linear, places_of
+from mixora.sites import Linear, find_fused_experts, places_of
 
 
 def make_plan(model: nn.Module, method: Method, is_stored: bool = False) -> Plan:
@@ -39,7 +39,7 @@ def make_plan(model: nn.Module, method: Method, is_stored: bool = False) -> Plan
     sites = [_make_site(p, *rules[p.path], leaders, roles.get(p.path), choice) for p in places if p.path in rules]
     _check_losses(sites, method)
     kernels = choice.explain([_served(site, method.rules[site.rule]) for site in sites])
-    return Plan(tuple(sites), tuple(_notes(sites, method)), kernels)
+    return Plan(tuple(sites), tuple(_notes(model, sites, method)), kernels)
 
 
 def _make_site(
@@ -122,11 +122,14 @@ def _count(shapes: dict[str, tuple[int, ...]]) -> int:
     return sum(math.prod(shape) for shape in shapes.values())
 
 
-def _notes(sites: list[Site], method: Method) -> Iterable[str]:
+def _notes(model: nn.Module, sites: list[Site], method: Method) -> Iterable[str]:
     for name, rule in method.rules.items():
         chooses_one = any(site.top_k == 1 < site.num_experts for site in sites if site.rule == name)
         if getattr(rule.router, "renormalise", False) and chooses_one:
             yield f"rules.{name}: with top_k 1 and renormalised weights the task gives the router no gradient"
+        fused = find_fused_experts(model)
+        if fused and "all-linear" in ((rule.targets,) if isinstance(rule.targets, str) else rule.targets):
+            yield f"rules.{name}: all-linear leaves out the model's own experts, which are no linear modules: {fused}"
 
 
 def _part_of(site: Site) -> str | None:

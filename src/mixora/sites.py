@@ -237,12 +237,19 @@ def _nothing(entry: str, linears: list[Linear], model: nn.Module, where: str, gr
 
 def _tell_fused(model: nn.Module) -> str:
     """Why adapters cannot stand at the experts of the model's own mixture; empty where they are linear modules."""
+    fused = find_fused_experts(model)
+    if fused is None:
+        return ""
+    return (
+        f": its own experts are fused, {fused}, so no module is there beside which adapters of one expert could "
+        "stand; valid: other linear modules, or 'ffn' with experts of kind 'bottleneck' behind the whole part"
+    )
+
+
+def find_fused_experts(model: nn.Module) -> str | None:
+    """What holds all experts of a layer of the model's own mixture in one parameter, with its shape, if any."""
     for owner in model.modules():
         for name, weight in owner.named_parameters(recurse=False):
             if weight.dim() == 3 and "Expert" in type(owner).__name__:
-                return (
-                    f": its own experts are fused, {type(owner).__name__}.{name} is one parameter of shape "
-                    f"{list(weight.shape)}, so no module is there beside which adapters of one expert could stand; "
-                    "valid: other linear modules, or 'ffn' with experts of kind 'bottleneck' behind the whole part"
-                )
-    return ""
+                return f"{type(owner).__name__}.{name} is one parameter of shape {list(weight.shape)}"
+    return None

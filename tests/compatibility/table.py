@@ -39,6 +39,8 @@ TAIL = """
 
 ## Good to know
 
+- Batches without padding (`padding_free`, `packing`) need no FlashAttention: `sdpa` and `eager` keep sequences apart by
+  their position ids, and so do the routers.
 - TRL switches dropout off for DPO, but reaches `torch.nn.Dropout` only. Set `dropout` and `expert_dropout` of the
   recipe to 0 there.
 - DPO on a model that has a trained adapter compares with a copy of that adapter, named `ref`; with `peft_config` it

@@ -151,3 +151,13 @@ def test_fused_experts_are_refused_with_the_reason(make, targets, entry):
     )
     with pytest.raises(ConfigError, match=message):
         mixora.plan(make(), mixora.recipe("sira", targets=targets))
+
+
+def test_the_plan_tells_what_all_linear_leaves_out():
+    (note,) = mixora.plan(models.tiny_mixtral(), mixora.recipe("pesc", **SMALL["pesc"])).notes
+    assert note == (
+        "rules.shared: all-linear leaves out the model's own experts, which are no linear modules: "
+        "MixtralExperts.gate_up_proj is one parameter of shape [4, 96, 32]"
+    )
+    assert mixora.plan(models.tiny_mixtral(), mixora.recipe("sira")).notes == ()
+    assert mixora.plan(models.tiny_llama(), mixora.recipe("pesc")).notes == ()

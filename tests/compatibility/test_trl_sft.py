@@ -19,7 +19,7 @@ def make_model(attention="sdpa"):
     """Few places and experts that differ: what a token gets depends on its sequence, and on nothing outside."""
     sizes = {"num_experts": 4, "top_k": 2, "rank": 2, "expert_dropout": 0.0, "capacity_factor": 0.8, "min_capacity": 1}
     config = mixora.recipe("sira", **sizes, task_type="CAUSAL_LM", **{"losses.load_balance.coefficient": 0.5})
-    return adapt(tiny_llama(attn_implementation=attention), config)
+    return adapt(tiny_llama(attn_implementation=attention, use_cache=True), config)
 
 
 def train(trainer_class, folder, rows, attention="sdpa", **changes):
