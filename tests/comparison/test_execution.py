@@ -74,6 +74,7 @@ def test_a_run_that_does_not_stop_is_ended(stand_in, tmp_path, monkeypatch):
     monkeypatch.setattr(execution, "GRACE", 0.2)
     stand_in('trap "" INT; touch began; while :; do sleep 0.02; done')
     run = Execution(make_jobs(tmp_path, 1)[0])
+    run.start()
     wait_for(tmp_path / "began")
     run.interrupt()
     run.end()
@@ -82,12 +83,14 @@ def test_a_run_that_does_not_stop_is_ended(stand_in, tmp_path, monkeypatch):
 
 def test_sigterm_stops_the_runs_as_ctrl_c_does(stand_in, build, tmp_path):
     # the run tells its parent to end, as a cluster would
-    stop = f"sleep 0.5; kill -TERM {os.getpid()}"
-    stand_in(f'trap "touch {tmp_path}/saved; exit 130" INT; {stop}; while :; do sleep 0.02; done')
+    told = f"echo $$ > {tmp_path}/number; kill -TERM {os.getpid()}"
+    stand_in(f'trap "touch {tmp_path}/saved; exit 130" INT; {told}; while :; do sleep 0.02; done')
     matrix = build()
     with pytest.raises(KeyboardInterrupt):
         work_through(matrix, matrix.runs, lambda: Local(1, 1, ()), quiet())
     assert (tmp_path / "saved").exists()
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "number").read_text()), 0)
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
@@ -107,3 +110,12 @@ def test_all_that_is_given_is_used(monkeypatch):
     assert make_local(4, None, "0") == Local(4, 3, ("0",))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a,GPU-b")
     assert make_local(None, None, None).devices == ("GPU-a", "GPU-b")
+
+
+def test_an_interrupt_while_a_process_starts_comes_once_it_is_known():
+    with pytest.raises(KeyboardInterrupt):
+        with execution.hold_signals():
+            signal.raise_signal(signal.SIGINT)
+            reached = True
+        pytest.fail("the signal was lost")
+    assert reached and signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -18,6 +18,6 @@ def test_all_methods_get_the_parameters_of_lora(monkeypatch):
     matrix = make_matrix(read_comparison(read_yaml(FILE)))
     assert len(matrix.runs) == 4 * 3
     counts = {name: matched.trainable for name, matched in matrix.matched["household"].items()}
-    # LoRA of rank 16 on the attention linears of 30 layers: 576 wide, 192 for keys and values
-    assert counts["lora"] == 30 * 16 * (2 * (576 + 576) + 2 * (576 + 192))
+    # LoRA of rank 32 on the attention linears of 30 layers: 576 wide, 192 for keys and values
+    assert counts["lora"] == 30 * 32 * (2 * (576 + 576) + 2 * (576 + 192))
     assert all(abs(count / counts["lora"] - 1) <= 0.02 for count in counts.values())

@@ -8,12 +8,15 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
+INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
 GRACE = 30.0  # seconds that a run has to save what it wants to save
 TAIL = 12  # lines of a log that tell what went wrong
 
@@ -39,20 +42,26 @@ class Outcome:
 
 
 class Execution:
-    """A run that goes on."""
+    """A run as a process; who makes one calls `interrupt` and `end` whatever happens from `start` on."""
 
     def __init__(self, job: Job, environment: Mapping[str, str] | None = None) -> None:
-        """Start it, with `environment` on top of our own."""
+        """`environment`: on top of our own."""
+        threads = {name: str(job.threads) for name in THREADS}
         self.job = job
         self._log = Path(job.directory) / job.log
-        self._started = time.monotonic()
-        threads = {name: str(job.threads) for name in THREADS}
-        with self._log.open("wb") as log:
+        self._environment = {**os.environ, **threads, **(environment or {})}
+        self._began = time.monotonic()
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Start the process."""
+        command = [sys.executable, "-m", "mixora.cli", "train", self.job.settings, "--overwrite"]
+        with self._log.open("wb") as log, hold_signals():
             # ctrl-C reaches a session of its own through us alone
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "mixora.cli", "train", job.settings, "--overwrite"],
-                cwd=job.directory,
-                env={**os.environ, **threads, **(environment or {})},
+                command,
+                cwd=self.job.directory,
+                env=self._environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -61,11 +70,12 @@ class Execution:
 
     def poll(self) -> Outcome | None:
         """How it ended; None while it goes on."""
-        code = self._process.poll()
+        code = None if self._process is None else self._process.poll()
         return None if code is None else self._describe(code)
 
     def wait(self) -> Outcome:
         """How it ended, once it has."""
+        assert self._process is not None
         return self._describe(self._process.wait())
 
     def interrupt(self) -> None:
@@ -74,6 +84,8 @@ class Execution:
 
     def end(self) -> None:
         """Wait until it has stopped; with force if that takes too long."""
+        if self._process is None:
+            return
         try:
             self._process.wait(GRACE)
         except subprocess.TimeoutExpired:
@@ -81,11 +93,11 @@ class Execution:
             self._process.wait()
 
     def _send(self, number: int) -> None:
-        if self._process.poll() is None:
+        if self._process is not None and self._process.poll() is None:
             os.killpg(self._process.pid, number)
 
     def _describe(self, code: int) -> Outcome:
-        seconds = time.monotonic() - self._started
+        seconds = time.monotonic() - self._began
         return Outcome(self.job.name, seconds, None if code == 0 else self._read_tail(code))
 
     def _read_tail(self, code: int) -> str:
@@ -97,8 +109,25 @@ def execute(job: Job) -> Outcome:
     """Make one run and wait for it; whatever interrupts the waiting ends the run too."""
     execution = Execution(job)
     try:
+        execution.start()
         return execution.wait()
-    except BaseException:
+    finally:
         execution.interrupt()
         execution.end()
-        raise
+
+
+@contextmanager
+def hold_signals() -> Iterator[None]:
+    """What interrupts us waits until the block ends, so that no process starts without being known."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    arrived: list[int] = []
+    before = {number: signal.signal(number, lambda number, _: arrived.append(number)) for number in INTERRUPTS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for late in arrived:
+            signal.raise_signal(late)

@@ -29,6 +29,7 @@ class Local:
                 for place in range(self.workers):
                     if waiting and place not in running:
                         running[place] = Execution(waiting.pop(0), self._environment(place))
+                        running[place].start()
                 ended = {place: outcome for place, run in running.items() if (outcome := run.poll())}
                 for place, outcome in ended.items():
                     del running[place]
