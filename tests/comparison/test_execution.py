@@ -119,3 +119,18 @@ def test_an_interrupt_while_a_process_starts_comes_once_it_is_known():
             reached = True
         pytest.fail("the signal was lost")
     assert reached and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_run_can_be_interrupted_where_its_parent_cannot(stand_in, tmp_path):
+    stand_in('trap "touch saved; exit 130" INT; touch began; while :; do sleep 0.02; done')
+    run = Execution(make_jobs(tmp_path, 1)[0])
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        run.start()
+        assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == {signal.SIGINT}
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    wait_for(tmp_path / "began")
+    run.interrupt()
+    run.end()
+    assert (tmp_path / "saved").exists()

@@ -18,6 +18,7 @@ from pathlib import Path
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
 INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
 GRACE = 30.0  # seconds that a run has to save what it wants to save
+PAUSE = 0.1  # seconds between two looks at a process
 TAIL = 12  # lines of a log that tell what went wrong
 
 
@@ -74,9 +75,10 @@ class Execution:
         return None if code is None else self._describe(code)
 
     def wait(self) -> Outcome:
-        """How it ended, once it has."""
-        assert self._process is not None
-        return self._describe(self._process.wait())
+        """How it ended, once it has. Looks now and then: Ray's way to interrupt does not reach who waits for good."""
+        while (outcome := self.poll()) is None:
+            time.sleep(PAUSE)
+        return outcome
 
     def interrupt(self) -> None:
         """Ask it to stop."""
@@ -123,11 +125,14 @@ def hold_signals() -> Iterator[None]:
         yield
         return
     arrived: list[int] = []
+    # Ray blocks them in its workers, and a process inherits that
+    mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, INTERRUPTS)
     before = {number: signal.signal(number, lambda number, _: arrived.append(number)) for number in INTERRUPTS}
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         for late in arrived:
             signal.raise_signal(late)

@@ -7,10 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from mixora.comparison.execution import Execution, Job, Outcome
+from mixora.comparison.execution import PAUSE, Execution, Job, Outcome
 from mixora.errors import ConfigError
-
-PAUSE = 0.1  # seconds between two looks at the processes
 
 
 @dataclass(frozen=True)
