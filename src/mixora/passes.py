@@ -99,9 +99,12 @@ class Pass:
         """The tokens of a layer's input `x` [..., I], flattened to T, each of them so many `times` in a row."""
         key = (stream, x.shape[:-1], times)
         if key not in self._tokens:
-            once = self._read_tokens(stream, x)
-            valid_T, group_T = (t.repeat_interleave(times) for t in (once.valid_T, once.group_T))
-            self._tokens[key] = replace(once, valid_T=valid_T, group_T=group_T)
+            if times == 1:
+                self._tokens[key] = self._read_tokens(stream, x)
+            else:
+                once = self.tokens(stream, x)
+                valid_T, group_T = (t.repeat_interleave(times) for t in (once.valid_T, once.group_T))
+                self._tokens[key] = replace(once, valid_T=valid_T, group_T=group_T)
         return self._tokens[key]
 
     def has_padding(self, stream: Stream) -> bool:
