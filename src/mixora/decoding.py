@@ -144,15 +144,13 @@ class Stack:
             weights_SK, experts_SK = self._choose(z_TC[:, self.width :].to(_widen(x.dtype)), x, here)
             ranks = self.places[0].parts.shape.ranks
             gates_SE = weights_SK.new_zeros(weights_SK.shape[0], len(ranks)).scatter_(1, experts_SK, weights_SK)
-            gates_SR = gates_SE.to(h_TMR.dtype) @ segments_ER(ranks, h_TMR.dtype, x.device)
+            # low precision would start a product this small later than it takes
+            gates_SR = (gates_SE @ segments_ER(ranks, gates_SE.dtype, x.device)).to(h_TMR.dtype)
             h_TMR.mul_(gates_SR.view(x_TI.shape[0], len(self.routers), -1))
         outputs = []
         for place, h_TR in zip(self.places, h_TMR.unbind(dim=1), strict=True):
-            y_TO = place.compute_frozen(x_TI)
-            if h_TR.dtype == y_TO.dtype:
-                outputs.append(y_TO.addmm_(h_TR, place.b_RO, alpha=place.scale))
-            else:
-                outputs.append(y_TO.add_(h_TR @ place.b_RO, alpha=place.scale))
+            y_TO = place.compute_frozen(x_TI).to(h_TR.dtype)
+            outputs.append(y_TO.addmm_(h_TR, place.b_RO, alpha=place.scale).to(x.dtype))
         return outputs
 
     def _serve_one(self, x_1I: Tensor, x: Tensor, here: Pass) -> list[Tensor]:
