@@ -179,8 +179,8 @@ def test_what_changes_between_two_tokens_is_seen(change):
 def test_weights_are_stacked_once_for_a_cache_and_go_with_it(monkeypatch):
     model, made = make(), []
 
-    def spy(members, adapter, dtype, own=decoding.Stack.of):
-        made.append(own(members, adapter, dtype))
+    def spy(members, adapter, x, own=decoding.Stack.of):
+        made.append(own(members, adapter, x))
         return made[-1]
 
     monkeypatch.setattr(decoding.Stack, "of", spy)
@@ -198,8 +198,8 @@ def test_weights_are_stacked_once_for_a_cache_and_go_with_it(monkeypatch):
 def test_without_a_cache_nothing_is_kept(monkeypatch):
     model, rows = make(), []
 
-    def spy(members, adapter, dtype, own=decoding.Stack.of):
-        stack = own(members, adapter, dtype)
+    def spy(members, adapter, x, own=decoding.Stack.of):
+        stack = own(members, adapter, x)
         rows.append(weakref.ref(stack.rows_CI))
         return stack
 

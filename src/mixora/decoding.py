@@ -66,7 +66,7 @@ class Place:
             y_1O.addmm_(F.linear(x_1I, self.a_rI[expert]), self.b_rO[expert], alpha=weight * self.scale)
 
     def is_unchanged(self, dtype: torch.dtype) -> bool:
-        """Whether the module would still be served like this where it reads `dtype`; tensors aside."""
+        """Whether the module would still be served like this where it reads `dtype`; the experts' tensors aside."""
         module, frozen, adapter = self.module, self.frozen, self.adapter
         return (
             module.active_adapter in (adapter, [adapter])
@@ -81,13 +81,14 @@ class Place:
 
 @dataclass(slots=True)
 class Stack:
-    """What decoding reads of linears that share an input, in the dtype to compute in.
+    """What decoding reads of linears that share an input of `dtype`, in the dtype to compute in.
 
     rows_CI: A of all `places`, [width, I], then the rows of their routers, w_CI; none where one expert serves every
     token. `routers`: the parameters of each. `sources`: the tensors that this was made from, but for those of inference
     mode, and their `versions`. `is_sparse`: a token uses fewer experts than there are.
     """
 
+    dtype: torch.dtype
     places: list[Place]
     routers: list[Parameters]
     sources: list[Tensor]
@@ -98,18 +99,19 @@ class Stack:
     is_sparse: bool
 
     @classmethod
-    def of(cls, members: list[Any], adapter: str, dtype: torch.dtype) -> "Stack":
-        """Copies the rows; B only where it has another dtype."""
+    def of(cls, members: list[Any], adapter: str, x: Tensor) -> "Stack":
+        """Copies the rows for an input such as `x`; B only where it has another dtype."""
         parts, own = members[0].parts[adapter], [member.parameters_of(adapter) for member in members]
         leaders = () if parts.router.is_static else dict.fromkeys(member.leader_of(adapter) for member in members)
         routers = [leader.parameters_of(adapter) for leader in leaders]
         rows = [*(tensors["A"] for tensors in own), *(parts.router.rows(tensors) for tensors in routers)]
-        rows_CI = torch.cat([tensor.detach().to(dtype) for tensor in rows])
+        rows_CI = torch.cat([tensor.detach().to(_choose_dtype(x)) for tensor in rows])
         ranks, read = parts.shape.ranks, {id(t): t for tensors in (*own, *routers) for t in tensors.values()}
         sources = [tensor for tensor in read.values() if not tensor.is_inference()]
         width = sum(ranks) * len(members)
         each_RI = rows_CI[:width].chunk(len(members))
         return cls(
+            x.dtype,
             [Place.of(member, adapter, a_RI) for member, a_RI in zip(members, each_RI, strict=True)],
             routers,
             sources,
@@ -120,13 +122,17 @@ class Stack:
             bool(routers) and parts.router.top_k < len(ranks),
         )
 
-    def serves(self, x: Tensor) -> bool:
-        """Whether it would be made the same for `x` now."""
+    def is_unchanged(self) -> bool:
+        """Whether it would be made the same now."""
         # runs for each token: a generator would take longer than what it looks at
         for place in self.places:
-            if not place.is_unchanged(x.dtype):
+            if not place.is_unchanged(self.dtype):
                 return False
-        return list(map(_VERSION, self.sources)) == self.versions and self.rows_CI.dtype == _choose_dtype(x)
+        return list(map(_VERSION, self.sources)) == self.versions
+
+    def serves(self, x: Tensor) -> bool:
+        """Whether it was made for such an input."""
+        return x.dtype == self.dtype and self.rows_CI.dtype == _choose_dtype(x)
 
     def outputs_for(self, x: Tensor, here: Pass) -> dict[str, Tensor]:
         """The outputs of all places, by path."""
@@ -196,18 +202,29 @@ def infer(module: Any, x: Tensor, here: Pass) -> Tensor | None:
         return outputs.waiting.pop(module.path)
     if cast_as_autocast(x) is not x or torch.compiler.is_compiling():
         return None
-    is_next = x.dim() > 2 and x.shape[-2] == 1
-    stack = here.kept.get(module.path) if here.kept is not None and is_next else None
-    if stack is None or not stack.serves(x):
+    stack = _find_kept(module.path, x, here)
+    if stack is None:
         adapter = module.find_joined(x)
         if adapter is None:
             return None
-        stack = Stack.of(_find_alike(module, adapter, x), adapter, _choose_dtype(x))
+        stack = Stack.of(_find_alike(module, adapter, x), adapter, x)
         if here.kept is not None:
             here.kept[module.path] = stack
     found = stack.outputs_for(x, here)
     here.outputs = Outputs(Input.of(x), found)
     return found.pop(module.path)
+
+
+def _find_kept(path: str, x: Tensor, here: Pass) -> Stack | None:
+    """What an earlier pass made for the next token of each sequence. A pass looks once for what has changed since."""
+    if here.kept is None or x.dim() < 3 or x.shape[-2] != 1:
+        return None
+    if not here.is_kept_checked:
+        for changed in [key for key, stack in here.kept.items() if not stack.is_unchanged()]:
+            del here.kept[changed]
+        here.is_kept_checked = True
+    stack = here.kept.get(path)
+    return stack if stack is not None and stack.serves(x) else None
 
 
 def _find_alike(module: Any, adapter: str, x: Tensor) -> list[Any]:
