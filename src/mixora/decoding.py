@@ -8,6 +8,7 @@ once a weight has changed in place or another prompt begins. A single token read
 
 from dataclasses import dataclass
 from functools import cache
+from itertools import repeat
 from operator import attrgetter
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from mixora.contracts import Parameters
+from mixora.draws import Serving
 from mixora.joining import find_members
 from mixora.kernels.sorting import cast_as_autocast
 from mixora.kernels.stacked import segments_ER
@@ -48,13 +50,12 @@ class Place:
     scale: float
 
     @classmethod
-    def of(cls, module: Any, adapter: str, a_RI: Tensor) -> "Place":
-        """The module as it is now, with its A."""
+    def of(cls, module: Any, adapter: str, a_RI: Tensor, b_RO: Tensor, ranks: tuple[int, ...]) -> "Place":
+        """The module as it is now, with A and B of experts of these `ranks`."""
         frozen, parts = module.base_layer, module.parts[adapter]
-        b_RO, ranks = module.parameters_of(adapter)["B"].detach().to(a_RI.dtype), parts.shape.ranks
         experts = b_RO, a_RI.split(ranks), b_RO.split(ranks)
-        weight = frozen.weight, isinstance(frozen, Conv1D)
-        return cls(module, adapter, parts, frozen, *weight, *experts, parts.expert.scale(parts.shape))
+        is_transposed, scale = isinstance(frozen, Conv1D), parts.expert.scale(parts.shape)
+        return cls(module, adapter, parts, frozen, frozen.weight, is_transposed, *experts, scale)
 
     def compute_frozen(self, x_TI: Tensor) -> Tensor:
         """What the frozen linear gives: [T, O]."""
@@ -84,13 +85,15 @@ class Stack:
     """What decoding reads of linears that share an input of `dtype`, in the dtype to compute in.
 
     rows_CI: A of all `places`, [width, I], then the rows of their routers, w_CI; none where one expert serves every
-    token. `routers`: the parameters of each. `sources`: the tensors that this was made from, but for those of inference
-    mode, and their `versions`. `is_sparse`: a token uses fewer experts than there are.
+    token. `routers`: the parameters of each. `serving`: what serves where training draws routes. `sources`: the
+    tensors that this was made from, but for those of inference mode, and their `versions`. `is_sparse`: a token
+    uses fewer experts than there are.
     """
 
     dtype: torch.dtype
     places: list[Place]
     routers: list[Parameters]
+    serving: Serving
     sources: list[Tensor]
     versions: list[int]
     rows_CI: Tensor
@@ -99,36 +102,39 @@ class Stack:
     is_sparse: bool
 
     @classmethod
-    def of(cls, members: list[Any], adapter: str, x: Tensor) -> "Stack":
+    def of(cls, members: list[Any], adapter: str, x: Tensor, here: Pass) -> "Stack":
         """Copies the rows for an input such as `x`; B only where it has another dtype."""
-        parts, own = members[0].parts[adapter], [member.parameters_of(adapter) for member in members]
+        parts, dtype = members[0].parts[adapter], _choose_dtype(x)
         leaders = () if parts.router.is_static else dict.fromkeys(member.leader_of(adapter) for member in members)
-        routers = [leader.parameters_of(adapter) for leader in leaders]
-        rows = [*(tensors["A"] for tensors in own), *(parts.router.rows(tensors) for tensors in routers)]
-        rows_CI = torch.cat([tensor.detach().to(_choose_dtype(x)) for tensor in rows])
-        ranks, read = parts.shape.ranks, {id(t): t for tensors in (*own, *routers) for t in tensors.values()}
-        sources = [tensor for tensor in read.values() if not tensor.is_inference()]
+        own, routers = ([m.parameters_of(adapter) for m in modules] for modules in (members, leaders))
+        served = [member.tensors_in(adapter, here) for member in members]
+        rows = [*(tensors["A"] for tensors in served), *(parts.router.rows(tensors) for tensors in routers)]
+        rows_CI = torch.cat([tensor.detach().to(dtype) for tensor in rows])
+        read = {id(t): t for tensors in (*own, *routers) for t in tensors.values() if not t.is_inference()}
+        # of what is drawn, the mean of products has the rows of all of them
+        ranks = parts.shape.ranks if routers else (len(rows[0]),)
         width = sum(ranks) * len(members)
-        each_RI = rows_CI[:width].chunk(len(members))
+        a_MRI, b_MRO = rows_CI[:width].chunk(len(members)), [tensors["B"].detach().to(dtype) for tensors in served]
         return cls(
             x.dtype,
-            [Place.of(member, adapter, a_RI) for member, a_RI in zip(members, each_RI, strict=True)],
+            [Place.of(*known, ranks) for known in zip(members, repeat(adapter), a_MRI, b_MRO)],
             routers,
-            sources,
-            list(map(_VERSION, sources)),
+            here.serving,
+            list(read.values()),
+            list(map(_VERSION, read.values())),
             rows_CI,
             rows_CI[width:],
             width,
             bool(routers) and parts.router.top_k < len(ranks),
         )
 
-    def is_unchanged(self) -> bool:
+    def is_unchanged(self, here: Pass) -> bool:
         """Whether it would be made the same now."""
         # runs for each token: a generator would take longer than what it looks at
         for place in self.places:
             if not place.is_unchanged(self.dtype):
                 return False
-        return list(map(_VERSION, self.sources)) == self.versions
+        return list(map(_VERSION, self.sources)) == self.versions and self.serving == here.serving
 
     def serves(self, x: Tensor) -> bool:
         """Whether it was made for such an input."""
@@ -207,7 +213,7 @@ def infer(module: Any, x: Tensor, here: Pass) -> Tensor | None:
         adapter = module.find_joined(x)
         if adapter is None:
             return None
-        stack = Stack.of(_find_alike(module, adapter, x), adapter, x)
+        stack = Stack.of(_find_alike(module, adapter, x), adapter, x, here)
         if here.kept is not None:
             here.kept[module.path] = stack
     found = stack.outputs_for(x, here)
@@ -220,7 +226,7 @@ def _find_kept(path: str, x: Tensor, here: Pass) -> Stack | None:
     if here.kept is None or x.dim() < 3 or x.shape[-2] != 1:
         return None
     if not here.is_kept_checked:
-        for changed in [key for key, stack in here.kept.items() if not stack.is_unchanged()]:
+        for changed in [key for key, stack in here.kept.items() if not stack.is_unchanged(here)]:
             del here.kept[changed]
         here.is_kept_checked = True
     stack = here.kept.get(path)

@@ -70,7 +70,8 @@ class Pass:
     layers see it. `seed`: what this pass's routes are drawn by, where they are; `serving`: what serves where not.
     `shared`: per adapter the last routing, which other layers may use. `joined`: per adapter the products that layers
     made for each other; `outputs`: what takes their place without gradients. `kept`: what the passes that go on with
-    one cache of keys and values keep for each other; None without a cache; `is_kept_checked`: nothing of it is old.
+    one cache of keys and values keep for each other; None without a cache and where routes are drawn;
+    `is_kept_checked`: nothing of it is old.
     """
 
     mask_BS: dict[Stream, Tensor] = field(default_factory=dict)
