@@ -24,6 +24,8 @@ RECIPES = [
     mixora.recipe("adamoe"),
     mixora.recipe("molora"),
     mixora.recipe("lora"),
+    mixora.recipe("adamix-lora"),
+    mixora.recipe("adamix-lora", num_experts=3, share="none", tied=True),
 ]
 
 
@@ -176,11 +178,27 @@ def test_what_changes_between_two_tokens_is_seen(change):
     torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-5)
 
 
+def test_who_serves_where_routes_are_drawn_may_change_between_two_tokens():
+    model, ids, cache = make(mixora.recipe("adamix-lora")), token_ids(1, 7), DynamicCache()
+    with torch.no_grad():
+        model(input_ids=ids[:, :2], past_key_values=cache)
+    ways = ("merged", "fixed", "random", "random", "merged")
+    for way, seed, token in zip(ways, range(5), ids[:, 2:].split(1, dim=1), strict=True):
+        before = copy.deepcopy(cache)
+        with mixora.served_by(model, way, expert=1):
+            torch.manual_seed(seed)
+            with torch.no_grad():
+                found = model(input_ids=token, past_key_values=cache).logits
+            torch.manual_seed(seed)
+            plain = model(input_ids=token, past_key_values=before).logits.detach()
+        torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-5)
+
+
 def test_weights_are_stacked_once_for_a_cache_and_go_with_it(monkeypatch):
     model, made = make(), []
 
-    def spy(members, adapter, dtype, own=decoding.Stack.of):
-        made.append(own(members, adapter, dtype))
+    def spy(*given, own=decoding.Stack.of):
+        made.append(own(*given))
         return made[-1]
 
     monkeypatch.setattr(decoding.Stack, "of", spy)
@@ -198,8 +216,8 @@ def test_weights_are_stacked_once_for_a_cache_and_go_with_it(monkeypatch):
 def test_without_a_cache_nothing_is_kept(monkeypatch):
     model, rows = make(), []
 
-    def spy(members, adapter, dtype, own=decoding.Stack.of):
-        stack = own(members, adapter, dtype)
+    def spy(*given, own=decoding.Stack.of):
+        stack = own(*given)
         rows.append(weakref.ref(stack.rows_CI))
         return stack
 

@@ -7,6 +7,9 @@ once a weight has changed in place or another prompt begins. A single token read
 """
 
 from dataclasses import dataclass
+from functools import cache
+from itertools import repeat
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -15,6 +18,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from mixora.contracts import Parameters
+from mixora.draws import Serving
 from mixora.joining import find_members
 from mixora.kernels.sorting import cast_as_autocast
 from mixora.kernels.stacked import segments_ER
@@ -24,13 +28,14 @@ from mixora.routers.linear import LinearRouter
 
 # on a CPU, products of fewer tokens than this take longer in low precision than in fp32
 FEW = 24
+_VERSION = attrgetter("_version")
 
 
 @dataclass(slots=True)
 class Place:
     """One of the linears of a stack, `module`, and what the stack was made for there.
 
-    b_RO: B in the stack's dtype. a_rI, b_rO: A and B of each expert.
+    b_RO: B in the stack's dtype. a_rI, b_rO: A and B of each expert. `scale`: the factor on what they add.
     """
 
     module: Any
@@ -38,36 +43,34 @@ class Place:
     parts: Parts
     frozen: Any
     weight: Tensor
+    is_transposed: bool
     b_RO: Tensor
     a_rI: tuple[Tensor, ...]
     b_rO: tuple[Tensor, ...]
+    scale: float
 
     @classmethod
-    def of(cls, module: Any, adapter: str, a_RI: Tensor) -> "Place":
-        """The module as it is now, with its A."""
+    def of(cls, module: Any, adapter: str, a_RI: Tensor, b_RO: Tensor, ranks: tuple[int, ...]) -> "Place":
+        """The module as it is now, with A and B of experts of these `ranks`."""
         frozen, parts = module.base_layer, module.parts[adapter]
-        b_RO, ranks = module.parameters_of(adapter)["B"].detach().to(a_RI.dtype), parts.shape.ranks
-        return cls(module, adapter, parts, frozen, frozen.weight, b_RO, a_RI.split(ranks), b_RO.split(ranks))
+        experts = b_RO, a_RI.split(ranks), b_RO.split(ranks)
+        is_transposed, scale = isinstance(frozen, Conv1D), parts.expert.scale(parts.shape)
+        return cls(module, adapter, parts, frozen, frozen.weight, is_transposed, *experts, scale)
 
     def compute_frozen(self, x_TI: Tensor) -> Tensor:
         """What the frozen linear gives: [T, O]."""
-        weight_OI = self.weight.T if isinstance(self.frozen, Conv1D) else self.weight
-        return F.linear(x_TI, weight_OI, self.frozen._parameters["bias"])
+        return F.linear(x_TI, self.weight.T if self.is_transposed else self.weight, self.frozen._parameters["bias"])
 
     def add_chosen(self, y_1O: Tensor, x_1I: Tensor, weights_K: list[float], experts_K: list[int]) -> None:
-        """To the output for a single token what its experts add, times the weights."""
-        (weight, first), *others = zip(weights_K, experts_K, strict=True)
-        sum_1O = F.linear(x_1I, self.a_rI[first]) @ self.b_rO[first]
-        for other_weight, expert in others:
-            sum_1O.addmm_(F.linear(x_1I, self.a_rI[expert]), self.b_rO[expert], beta=weight, alpha=other_weight)
-            weight = 1.0
-        y_1O.add_(sum_1O, alpha=weight)
+        """To the output for a single token, in the stack's dtype, what its experts add, times the weights."""
+        for weight, expert in zip(weights_K, experts_K, strict=True):
+            y_1O.addmm_(F.linear(x_1I, self.a_rI[expert]), self.b_rO[expert], alpha=weight * self.scale)
 
     def is_unchanged(self, dtype: torch.dtype) -> bool:
-        """Whether the module would still be served like this where it reads `dtype`; tensors aside."""
+        """Whether the module would still be served like this where it reads `dtype`; the experts' tensors aside."""
         module, frozen, adapter = self.module, self.frozen, self.adapter
         return (
-            module.active_adapters == [adapter]
+            module.active_adapter in (adapter, [adapter])
             and module.parts.get(adapter) is self.parts
             and not (module.disable_adapters or module.merged_adapters)
             and module._modules["base_layer"] is frozen
@@ -79,52 +82,63 @@ class Place:
 
 @dataclass(slots=True)
 class Stack:
-    """What decoding reads of linears that share an input, in the dtype to compute in.
+    """What decoding reads of linears that share an input of `dtype`, in the dtype to compute in.
 
-    rows_CI: A of all `places`, [width, I], then the rows of their routers; none where one expert serves every token.
-    `routers`: the parameters of each. `sources`: the tensors that this was made from, and their versions; those of
-    inference mode have none. `is_sparse`: a token uses fewer experts than there are.
+    rows_CI: A of all `places`, [width, I], then the rows of their routers, w_CI; none where one expert serves every
+    token. `routers`: the parameters of each. `serving`: what serves where training draws routes. `sources`: the
+    tensors that this was made from, but for those of inference mode, and their `versions`. `is_sparse`: a token
+    uses fewer experts than there are.
     """
 
+    dtype: torch.dtype
     places: list[Place]
     routers: list[Parameters]
-    sources: list[tuple[Tensor, int]]
+    serving: Serving
+    sources: list[Tensor]
+    versions: list[int]
     rows_CI: Tensor
+    w_CI: Tensor
     width: int
-    scale: float
     is_sparse: bool
 
     @classmethod
-    def of(cls, members: list[Any], adapter: str, dtype: torch.dtype) -> "Stack":
-        """Copies the rows; B only where it has another dtype."""
-        parts, own = members[0].parts[adapter], [member.parameters_of(adapter) for member in members]
+    def of(cls, members: list[Any], adapter: str, x: Tensor, here: Pass) -> "Stack":
+        """Copies the rows for an input such as `x`; B only where it has another dtype."""
+        parts, dtype = members[0].parts[adapter], _choose_dtype(x)
         leaders = () if parts.router.is_static else dict.fromkeys(member.leader_of(adapter) for member in members)
-        routers = [leader.parameters_of(adapter) for leader in leaders]
-        rows = [*(tensors["A"] for tensors in own), *(parts.router.rows(tensors) for tensors in routers)]
+        own, routers = ([m.parameters_of(adapter) for m in modules] for modules in (members, leaders))
+        served = [member.tensors_in(adapter, here) for member in members]
+        rows = [*(tensors["A"] for tensors in served), *(parts.router.rows(tensors) for tensors in routers)]
         rows_CI = torch.cat([tensor.detach().to(dtype) for tensor in rows])
-        ranks, read = parts.shape.ranks, {id(t): t for tensors in (*own, *routers) for t in tensors.values()}
+        read = {id(t): t for tensors in (*own, *routers) for t in tensors.values() if not t.is_inference()}
+        # of what is drawn, the mean of products has the rows of all of them
+        ranks = parts.shape.ranks if routers else (len(rows[0]),)
         width = sum(ranks) * len(members)
-        each_RI = rows_CI[:width].chunk(len(members))
+        a_MRI, b_MRO = rows_CI[:width].chunk(len(members)), [tensors["B"].detach().to(dtype) for tensors in served]
         return cls(
-            [Place.of(member, adapter, a_RI) for member, a_RI in zip(members, each_RI, strict=True)],
+            x.dtype,
+            [Place.of(*known, ranks) for known in zip(members, repeat(adapter), a_MRI, b_MRO)],
             routers,
-            [(tensor, tensor._version) for tensor in read.values() if not tensor.is_inference()],
+            here.serving,
+            list(read.values()),
+            list(map(_VERSION, read.values())),
             rows_CI,
+            rows_CI[width:],
             width,
-            parts.expert.scale(parts.shape),
             bool(routers) and parts.router.top_k < len(ranks),
         )
 
-    def serves(self, x: Tensor) -> bool:
-        """Whether it would be made the same for `x` now."""
+    def is_unchanged(self, here: Pass) -> bool:
+        """Whether it would be made the same now."""
         # runs for each token: a generator would take longer than what it looks at
         for place in self.places:
-            if not place.is_unchanged(x.dtype):
+            if not place.is_unchanged(self.dtype):
                 return False
-        for tensor, version in self.sources:
-            if tensor._version != version:
-                return False
-        return self.rows_CI.dtype == _choose_dtype(x)
+        return list(map(_VERSION, self.sources)) == self.versions and self.serving == here.serving
+
+    def serves(self, x: Tensor) -> bool:
+        """Whether it was made for such an input."""
+        return x.dtype == self.dtype and self.rows_CI.dtype == _choose_dtype(x)
 
     def outputs_for(self, x: Tensor, here: Pass) -> dict[str, Tensor]:
         """The outputs of all places, by path."""
@@ -139,37 +153,39 @@ class Stack:
         z_TC = F.linear(x_TI.to(self.rows_CI.dtype), self.rows_CI)
         h_TMR = z_TC[:, : self.width].view(x_TI.shape[0], len(self.places), -1)
         if self.routers:
-            weights_SK, experts_SK = self._choose(z_TC[:, self.width :], x, here)
+            weights_SK, experts_SK = self._choose(z_TC[:, self.width :].to(_widen(x.dtype)), x, here)
             ranks = self.places[0].parts.shape.ranks
             gates_SE = weights_SK.new_zeros(weights_SK.shape[0], len(ranks)).scatter_(1, experts_SK, weights_SK)
-            gates_SR = gates_SE.to(h_TMR.dtype) @ segments_ER(ranks, h_TMR.dtype, x.device)
+            # low precision would start a product this small later than it takes
+            gates_SR = (gates_SE @ segments_ER(ranks, gates_SE.dtype, x.device)).to(h_TMR.dtype)
             h_TMR.mul_(gates_SR.view(x_TI.shape[0], len(self.routers), -1))
         outputs = []
         for place, h_TR in zip(self.places, h_TMR.unbind(dim=1), strict=True):
-            y_TO = place.compute_frozen(x_TI)
-            if h_TR.dtype == y_TO.dtype:
-                outputs.append(y_TO.addmm_(h_TR, place.b_RO, alpha=self.scale))
-            else:
-                outputs.append(y_TO.add_(h_TR @ place.b_RO, alpha=self.scale))
+            y_TO = place.compute_frozen(x_TI).to(h_TR.dtype)
+            outputs.append(y_TO.addmm_(h_TR, place.b_RO, alpha=place.scale).to(x.dtype))
         return outputs
 
     def _serve_one(self, x_1I: Tensor, x: Tensor, here: Pass) -> list[Tensor]:
         """As `_serve`, with nothing read of the experts that the only token did not choose."""
         read_1I = x_1I.to(self.rows_CI.dtype)
-        weights_NK, experts_NK = self._choose(F.linear(read_1I, self.rows_CI[self.width :]), x, here)
-        weights, experts = (weights_NK * self.scale).tolist(), experts_NK.tolist()
+        weights_NK, experts_NK = self._choose(F.linear(read_1I, self.w_CI), x, here)
+        weights, experts = weights_NK.tolist(), experts_NK.tolist()
         outputs = []
         for n, place in enumerate(self.places):
-            outputs.append(place.compute_frozen(x_1I))
+            y_1O = place.compute_frozen(x_1I).to(read_1I.dtype)
             # one router for all of them, or one for each
-            place.add_chosen(outputs[-1], read_1I, weights[n % len(weights)], experts[n % len(weights)])
+            place.add_chosen(y_1O, read_1I, weights[n % len(weights)], experts[n % len(weights)])
+            outputs.append(y_1O.to(x.dtype))
         return outputs
 
     def _choose(self, z_TC: Tensor, x: Tensor, here: Pass) -> tuple[Tensor, Tensor]:
-        """Weights and experts, [T * N, K]: row t N + n is the decision of the n-th of N routers for token t."""
+        """Weights and experts by the routers' outputs in at least fp32: [T * N, K].
+
+        Row t N + n is the decision of the n-th of N routers for token t.
+        """
         parts, num_routers = self.places[0].parts, len(self.routers)
         assert isinstance(parts.router, LinearRouter)
-        z_SC = z_TC.to(torch.promote_types(x.dtype, torch.float32)).reshape(-1, z_TC.shape[1] // num_routers)
+        z_SC = z_TC.reshape(-1, z_TC.shape[1] // num_routers)
         tokens = here.tokens(parts.stream, x, num_routers)
         weights_SK, experts_SK = parts.router.choose(z_SC, self.routers[0], tokens)
         if here.has_padding(parts.stream):
@@ -192,18 +208,29 @@ def infer(module: Any, x: Tensor, here: Pass) -> Tensor | None:
         return outputs.waiting.pop(module.path)
     if cast_as_autocast(x) is not x or torch.compiler.is_compiling():
         return None
-    is_next = x.dim() > 2 and x.shape[-2] == 1
-    stack = here.kept.get(module.path) if here.kept is not None and is_next else None
-    if stack is None or not stack.serves(x):
+    stack = _find_kept(module.path, x, here)
+    if stack is None:
         adapter = module.find_joined(x)
         if adapter is None:
             return None
-        stack = Stack.of(_find_alike(module, adapter, x), adapter, _choose_dtype(x))
+        stack = Stack.of(_find_alike(module, adapter, x), adapter, x, here)
         if here.kept is not None:
             here.kept[module.path] = stack
     found = stack.outputs_for(x, here)
     here.outputs = Outputs(Input.of(x), found)
     return found.pop(module.path)
+
+
+def _find_kept(path: str, x: Tensor, here: Pass) -> Stack | None:
+    """What an earlier pass made for the next token of each sequence. A pass looks once for what has changed since."""
+    if here.kept is None or x.dim() < 3 or x.shape[-2] != 1:
+        return None
+    if not here.is_kept_checked:
+        for changed in [key for key, stack in here.kept.items() if not stack.is_unchanged(here)]:
+            del here.kept[changed]
+        here.is_kept_checked = True
+    stack = here.kept.get(path)
+    return stack if stack is not None and stack.serves(x) else None
 
 
 def _find_alike(module: Any, adapter: str, x: Tensor) -> list[Any]:
@@ -218,4 +245,10 @@ def _find_alike(module: Any, adapter: str, x: Tensor) -> list[Any]:
 
 def _choose_dtype(x: Tensor) -> torch.dtype:
     is_few = x.device.type == "cpu" and x.numel() < FEW * x.shape[-1]
-    return torch.promote_types(x.dtype, torch.float32) if is_few else x.dtype
+    return _widen(x.dtype) if is_few else x.dtype
+
+
+@cache
+def _widen(dtype: torch.dtype) -> torch.dtype:
+    """At least fp32. Kept, since asking torch for each token takes as long as an operator."""
+    return torch.promote_types(dtype, torch.float32)

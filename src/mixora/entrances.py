@@ -89,14 +89,15 @@ def _named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 def _read_pass(module: nn.Module, inputs: dict[str, Any]) -> Pass:
     trace = current_trace()
+    seed = seed_of(module.training) if getattr(module, "_mixora_draws", False) else None
     here = Pass(
         trace=trace,
         is_observed=trace is not None,
         owns_losses=trace is not None and trace.owns_losses,
         with_grad=torch.is_grad_enabled(),
-        seed=seed_of(module.training) if getattr(module, "_mixora_draws", False) else None,
+        seed=seed,
         serving=current_serving(),
-        kept=_kept_for(inputs.get("past_key_values")),
+        kept=_kept_for(inputs.get("past_key_values")) if seed is None else None,
     )
     if inputs.get("encoder_hidden_states") is not None:
         # a decoder called by itself

@@ -58,7 +58,7 @@ def compute(module: Any, adapter: str, x: Tensor, here: Pass) -> tuple[Tensor, R
         module.path,
         None if parts.router.is_static or weighted else routing,
         parts.shape.ranks,
-        module.parameters_of(adapter)["B"],
+        module.tensors_in(adapter, here)["B"],
         1.0 if weighted else parts.expert.scale(parts.shape),
         _weight_of(frozen),
         frozen.bias,
@@ -98,7 +98,7 @@ def _multiply(members: list[Any], adapter: str, x: Tensor, here: Pass) -> Joined
         warn_once(first, obstacle, "joint")
     for member in members:
         parts, leader = member.parts[adapter], member.leader_of(adapter)
-        experts[member.path] = member.parameters_of(adapter)["A"]
+        experts[member.path] = member.tensors_in(adapter, here)["A"]
         # where only autocast computes in low precision, routers keep theirs and multiply by themselves
         if not parts.router.is_static and x_TI.dtype == x.dtype:
             routers[leader.path] = parts.router.rows(leader.parameters_of(adapter))

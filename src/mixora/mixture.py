@@ -9,7 +9,8 @@ router's gradient is not drowned in the rounding of f(x).
 """
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +19,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from mixora import decoding, joining, passes, slots
-from mixora.contracts import kept_shapes
+from mixora.contracts import Parameters, kept_shapes
 from mixora.draws import MEAN, Draw
 from mixora.errors import ModelError, TrainingError
 from mixora.folding import Foldable
@@ -114,6 +115,10 @@ class Mixture(nn.Module, Foldable):
         for kind, tensor in self.parameters_of(source).items():
             copies[kind].data.copy_(tensor.data)
 
+    def tensors_in(self, adapter: str, here: passes.Pass) -> Parameters:
+        """Those that compute a pass, by kind: of the expert that was drawn, or the mean, where routes are drawn."""
+        return self.parts[adapter].router.serve(self.parameters_of(adapter), here.draw_at(self.path))
+
     def is_router_trained(self, adapter: str) -> bool:
         """Whether the router that this module uses for `adapter` has trainable tensors."""
         tensors = self.leader_of(adapter).parameters_of(adapter)
@@ -131,7 +136,7 @@ class Mixture(nn.Module, Foldable):
         if self.disable_adapters and self.merged:
             self.unmerge()
         if (adapter := self.find_joined(x)) is not None:
-            with passes.entered() as here:
+            with self._entered(adapter) as here:
                 y, routing = joining.compute(self, adapter, x, here)
                 return self._finish(adapter, y, routing, here)
         if not self.disable_adapters and (spanning := self._find_spanning()) is not None:
@@ -152,6 +157,14 @@ class Mixture(nn.Module, Foldable):
         return y
 
     def _adapt(self, adapter: str, x: Tensor, frozen: Tensor, y: Tensor) -> Tensor:
+        with self._entered(adapter) as here:
+            read = frozen if self.parts[adapter].expert.reads == "output" else x
+            delta_TO, routing = self.delta(adapter, x, read, here)
+            return self._finish(adapter, y + delta_TO.to(y.dtype).reshape(y.shape), routing, here)
+
+    @contextmanager
+    def _entered(self, adapter: str) -> Iterator[passes.Pass]:
+        """The pass to compute `adapter` in; `TrainingError` where a loss of its own needs two of them."""
         parts = self.parts[adapter]
         with passes.entered(draws=parts.router.draws and self.training) as here:
             if parts.pass_losses and self.training and torch.is_grad_enabled() and not here.owns_losses:
@@ -160,8 +173,7 @@ class Mixture(nn.Module, Foldable):
                     "batch, which only mixora's own trainers run; valid: mixora.Trainer, mixora.SFTTrainer, "
                     "mixora.compute_loss in a loop of your own, or coefficient 0"
                 )
-            delta_TO, routing = self.delta(adapter, x, frozen if parts.expert.reads == "output" else x, here)
-            return self._finish(adapter, y + delta_TO.to(y.dtype).reshape(y.shape), routing, here)
+            yield here
 
     def _finish(self, adapter: str, y: Tensor, routing: Routing, here: passes.Pass) -> Tensor:
         here.record(self.path, adapter, routing)

@@ -70,7 +70,8 @@ class Pass:
     layers see it. `seed`: what this pass's routes are drawn by, where they are; `serving`: what serves where not.
     `shared`: per adapter the last routing, which other layers may use. `joined`: per adapter the products that layers
     made for each other; `outputs`: what takes their place without gradients. `kept`: what the passes that go on with
-    one cache of keys and values keep for each other; None without a cache.
+    one cache of keys and values keep for each other; None without a cache and where routes are drawn;
+    `is_kept_checked`: nothing of it is old.
     """
 
     mask_BS: dict[Stream, Tensor] = field(default_factory=dict)
@@ -88,6 +89,7 @@ class Pass:
     joined: dict[str, Any] = field(default_factory=dict)
     outputs: Any = None
     kept: dict[str, Any] | None = None
+    is_kept_checked: bool = False
     _tokens: dict[tuple[Stream, torch.Size, int], Tokens] = field(default_factory=dict)
     _has_padding: dict[Stream, bool] = field(default_factory=dict)
 
@@ -99,9 +101,12 @@ class Pass:
         """The tokens of a layer's input `x` [..., I], flattened to T, each of them so many `times` in a row."""
         key = (stream, x.shape[:-1], times)
         if key not in self._tokens:
-            once = self._read_tokens(stream, x)
-            valid_T, group_T = (t.repeat_interleave(times) for t in (once.valid_T, once.group_T))
-            self._tokens[key] = replace(once, valid_T=valid_T, group_T=group_T)
+            if times == 1:
+                self._tokens[key] = self._read_tokens(stream, x)
+            else:
+                once = self.tokens(stream, x)
+                valid_T, group_T = (t.repeat_interleave(times) for t in (once.valid_T, once.group_T))
+                self._tokens[key] = replace(once, valid_T=valid_T, group_T=group_T)
         return self._tokens[key]
 
     def has_padding(self, stream: Stream) -> bool:

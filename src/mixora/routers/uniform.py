@@ -46,6 +46,7 @@ class Uniform(Router):
     config: UniformConfig
     is_static = True
     draws = True
+    joins = True
     top_k = 1
 
     @property
