@@ -68,6 +68,8 @@ def fit(config: RunConfig, progress: Progress, overwrite: bool = False, resume: 
     checkpoint = find_checkpoint(Path(config.out)) if resume else None
     if not resume:
         check_folder(config.out, overwrite, paths_read(config))
+    # a new classification head is drawn with the base
+    torch.manual_seed(config.train.seed)
     material, rows = _read(config, progress)
     adapter, table = build(material, rows, config, progress)
     _show_plan(table, rows, progress)
