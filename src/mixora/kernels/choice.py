@@ -63,7 +63,7 @@ class Choice:
             return kernel
         if kernel != "auto" and not self.is_stored:
             reason = KERNELS[kernel].objection(shape, self.dtype)
-            reason = reason or "computes LoRA experts under routers that are linear in what they read, or do not read it"
+            reason = reason or "computes LoRA experts under routers that are linear, or do not look at their input"
             raise ConfigError(f"{where}: {kernel!r} {reason}; valid here: {', '.join(['auto', *able])}")
         uses_all = len(shape.ranks) == top_k
         if uses_all or sum(shape.ranks) / top_k <= self.limit:

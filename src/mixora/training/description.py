@@ -17,6 +17,7 @@ from mixora.plan import Plan
 from mixora.training.material import Material, TrainingSet, batches_of, batches_of_tasks
 from mixora.training.progress import Progress
 from mixora.training.run_config import RunConfig
+from mixora.training.tasks import average
 from mixora.tuner import MixoraConfig
 
 ROWS_PER_GROUP = 8
@@ -35,18 +36,23 @@ def describe_run(config: RunConfig, adapter: MixoraConfig) -> dict[str, Any]:
     }
 
 
-def describe_tasks(
+def describe_scores(
     rows: TrainingSet, examples: Mapping[str, Examples], measured: Mapping[str, Mapping[str, Evaluation]]
 ) -> dict[str, Any]:
-    """What was drawn of each task, and its scores; nothing for a single source."""
-    return {
+    """The means over tasks at each time; and of each of several tasks what was drawn of it, and its own scores."""
+    held_out = {name: len(of_task.rows) for name, of_task in examples.items()}
+    means = {when: average(evaluations) for when, evaluations in measured.items()}
+    for when in ("before", "after"):
+        means[when]["rows"] = sum(held_out.values())
+    tasks = {
         name: {
             **drawn,
-            "held_out": len(examples[name].rows),
+            "held_out": held_out[name],
             **{when: dict(evaluations[name].metrics) for when, evaluations in measured.items()},
         }
         for name, drawn in rows.tasks.items()
     }
+    return {**means, "tasks": tasks}
 
 
 def describe_model(
@@ -87,10 +93,10 @@ def _load_by_group(model: Any, examples: Mapping[str, Examples], config: RunConf
 
 
 def list_generations(
-    examples: Mapping[str, Examples], before: Mapping[str, Evaluation], after: Mapping[str, Evaluation], count: int
+    examples: Mapping[str, Examples], measured: Mapping[str, Mapping[str, Evaluation]], count: int
 ) -> list[dict[str, str]]:
     """The first `count` answers of each task, before and after, beside what was expected."""
-    said = []
+    before, after, said = measured["before"], measured["after"], []
     for name, of_task in examples.items():
         if of_task.form not in ("completion", "messages"):
             continue

@@ -29,7 +29,7 @@ from mixora.training.description import (
     describe_environment,
     describe_model,
     describe_run,
-    describe_tasks,
+    describe_scores,
     list_generations,
 )
 from mixora.training.interruption import Interruption
@@ -44,7 +44,7 @@ from mixora.training.material import (
 from mixora.training.progress import Progress, StepProgress
 from mixora.training.run_config import RunConfig
 from mixora.training.run_folder import CHECKPOINTS, open_folder, paths_read, write_settings
-from mixora.training.tasks import average, mixture_table, with_loss
+from mixora.training.tasks import mixture_table, with_loss
 from mixora.training.trainers import Trainer
 from mixora.tuner import MixoraConfig, allocate, plan
 
@@ -76,28 +76,25 @@ def fit(config: RunConfig, progress: Progress, overwrite: bool = False, resume: 
     examples = make_examples(material, config)
     torch.manual_seed(config.train.seed)
     model = get_peft_model(material.model, adapter)
-    before = measure(model, examples, config, progress, "before")
+    measured = {"before": measure(model, examples, config, progress, "before")}
     make_arguments(config)  # a mistake there must cost no earlier results
     out = Path(config.out) if resume else open_folder(config, overwrite)
     write_settings(config)
     with resumable(out):
         trainer = make_trainer(model, material, rows, config)
         seconds = train(trainer, checkpoint, progress)
-        after = measure(model, examples, config, progress, "after")
+        measured["after"] = measure(model, examples, config, progress, "after")
         seen = describe_model(model, material, table, examples, config, progress)
-        reloaded = _read_back(model, material, examples, config, progress)
+        measured["reloaded"] = _read_back(model, material, examples, config, progress)
         record = RunRecord(
             **describe_run(config, adapter),
             **seen,
-            **_scores(before, after, reloaded, examples),
+            **describe_scores(rows, examples, measured),
             history=history_of(trainer.state.log_history),
-            generations=list_generations(examples, before, after, config.evaluate.generations),
-            environment={
-                **describe_environment(config, time.perf_counter() - started),
-                **describe_costs(seconds, trainer.state.num_input_tokens_seen),
-            },
+            generations=list_generations(examples, measured, config.evaluate.generations),
+            environment=describe_environment(config, time.perf_counter() - started)
+            | describe_costs(seconds, trainer.state.num_input_tokens_seen),
             notes=[*table.notes, *_truncation(rows), *filter(None, [trainer.alarm.note])],
-            tasks=describe_tasks(rows, examples, {"before": before, "after": after, "reloaded": reloaded}),
         )
         with progress.task("writing the report"):
             write_report(record, out)
@@ -112,20 +109,6 @@ def _read(config: RunConfig, progress: Progress) -> tuple[Material, TrainingSet]
         material = read_material(config)
     with progress.task("encoding, rows") as advance:
         return material, make_training_set(material, config, advance)
-
-
-def _scores(
-    before: Mapping[str, Evaluation],
-    after: Mapping[str, Evaluation],
-    reloaded: Mapping[str, Evaluation],
-    examples: Mapping[str, Examples],
-) -> dict[str, Any]:
-    rows = sum(len(of_task.rows) for of_task in examples.values())
-    return {
-        "before": {**average(before), "rows": rows},
-        "after": {**average(after), "rows": rows},
-        "reloaded": dict(average(reloaded)),
-    }
 
 
 def train(trainer: Trainer, checkpoint: Path | None, progress: Progress) -> float | None:
