@@ -36,7 +36,9 @@ def form(make, library, what):
     """A parameter that needs `library`: how a base is quantised, and why kernel `joint` cannot read its weights."""
     is_missing = importlib.util.find_spec(library) is None
     marks = pytest.mark.skipif(is_missing, reason=f"needs {library}: pip install mixora[quantised]")
-    return pytest.param(make, marks=[marks, pytest.mark.works_with("Quantised bases", what)], id=what)
+    return pytest.param(
+        make, marks=[marks, pytest.mark.works_with(library, what.removeprefix(f"{library}, "))], id=what
+    )
 
 
 FORMS = [

@@ -9,6 +9,7 @@ from mixora.comparison.matrix import make_matrix
 from mixora.comparison.queue import find_missing, work_through
 from mixora.comparison.results import gather
 from mixora.errors import ConfigError
+from mixora.folders import claim_folder
 from tests.comparison.conftest import Pretend, quiet
 
 ALL = ["commands/lora/seed-0", "commands/sira/seed-0"]
@@ -39,7 +40,7 @@ def test_what_is_missing_is_made_and_nothing_else(build, tmp_path):
     assert list(results.records) == ALL[:1] and results.to_dict()["missing"] == ALL[1:]
     # a record that was cut off while it was written is none
     folder = matrix.runs[1].folder
-    folder.mkdir(parents=True)
+    claim_folder(folder)
     (folder / "run.yaml").write_text("{}")
     (folder / "record.json").write_text('{"title": "co')
     second = Pretend()

@@ -220,7 +220,8 @@ def measure(
     found = {}
     for name, of_task in examples.items():
         settings = config.evaluate if config.data.tasks is None else with_loss(config.evaluate, of_task)
-        with progress.task(f"evaluating {name}, {when}") as advance, served_by(model, config.evaluate.served_by):
+        what = "evaluating" if config.data.tasks is None else f"evaluating {name}"
+        with progress.task(f"{what}, {when}") as advance, served_by(model, config.evaluate.served_by):
             found[name] = evaluate(model, of_task, settings, advance)
     return found
 
