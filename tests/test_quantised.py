@@ -42,9 +42,9 @@ def form(make, library, what):
 
 
 FORMS = [
-    form(nf4, "bitsandbytes", "bitsandbytes, 4 bits"),
-    form(int8, "bitsandbytes", "bitsandbytes, 8 bits"),
-    form(weight_only, "torchao", "torchao, 8 bits, weights only"),
+    form(nf4, "bitsandbytes", "4 bits"),
+    form(int8, "bitsandbytes", "8 bits"),
+    form(weight_only, "torchao", "8 bits, weights only"),
 ]
 
 
