@@ -109,7 +109,8 @@ def _end(kind: str, text: str, code: int, options: dict[str, Any]) -> None:
 
 def _quieten_libraries() -> None:
     """Our own progress and errors say what matters. Imports none of them, so that mistakes are told at once."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    for name in ("bitsandbytes", "torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     for module in ("peft", "transformers"):
         warnings.filterwarnings("ignore", module=module)
 
