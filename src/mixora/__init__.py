@@ -4,12 +4,6 @@ import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING or "mixora_command" not in sys.modules:
-    # makes PEFT know the adapters; the script imports torch and PEFT only for commands that need them
-    from mixora.plan import Plan
-    from mixora.recipes import recipe_names
-    from mixora.tuner import MixoraConfig, allocate, plan, recipe
-
 if TYPE_CHECKING:
     from mixora.conversion import convert
     from mixora.crafting import craft
@@ -17,11 +11,14 @@ if TYPE_CHECKING:
     from mixora.diagnostics.residual import residual_energy
     from mixora.loading import from_pretrained
     from mixora.merging import Approximation, merge
+    from mixora.plan import Plan
+    from mixora.recipes import recipe_names
     from mixora.serving import served_by
     from mixora.training.batch_loss import compute_loss
     from mixora.training.gradient_check import check_router_gradient
     from mixora.training.sft import SFTTrainer
     from mixora.training.trainers import AuxiliaryLossCallback, Trainer
+    from mixora.tuner import MixoraConfig, allocate, plan, recipe
 
 __version__ = "0.1.0"
 __all__ = [
@@ -46,6 +43,14 @@ __all__ = [
     "served_by",
 ]
 
+_AT_ONCE = {
+    "MixoraConfig": "mixora.tuner",
+    "Plan": "mixora.plan",
+    "allocate": "mixora.tuner",
+    "plan": "mixora.tuner",
+    "recipe": "mixora.tuner",
+    "recipe_names": "mixora.recipes",
+}
 # what pulls in trainers is imported when first asked for
 _LATER = {
     "Approximation": "mixora.merging",
@@ -70,5 +75,15 @@ def __getattr__(name: str) -> Any:
     return getattr(import_module(_LATER[name]), name)
 
 
+def import_face() -> None:
+    """Put the names in place that `import mixora` gives at once, which makes PEFT know the adapters."""
+    globals().update({name: getattr(import_module(module), name) for name, module in _AT_ONCE.items()})
+
+
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+# the script imports torch and PEFT only for commands that need them
+if "mixora_command" not in sys.modules:
+    import_face()

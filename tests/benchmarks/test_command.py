@@ -1,5 +1,8 @@
 """`mixora bench`: the list, the options handed on, and what a user is told where it cannot run."""
 
+import subprocess
+import sys
+
 import pytest
 from typer.testing import CliRunner
 
@@ -25,6 +28,15 @@ def test_options_are_the_benchmarks_own(monkeypatch):
     monkeypatch.setattr(running, "run", lambda *words: given.append(words))
     assert call("step", "--dtype", "float32", "bfloat16", "--repeats", "3").exit_code == 0
     assert given == [("step", ["--dtype", "float32", "bfloat16", "--repeats", "3"])]
+
+
+def test_the_script_gives_benchmarks_the_whole_face():
+    program = (
+        "import mixora_command\nfrom mixora.commands.bench import import_benchmarks\nimport_benchmarks()\n"
+        "import mixora\nprint(mixora.recipe('sira').recipe, callable(mixora.plan), mixora.Plan.__name__)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == ["sira", "True", "Plan"], done.stderr
 
 
 def test_help_of_a_benchmark():

@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+import mixora
 from mixora.terminal import Debug, reports_errors
 
 LISTED = (None, "--help")
@@ -24,6 +25,8 @@ def import_benchmarks() -> Any:
     for root in (Path(__file__).parents[3], Path.cwd()):
         if (root / "benchmarks" / "measuring.py").is_file() and (root / "src" / "mixora").is_dir():
             sys.path.insert(0, str(root))
+            # they use mixora as a user's program does
+            mixora.import_face()
             return importlib.import_module("benchmarks")
     raise ConfigError(
         "bench: there are no benchmarks here, since they come with the repository, not with the package; "
