@@ -25,8 +25,6 @@ def import_benchmarks() -> Any:
     for root in (Path(__file__).parents[3], Path.cwd()):
         if (root / "benchmarks" / "measuring.py").is_file() and (root / "src" / "mixora").is_dir():
             sys.path.insert(0, str(root))
-            # they use mixora as a user's program does
-            mixora.import_face()
             return importlib.import_module("benchmarks")
     raise ConfigError(
         "bench: there are no benchmarks here, since they come with the repository, not with the package; "
@@ -66,4 +64,6 @@ def bench(
         return
     if name not in table:
         raise ConfigError(f"bench: got {name!r}; valid: a benchmark{did_you_mean(str(name), table)}")
+    # benchmarks use mixora as a user's program does
+    mixora.import_face()
     importlib.import_module("benchmarks.running").run(name, context.args)
