@@ -240,3 +240,10 @@ def test_damaged_adapters_are_one_clear_error(bases, data, tmp_path):
     (folder / "adapter_config.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"adapter_config\.json is damaged"):
         mixora.from_pretrained(bases / "llama", folder)
+
+
+def test_a_run_that_is_measured_by_its_loss_alone_shows_no_answers(bases, data, tmp_path):
+    tree = settings(bases / "llama", data / "commands", tmp_path / "out")
+    tree["evaluate"] = {"limit": 2, "metrics": ["loss"]}
+    record = fit(read_run(tree), quiet())
+    assert set(record.after) == {"loss", "rows"} and record.generations == []

@@ -98,7 +98,8 @@ def list_generations(
     """The first `count` answers of each task, before and after, beside what was expected."""
     before, after, said = measured["before"], measured["after"], []
     for name, of_task in examples.items():
-        if of_task.form not in ("completion", "messages"):
+        # metrics such as the loss ask for no answers
+        if of_task.form not in ("completion", "messages") or not after[name].predictions:
             continue
         answers = zip(of_task.rows, before[name].predictions, after[name].predictions, strict=True)
         for row, first, last in list(answers)[:count]:
