@@ -5,20 +5,16 @@ alone, since it measures in the environments of other libraries too.
 """
 
 import gc
-import os
-import platform
 import statistics
 import time
 import weakref
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-RESULTS = Path(__file__).parent / "results"
 Step = Callable[[], object]
 
 
@@ -149,11 +145,3 @@ def peak_mebibytes(step: Step, device: str = "cpu") -> float:
     with LiveBytes() as live:
         step()
     return round(live.peak / 2**20, 2)
-
-
-def describe_machine() -> str:
-    """Processor, what it has for bf16 products, cores and threads."""
-    found = torch.cpu.get_capabilities()
-    products = [name for name in ("avx512_bf16", "amx_bf16") if found.get(name)]
-    numbers = f"{os.cpu_count()} core(s)", f"{torch.get_num_threads()} thread(s)"
-    return ", ".join([found.get("cpu_name", platform.machine()), *products, *numbers])

@@ -6,32 +6,21 @@ the file, and `draw(found)`, which makes a figure of that.
 
 import argparse
 import importlib
-import json
-import os
-import platform
-import shlex
 import sys
 from collections.abc import Sequence
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks import BENCHMARKS
-from benchmarks.measuring import RESULTS, describe_machine
+from benchmarks.recording import RESULTS, describe_run, write_results
 
 DTYPES = ["float32", "bfloat16"]
-LIBRARIES = ("torch", "transformers", "peft", "mixora")
 
 
 def add_dtypes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", nargs="+", default=DTYPES, choices=DTYPES, help="of the base's weights")
-
-
-def describe_versions() -> dict[str, str]:
-    return {"python": platform.python_version(), **{library: version(library) for library in LIBRARIES}}
 
 
 def read_options(name: str, module: Any, arguments: Sequence[str]) -> argparse.Namespace:
@@ -49,18 +38,9 @@ def run(name: str, arguments: Sequence[str] | None = None) -> Path:
     module = importlib.import_module(f"benchmarks.{BENCHMARKS[name].module}")
     options = read_options(name, module, given)
     torch.set_num_threads(1)
-    facts = {
-        "date": str(date.today()),
-        "command": shlex.join(["mixora", "bench", name, *given]),
-        "machine": describe_machine(),
-        # how busy the machine was with other work
-        "load": round(os.getloadavg()[0], 2),
-        "versions": describe_versions(),
-    }
+    facts = describe_run(["mixora", "bench", name, *given])
     found = {**facts, **module.measure_all(options)}
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / f"{name}-{facts['date']}.json"
-    path.write_text(json.dumps(found, indent=1) + "\n")
+    path = write_results(name, found, options.out)
     figure = module.draw(found)
     figure.supxlabel(f"{facts['date']}; {facts['machine']}; torch {facts['versions']['torch']}", fontsize=8)
     figure.savefig(path.with_suffix(".png"))

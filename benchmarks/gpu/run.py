@@ -32,7 +32,8 @@ from torch import Tensor
 import mixora.fused_loss
 from benchmarks import fused_loss, kernels, layers, training_step
 from benchmarks.gpu import llama, roofline
-from benchmarks.measuring import RESULTS, peak_mebibytes, time_together
+from benchmarks.measuring import peak_mebibytes, time_together
+from benchmarks.recording import RESULTS
 from mixora.kernels import KERNELS
 
 # the largest difference from the reference, as a part of the reference's largest number

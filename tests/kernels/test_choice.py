@@ -8,7 +8,7 @@ import torch
 
 import mixora
 from benchmarks.kernels import find_limits
-from benchmarks.measuring import RESULTS
+from benchmarks.recording import RESULTS
 from mixora.contracts import Shape
 from mixora.errors import ConfigError
 from mixora.kernels import KERNELS
