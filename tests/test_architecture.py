@@ -7,10 +7,10 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "mixora"
 ORDER = [
-    {"errors", "short_names", "stages"},
+    {"errors", "short_names", "stages", "console"},
     {"draws", "completion"},
     {"routing", "config", "folders", "low_rank", "fused_loss", "activations", "host"},
-    {"contracts", "passes", "depth"},
+    {"contracts", "passes", "depth", "outside"},
     {"experts", "routers", "kernels", "losses", "allocators", "slots", "parts", "plan", "entrances"},
     {"method", "sites", "joining", "folding"},
     {"decoding"},

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from mixora.diagnostics.residual import residual_energy
     from mixora.loading import from_pretrained
     from mixora.merging import Approximation, merge
+    from mixora.outside import allow_parts
     from mixora.plan import Plan
     from mixora.recipes import recipe_names
     from mixora.serving import served_by
@@ -29,6 +30,7 @@ __all__ = [
     "SFTTrainer",
     "Trainer",
     "allocate",
+    "allow_parts",
     "check_router_gradient",
     "compute_loss",
     "convert",
@@ -47,6 +49,7 @@ _AT_ONCE = {
     "MixoraConfig": "mixora.tuner",
     "Plan": "mixora.plan",
     "allocate": "mixora.tuner",
+    "allow_parts": "mixora.outside",
     "plan": "mixora.tuner",
     "recipe": "mixora.tuner",
     "recipe_names": "mixora.recipes",

@@ -90,7 +90,8 @@ def load_base(
     _check_fit(config, name, task)
     tokenizer = read_tokenizer(name, **hub)
     labels = {} if num_labels is None else {"num_labels": num_labels}
-    arguments = {**kwargs, **labels, "dtype": precision, "output_loading_info": True}
+    # weights in pickles are none of those that are read unless asked for
+    arguments = {"use_safetensors": True, **kwargs, **labels, "dtype": precision, "output_loading_info": True}
     model, report = _read(_LOADERS[task].auto, source, name, arguments)
     if report["missing_keys"] and task != "sequence-classification":
         raise ModelError(
@@ -228,11 +229,14 @@ def _check_fit(config: Any, name: str | Path, task: str) -> None:
 
 def _read(auto: Any, source: Path | str, name: str | Path, arguments: dict[str, Any]) -> Any:
     try:
-        return auto.from_pretrained(str(source), **arguments)
+        # else transformers would ask on a terminal whether to run the code that comes with a model
+        return auto.from_pretrained(str(source), **{"trust_remote_code": False, **arguments})
     except Exception as error:
         # damaged files make the readers below raise anything
         known = "" if isinstance(source, Path) else f"; no such folder here, short names: {', '.join(SHORT_NAMES)}"
         reason = " ".join(str(error).split())
+        if "trust_remote_code" in reason:
+            reason = "it brings code of its own, which runs with trust_remote_code=True only, in Python"
         raise ModelError(f"{name}: {auto.__name__} cannot read it{known}; reason: {reason[:300]}") from error
 
 

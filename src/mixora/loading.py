@@ -4,6 +4,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
 from peft import PeftConfig, PeftModel
 from peft.utils import get_peft_model_state_dict
 from peft.utils.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
@@ -11,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
 from mixora.bases import TASK_TYPES, Task, load_base
-from mixora.errors import CheckpointError
+from mixora.errors import CheckpointError, ConfigError
 from mixora.host import MIXORA
 
 
@@ -33,33 +35,47 @@ def from_pretrained(
     `adapter` is a folder written by `save_pretrained`, or a hub id. Weights that are missing, unexpected or of the
     wrong shape, and a model that does not fit the adapter's plan, are a `CheckpointError` that names all of them.
     """
-    folder = Path(adapter)
-    if folder.exists():
-        check_files(folder)
-    config = read_adapter_config(adapter)
+    folder = find_adapter(adapter)
+    check_files(folder)
+    config = read_adapter_config(folder)
     if not isinstance(base, PreTrainedModel):
         base, _ = load_base(base, task=task_of(config), **for_base)
     with warnings.catch_warnings():
         # what PEFT warns about here is an error below
         warnings.filterwarnings("ignore", message="Some weights of|Found missing adapter keys")
         model = PeftModel.from_pretrained(
-            base, str(adapter), adapter_name=adapter_name, is_trainable=is_trainable, ignore_mismatched_sizes=True
+            base, str(folder), adapter_name=adapter_name, is_trainable=is_trainable, ignore_mismatched_sizes=True
         )
-    if folder.exists():
-        problems = _compare(model, adapter_name, _shapes_on_disk(folder))
-        if problems:
-            model.unload()
-            shown = "\n  ".join(problems[:20])
-            raise CheckpointError(f"{adapter}: {len(problems)} tensors do not fit the model:\n  {shown}")
+    problems = _compare(model, adapter_name, _shapes_on_disk(folder))
+    if problems:
+        model.unload()
+        shown = "\n  ".join(problems[:20])
+        raise CheckpointError(f"{adapter}: {len(problems)} tensors do not fit the model:\n  {shown}")
     return model
 
 
+def find_adapter(adapter: str | Path) -> Path:
+    """The folder of an adapter; of one on the hub the copy in the local cache, which holds nothing but its two files.
+
+    So a hub's adapter passes the same checks as a local one, and what else lies beside it is never read.
+    """
+    if Path(adapter).exists() or isinstance(adapter, Path):
+        return Path(adapter)
+    try:
+        return Path(snapshot_download(adapter, allow_patterns=[CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME]))
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"{adapter}: no such folder, and the hub answered: {reason}") from None
+
+
 def read_adapter_config(adapter: str | Path) -> PeftConfig:
-    """The configuration of an adapter of ours, a folder or a hub id; `CheckpointError` for others and damaged ones."""
+    """The configuration of an adapter of ours in a folder; `CheckpointError` for others and damaged ones."""
     try:
         kind = PeftConfig._get_peft_type(str(adapter))
         if kind == MIXORA:
             return PeftConfig.from_pretrained(str(adapter))
+    except ConfigError as error:
+        raise CheckpointError(f"{adapter}: {CONFIG_NAME}: {error}") from None
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise CheckpointError(f"{adapter}: its {CONFIG_NAME} is damaged or not there: {error}") from None
     raise CheckpointError(f"{adapter}: is an adapter of type {kind}; valid: {MIXORA.value}")

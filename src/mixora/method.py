@@ -1,22 +1,43 @@
 """A method as data: rules that say which modules get which experts, routers and kernel, and the auxiliary losses."""
 
+from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, Union
 
-from pydantic import Field, create_model
+from pydantic import Discriminator, Field, PlainValidator, SerializeAsAny, Tag, create_model
 
 from mixora.allocators import ALLOCATORS
-from mixora.config import Strict
+from mixora.config import Strict, parse
+from mixora.contracts import Allocator, Expert, Router
 from mixora.depth import Count
 from mixora.experts import EXPERTS
 from mixora.kernels import KERNELS
 from mixora.losses import LOSSES
+from mixora.outside import is_outside, load_part
 from mixora.routers import ROUTERS
 
 
-def _one_of(table: dict[str, Any]) -> Any:
-    """Field type: the configuration of any part in the table, told apart by its `kind`."""
+def _one_of(table: dict[str, Any], contract: type) -> Any:
+    """Field type: the configuration of any part in the table, or of one outside of mixora, told apart by its `kind`."""
     configs = tuple(part.Config for part in table.values())
-    return configs[0] if len(configs) == 1 else Annotated[Union[configs], Field(discriminator="kind")]  # noqa: UP007
+    known: Any = Annotated[Union[configs], Field(discriminator="kind")]  # noqa: UP007
+    other: Any = Annotated[Strict, PlainValidator(partial(_read_outside, table, contract))]
+    either: Any = Annotated[known, Tag("known")] | Annotated[other, Tag("outside")]
+    return Annotated[either, Discriminator(_origin_of), SerializeAsAny()]
+
+
+def _origin_of(value: Any) -> str:
+    kind = value.get("kind") if isinstance(value, Mapping) else getattr(value, "kind", None)
+    return "outside" if is_outside(kind) else "known"
+
+
+def _read_outside(table: dict[str, Any], contract: type, value: Any) -> Strict:
+    """The configuration of a part from outside, which joins the table."""
+    settings = value.model_dump(mode="json") if isinstance(value, Strict) else value
+    kind = settings["kind"]
+    if kind not in table:
+        table[kind] = load_part(kind, contract)
+    return parse(table[kind].Config, settings)
 
 
 if TYPE_CHECKING:
@@ -27,10 +48,10 @@ if TYPE_CHECKING:
     AnyAllocator: TypeAlias = Any
     Losses: TypeAlias = Any
 else:
-    AnyExpert = _one_of(EXPERTS)
-    AnyRouter = _one_of(ROUTERS)
+    AnyExpert = _one_of(EXPERTS, Expert)
+    AnyRouter = _one_of(ROUTERS, Router)
     AnyKernel = Literal[("auto", *KERNELS)]
-    AnyAllocator = _one_of(ALLOCATORS)
+    AnyAllocator = _one_of(ALLOCATORS, Allocator)
     _of_losses = {name: (loss.Config, loss.Config()) for name, loss in LOSSES.items()}
     Losses = create_model("Losses", __base__=Strict, **_of_losses)
 

@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 
+from mixora.console import Console
 from mixora.contracts import Shape
 from mixora.errors import CheckpointError
 from mixora.passes import Stream

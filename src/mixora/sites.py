@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import regex
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -21,6 +22,7 @@ WHOLE = "ffn"
 # BART have no module of their own for this part: there it is its last linear.
 _FEED_FORWARD = re.compile(r"\.\d+\.(mlp|ffn|feed_forward|DenseReluDense|output\.dense|fc2)$")
 _QUERY_VALUE = {"q_proj", "v_proj", "query", "value", "q", "v", "q_lin", "v_lin"}
+SECONDS_TO_MATCH = 1.0
 # linears of one block that read the same hidden states, by the names that transformers gives them
 SIBLINGS = (
     {"q_proj", "k_proj", "v_proj"},
@@ -205,8 +207,15 @@ def names_by_group(targets: str | tuple[str, ...], linear: Linear) -> bool:
 
 def _match_expression(pattern: str, linears: list[Linear], model: nn.Module, where: str) -> list[Linear]:
     try:
-        hits = [linear for linear in linears if re.fullmatch(pattern, linear.path)]
-    except re.error as error:
+        expression = regex.compile(pattern)
+        hits = [linear for linear in linears if expression.fullmatch(linear.path, timeout=SECONDS_TO_MATCH)]
+    except TimeoutError:
+        # expressions come along with adapters, and there are some that take longer than a life
+        raise ConfigError(
+            f"{where}: the expression {pattern!r} takes more than {SECONDS_TO_MATCH:g} s for one path; valid: one "
+            "without repeated groups inside of repeated groups"
+        ) from None
+    except (regex.error, RecursionError) as error:
         raise ConfigError(f"{where}: got {pattern!r}, which is no regular expression: {error}") from None
     if not hits:
         raise ConfigError(

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
 from mixora.completion import complete_model, complete_recipe, complete_run, complete_setting
+from mixora.console import Console
 from mixora.errors import MixoraError, StoppedError
 
 REFUSALS = {
@@ -102,8 +102,8 @@ def find_refusal(error: Exception) -> str | None:
 def _end(kind: str, text: str, code: int, options: dict[str, Any]) -> None:
     if options.get("debug"):
         raise
-    Console(stderr=True).print(f"[bold red]{kind}:[/] ", end="")
-    Console(stderr=True).print(text, markup=False, highlight=False, soft_wrap=True)
+    Console(stderr=True).print(f"{kind}: ", end="", style="bold red")
+    Console(stderr=True).print(text, highlight=False, soft_wrap=True)
     raise typer.Exit(code)
 
 
@@ -152,4 +152,4 @@ def tell_written(paths: Mapping[str, object], dry_run: bool) -> None:
     if dry_run:
         console.print("nothing was written; without --dry-run:")
     for name, path in paths.items():
-        console.print(f"{name:<8} {path}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"{name:<8} {path}", highlight=False, soft_wrap=True)

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 import mixora
+from mixora.console import Console
 from mixora.terminal import Debug, reports_errors
 
 LISTED = (None, "--help")

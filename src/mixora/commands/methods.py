@@ -4,10 +4,10 @@ import sys
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from mixora.completion import complete_recipe
+from mixora.console import Console
 from mixora.terminal import (
     AsJson,
     Debug,

@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
+from mixora.console import Console
 from mixora.terminal import AsJson, Debug, print_json, reports_errors
 
 
@@ -33,4 +33,4 @@ def report(
         return
     console = Console()
     for text in (summarise(record), *(f"{finding.kind}: {finding.text}" for finding in findings), f"report   {page}"):
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
+        console.print(text, highlight=False, soft_wrap=True)

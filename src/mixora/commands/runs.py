@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from mixora.completion import complete_run
+from mixora.console import Console
 from mixora.errors import ConfigError, DataError
 from mixora.terminal import (
     AsJson,
@@ -131,8 +131,8 @@ def generate(
         return
     for answer in answers:
         for name, text in answer.items():
-            Console().print(f"[bold]{name:>10}[/]  ", end="")
-            Console().print(text, markup=False, highlight=False)
+            Console().print(f"{name:>10}  ", end="", style="bold")
+            Console().print(text, highlight=False)
 
 
 @reports_errors

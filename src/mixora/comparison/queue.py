@@ -93,7 +93,7 @@ def _find_problems(
             progress.say(f"{done} of {len(jobs)}: {outcome.name} took {_tell_time(outcome.seconds)}{rest}")
             if problem := outcome.problem or _check(runs[outcome.name]):
                 problems[outcome.name] = problem
-                progress.console.print(f"failed: {outcome.name}\n{problem}", style="red", markup=False)
+                progress.console.print(f"failed: {outcome.name}\n{problem}", style="red")
     return problems
 
 

@@ -118,7 +118,7 @@ def _find_shards(source: Path) -> list[Path]:
     for name in ("model.safetensors", "pytorch_model.bin"):
         index = source / f"{name}.index.json"
         if index.is_file():
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            names = _read_index(index)
             missing = [shard for shard in names if not (source / shard).is_file()]
             if missing:
                 raise CheckpointError(f"{source}: {index.name} names files that are not there: {', '.join(missing)}")
@@ -126,6 +126,15 @@ def _find_shards(source: Path) -> list[Path]:
         if (source / name).is_file():
             return [source / name]
     raise CheckpointError(f"{source}: holds no weights; valid: model.safetensors or pytorch_model.bin, or their shards")
+
+
+def _read_index(index: Path) -> list[str]:
+    """The files that an index names, all of them beside it."""
+    placed = read_json(index).get("weight_map")
+    names = set(placed.values()) if isinstance(placed, dict) else set()
+    if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
+        raise CheckpointError(f"{index}: weight_map: got {str(placed)[:200]}; valid: names of files in the same folder")
+    return sorted(names)
 
 
 def _check(found: Shapes, dense: PreTrainedModel, of_experts: Shapes, source: Path) -> None:

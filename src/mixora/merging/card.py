@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+import yaml
 from transformers import PreTrainedTokenizerBase
 
 from mixora.merging.result import Merged
@@ -32,12 +33,14 @@ def write_companions(merged: Merged, task_type: str | None, tokenizer: PreTraine
 
 def _lines(merged: Merged, task_type: str | None) -> Iterator[str]:
     library = "transformers" if merged.form == "dense" else "peft"
-    yield from ("---", f"base_model: {merged.base}", f"library_name: {library}", "tags: [lora, mixora]", "---", "")
-    recipe = f"recipe `{merged.recipe}`" if merged.recipe else "rules of its own"
+    # a name may come with the adapter that was merged, so each stands as the language around it quotes text
+    header = yaml.safe_dump({"base_model": merged.base, "library_name": library, "tags": ["lora", "mixora"]})
+    yield from ("---", *header.splitlines(), "---", "")
+    recipe = f"recipe {_quote(merged.recipe)}" if merged.recipe else "rules of its own"
     what = _FORMS[merged.form]
     yield f"# {what}, merged from a mixture of adapters"
     yield ""
-    yield f"Made by mixora from an adapter with {recipe} on the base `{merged.base}`."
+    yield f"Made by mixora from an adapter with {recipe} on the base {_quote(merged.base)}."
     yield ""
     yield from _how(merged)
     if merged.changes:
@@ -58,7 +61,7 @@ def _how(merged: Merged) -> Iterator[str]:
     yield from ("", "| sites | number | method | rank | mean error | largest error |", "|---|---|---|---|---|---|")
     for row in merged.rows():
         errors = f"{row['mean_error']:.3g} | {row['largest_error']:.3g}"
-        yield f"| `{row['sites']}` | {row['count']} | {row['method']} | {row['rank']} | {errors} |"
+        yield f"| {_quote(row['sites'])} | {row['count']} | {row['method']} | {row['rank']} | {errors} |"
 
 
 def _changes(merged: Merged) -> Iterator[str]:
@@ -82,13 +85,18 @@ def _loading(merged: Merged, task_type: str | None) -> Iterator[str]:
     auto = _CLASSES.get(str(task_type), "AutoModelForCausalLM")
     yield f"from transformers import {auto}"
     if merged.form == "dense":
-        yield from ("", f'model = {auto}.from_pretrained("{merged.out}")')
+        yield from ("", f"model = {auto}.from_pretrained({str(merged.out)!r})")
         return
     if merged.form == "mixture":
         yield from ("import mixora", "")
-        yield f'base = {auto}.from_pretrained("{merged.base}")'
-        yield f'model = mixora.from_pretrained(base, "{merged.out}")'
+        yield f"base = {auto}.from_pretrained({merged.base!r})"
+        yield f"model = mixora.from_pretrained(base, {str(merged.out)!r})"
         return
     yield from ("from peft import PeftModel", "")
-    yield f'base = {auto}.from_pretrained("{merged.base}")'
-    yield f'model = PeftModel.from_pretrained(base, "{merged.out}")'
+    yield f"base = {auto}.from_pretrained({merged.base!r})"
+    yield f"model = PeftModel.from_pretrained(base, {str(merged.out)!r})"
+
+
+def _quote(name: str) -> str:
+    """As code in Markdown, on one line."""
+    return "`" + " ".join(name.replace("`", "'").split()) + "`"

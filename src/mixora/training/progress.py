@@ -6,11 +6,13 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, Protocol
 
-from rich.console import Console, RenderableType
+from rich.console import RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 from transformers import TrainerCallback
 from transformers.utils import logging
+
+from mixora.console import Console
 
 ROUTING = {"routing/evenness": "experts' evenness", "routing/dropped_share": "dropped"}
 SECONDS_BETWEEN_LINES = 15.0
@@ -32,7 +34,7 @@ class Progress:
 
     def say(self, text: str) -> None:
         """One line."""
-        self.console.print(text, style="dim", highlight=False, markup=False)
+        self.console.print(text, style="dim", highlight=False)
 
     def show(self, renderable: RenderableType) -> None:
         """A table or the like."""
@@ -44,10 +46,15 @@ class Progress:
         if not self.console.is_terminal or self.console.is_dumb_terminal:
             yield _Lines(self, label)
             return
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+        )
         remaining = (TextColumn("left"), TimeRemainingColumn())
         with Bars(
-            *columns, *remaining, TextColumn("{task.fields[note]}"), console=self.console, transient=True
+            *columns, *remaining, TextColumn("{task.fields[note]}", markup=False), console=self.console, transient=True
         ) as bars:
             task = bars.add_task(label, total=None, note="")
 

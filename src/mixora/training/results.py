@@ -43,7 +43,7 @@ def summarise_run(record: RunRecord, out: Path) -> Iterator[RenderableType]:
             table.add_row(
                 name.replace("_", " "),
                 format_value(record.before[name], name),
-                f"[green]{format_value(record.after[name], name)}[/]",
+                Text(format_value(record.after[name], name), style="green"),
                 format_value(read_back, name),
             )
     yield table
@@ -56,7 +56,7 @@ def summarise_run(record: RunRecord, out: Path) -> Iterator[RenderableType]:
     for said in record.generations:
         block = Table.grid(padding=(0, 1))
         for name, text in said.items():
-            block.add_row(f"[bold]{name:>9}[/]", text.replace("[", "\\["))
+            block.add_row(Text(f"{name:>9}", style="bold"), text)
         yield block
         yield ""
     yield summarise(record)

@@ -1,0 +1,30 @@
+"""What is printed for people: text from files and models is shown as it stands, and can neither style nor steer."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from rich.console import Console as RichConsole
+from rich.console import ConsoleOptions, RenderableType
+from rich.segment import Segment
+
+_CONTROLS = {code: "\N{REPLACEMENT CHARACTER}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+
+
+def show_controls(text: str) -> str:
+    """`text` with a visible sign in place of each control character (C0, DEL, C1) but line feed and tab."""
+    return text.translate(_CONTROLS)
+
+
+class Console(RichConsole):
+    """rich's console for which a string is text: no markup, no emoji codes, no control characters.
+
+    What is to be styled is a `rich.text.Text` or has its `style` said beside it.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options, markup=False, emoji=False)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """As rich does, with control characters made visible."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else segment._replace(text=show_controls(segment.text))
