@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup quickstart test test-matrix works-with lint format docs clean
+.PHONY: help setup quickstart test test-matrix works-with lint format docs audit clean
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ -/'
 
@@ -53,6 +53,11 @@ format: $(READY) ## rewrite files the way `lint` wants them
 
 docs: $(READY)   ## the documentation site, in site/; warnings are errors
 	$(BIN)/mkdocs build --strict --quiet
+
+audit: $(READY)  ## known weaknesses of the pinned dependencies (asks the package index), and of our own code
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group audit
+	$(BIN)/ruff check --select S src examples
+	$(BIN)/pip-audit --strict --no-deps --disable-pip --requirement constraints.txt
 
 clean:           ## remove what the targets made
 	rm -rf $(VENV) runs build

@@ -1,63 +1,36 @@
 """Parts from outside of mixora: one file, no change to mixora; and nothing loads that nobody allowed."""
 
+import re
+import shlex
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from peft import get_peft_model
+from typer.testing import CliRunner
 
 import mixora
 from mixora import outside
+from mixora.cli import app
 from mixora.errors import CheckpointError, ConfigError
 from mixora.routers import ROUTERS
 from tests.models import tiny_llama
 
-MODULE = '''
-from typing import Annotated, Literal
-
-import torch
-from pydantic import Field
-
-from mixora.config import Strict
-from mixora.contracts import Router
-from mixora.routing import Routing
-
-open({witness!r}, "a").close()
-
-
-class Config(Strict):
-    kind: Literal["{module}:InTurn"] = "{module}:InTurn"
-    num_experts: Annotated[int, Field(ge=1)] = 4
-
-
-class InTurn(Router):
-    """Token t goes to expert t mod E."""
-
-    Config = Config
-    is_static = False
-    num_experts = property(lambda self: self.config.num_experts)
-    top_k = 1
-
-    def parameter_shapes(self, in_features):
-        return {{}}
-
-    def initialise(self, parameters):
-        pass
-
-    def route(self, x_TI, parameters, tokens, training):
-        experts_TK = torch.arange(len(x_TI), device=x_TI.device)[:, None] % self.num_experts
-        assigned_TK = tokens.valid_T[:, None]
-        return Routing(
-            experts_TK, assigned_TK.to(x_TI.dtype), assigned_TK, assigned_TK, tokens.valid_T, self.num_experts
-        )
-
+GUIDE = Path(__file__).parents[1] / "docs" / "guide" / "parts.md"
+MORE = """
 
 class Renamed(InTurn):
     pass
 
 
 nothing = 3
-'''
+open({witness!r}, "a").close()
+"""
+
+
+def read_guide(language):
+    return re.search(rf"```{language}.*?\n(.*?)```", GUIDE.read_text(encoding="utf-8"), flags=re.DOTALL)[1]
 
 
 @pytest.fixture
@@ -65,7 +38,8 @@ def module(tmp_path, monkeypatch, request):
     """The name of a module with a router, and the file that it leaves when it is loaded."""
     name = f"toy_{abs(hash(request.node.name)) % 10**8}"
     witness = tmp_path / "loaded"
-    (tmp_path / f"{name}.py").write_text(MODULE.format(module=name, witness=str(witness)))
+    code = read_guide("python").replace("in_turn:", f"{name}:") + MORE.format(witness=str(witness))
+    (tmp_path / f"{name}.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(outside, "_allowed", set())
     yield name, witness
@@ -163,3 +137,18 @@ def test_only_names_of_modules_can_be_allowed():
     for wrong in ("a:b", "", "a..b", "../a", "1a"):
         with pytest.raises(ConfigError, match="valid: the name of a module"):
             mixora.allow_parts(wrong)
+
+
+def test_the_command_of_the_guide(module, monkeypatch, tmp_path):
+    name, _ = module
+    variables, words = [], shlex.split(read_guide("sh").replace("\\\n", "").replace("in_turn", name))
+    while "=" in words[0]:
+        variables.append(words.pop(0))
+    for variable in variables:
+        monkeypatch.setenv(*variable.split("=", 1))
+    assert words.pop(0) == "mixora"
+    tiny_llama(use_cache=True).save_pretrained(tmp_path / "base")
+    words = [str(tmp_path / "base") if word == "smollm2-135m-instruct" else word for word in words]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, result.output
+    assert f"router: {name}:InTurn" in result.output

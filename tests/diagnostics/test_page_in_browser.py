@@ -4,11 +4,15 @@ import json
 import re
 import shutil
 import subprocess
-from html import escape
+from dataclasses import asdict
+from html import escape, unescape
+from html.parser import HTMLParser
 
 import pytest
 from matplotlib.image import imread
+from pydantic import TypeAdapter
 
+from mixora.diagnostics.record import RunRecord
 from mixora.diagnostics.report import render
 from tests.diagnostics.records import make_large_record
 
@@ -78,6 +82,57 @@ def test_the_browser_finds_no_fault_and_asks_nobody(page, browse, tmp_path):
     careless.write_text('<img src="http://example.org/x.png"><script>console.error("a fault")</script>')
     said = browse(careless, *flags).stderr
     assert "CONSOLE" in said and requests(log, "example.org")
+
+
+PAYLOAD = (
+    "</title></style></code></dd><script>document.title='run'</script><img src=x onerror=\"document.title='run'\">"
+    "\" onmouseover=\"document.title='run' <svg onload=document.title='run'> javascript:document.title='run' "
+)
+NAMES = ("before", "after", "reloaded", "environment")
+
+
+def poison(value):
+    """The same with the payload in front of every text in it."""
+    if isinstance(value, str):
+        return PAYLOAD + value
+    if isinstance(value, dict):
+        return {key: poison(child) for key, child in value.items()}
+    return [poison(child) for child in value] if isinstance(value, list | tuple) else value
+
+
+class Reader(HTMLParser):
+    """The elements and attributes of a page."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements, self.attributes, self.sources = set(), set(), set()
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.add(tag)
+        self.attributes |= {name for name, _ in attrs}
+        self.sources |= {value.partition(",")[0] for name, value in attrs if name in ("src", "href")}
+
+
+def read_elements(text):
+    reader = Reader()
+    reader.feed(text)
+    return reader
+
+
+def test_hostile_names_and_tokens_stay_text(page, browse, tmp_path):
+    plain = asdict(make_large_record(layers=3))
+    record = poison(plain)
+    for part in NAMES:
+        record[part] = {PAYLOAD + name: value for name, value in record[part].items()}
+    record["history"] = [{PAYLOAD + k if k == "z_loss" else k: v for k, v in row.items()} for row in plain["history"]]
+    hostile = tmp_path / "hostile.html"
+    hostile.write_text(render(TypeAdapter(RunRecord).validate_json(json.dumps(record))), encoding="utf-8")
+    seen, usual = browse(hostile, "--dump-dom").stdout, read_elements(browse(page, "--dump-dom").stdout)
+    found = read_elements(seen)
+    assert unescape(re.search("<title>(.*?)</title>", seen)[1]).startswith(PAYLOAD)
+    assert found.elements <= usual.elements and found.attributes <= usual.attributes
+    assert {source for source in found.sources if not source.startswith("#")} <= {"data:image/png;base64"}
+    assert unescape(re.sub("<[^>]*>", "", seen)).count(PAYLOAD.strip()) > 100
 
 
 def requests(log, host):

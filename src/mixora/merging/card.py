@@ -1,8 +1,8 @@
 """The model card of a merged adapter: what it is, how it was made, what was measured, how to load it."""
 
+import json
 from collections.abc import Iterator
 
-import yaml
 from transformers import PreTrainedTokenizerBase
 
 from mixora.merging.result import Merged
@@ -34,8 +34,8 @@ def write_companions(merged: Merged, task_type: str | None, tokenizer: PreTraine
 def _lines(merged: Merged, task_type: str | None) -> Iterator[str]:
     library = "transformers" if merged.form == "dense" else "peft"
     # a name may come with the adapter that was merged, so each stands as the language around it quotes text
-    header = yaml.safe_dump({"base_model": merged.base, "library_name": library, "tags": ["lora", "mixora"]})
-    yield from ("---", *header.splitlines(), "---", "")
+    base_model = json.dumps(merged.base)
+    yield from ("---", f"base_model: {base_model}", f"library_name: {library}", "tags: [lora, mixora]", "---", "")
     recipe = f"recipe {_quote(merged.recipe)}" if merged.recipe else "rules of its own"
     what = _FORMS[merged.form]
     yield f"# {what}, merged from a mixture of adapters"
