@@ -4,6 +4,7 @@ from pathlib import Path
 
 import yaml
 
+from mixora.asides import writing
 from mixora.folders import claim_folder
 from mixora.training.run_config import RunConfig
 
@@ -26,4 +27,5 @@ def open_folder(config: RunConfig, overwrite: bool) -> Path:
 def write_settings(config: RunConfig) -> None:
     """The run's settings as a run file."""
     text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-    (Path(config.out) / RUN_FILE).write_text(text, encoding="utf-8")
+    with writing(Path(config.out) / RUN_FILE) as path:
+        path.write_text(text, encoding="utf-8")
