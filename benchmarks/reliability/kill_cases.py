@@ -58,7 +58,7 @@ def make_settings(recipe: str, folder: Path, out: Path, steps: int, save_every: 
         "data": {"tasks": tasks} if rows == "tasks" else {"source": str(folder / rows)},
         "adapter": {"recipe": recipe},
         "train": {"steps": steps, "batch_size": 2, "learning_rate": 0.01, "schedule": "cosine", "log_every": 2},
-        "evaluate": {"limit": 4, "max_new_tokens": 2},
+        "evaluate": {"limit": 2, "max_new_tokens": 2},
     }
     tree["train"]["save_every"] = save_every
     for section, settings in changes.items():

@@ -12,6 +12,8 @@ last bit. Libraries are imported once; each attempt is a fork that runs the comm
 """
 
 import argparse
+import gc
+import importlib
 import json
 import mmap
 import os
@@ -31,9 +33,6 @@ from typing import Any
 import torch
 import yaml
 
-# what a run imports, before the first fork
-import mixora.training.rehearsal
-import mixora.training.results
 from benchmarks.recording import RESULTS, describe_run, write_results
 from benchmarks.reliability.kill_cases import CASES, make_settings, write_material
 from mixora.asides import ASIDE
@@ -204,7 +203,13 @@ def judge(whole: Path, out: Path) -> dict[str, Any]:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
+    # what a run imports, before the first fork
+    for name in ("mixora.training.rehearsal", "mixora.training.results"):
+        importlib.import_module(name)
     tell_phases()
+    # collecting would copy what forks share
+    gc.collect()
+    gc.freeze()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if wait(fork(lambda: write_material(folder), folder / "log"), lambda: False):
@@ -231,8 +236,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipes", nargs="+", default=list(CASES), choices=list(CASES))
-    parser.add_argument("--kills", type=int, default=6, help="for each recipe")
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--kills", type=int, default=5, help="for each recipe")
+    parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--save-every", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="three kills of one recipe")
