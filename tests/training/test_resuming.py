@@ -18,9 +18,9 @@ from typer.testing import CliRunner
 
 from mixora.asides import ASIDE
 from mixora.cli import app
-from mixora.errors import CheckpointError, ConfigError, StoppedError
+from mixora.errors import CheckpointError, ConfigError, StoppedError, UnwrittenError
 from mixora.training import run as running
-from mixora.training.checkpoints import clear_leftovers, find_checkpoint, read_resumed
+from mixora.training.checkpoints import clear_leftovers, find_checkpoint, read_resumed, resumable
 from mixora.training.manifest import write_manifest
 from mixora.training.run import fit
 from mixora.training.run_config import read_run
@@ -170,6 +170,12 @@ def test_a_run_goes_on_from_the_newest_whole_checkpoint(bases, data, tmp_path, m
     assert (resumed.history, resumed.after) == (whole.history, whole.after)
     assert any("checkpoint-8 was passed over" in note for note in resumed.notes)
     assert (whole.environment["interruptions"], resumed.environment["interruptions"]) == (0, 1)
+    # and from step 0, where there is none
+    stopped(read_run(tree_of(bases, data, tmp_path / "none", log_every=4)), monkeypatch, 2)
+    (tmp_path / "none" / "checkpoints" / "checkpoint-2" / "trainer_state.json").unlink()
+    resumed = fit(read_resumed(tmp_path / "none", {}), quiet(), resume=True)
+    assert any("trainer_state.json is missing" in note for note in resumed.notes)
+    assert same_weights(tmp_path / "whole", tmp_path / "none") and resumed.history == whole.history
 
 
 def test_an_interruption_after_training_costs_no_training(bases, data, tmp_path, monkeypatch):
@@ -213,13 +219,9 @@ def test_what_does_not_fit_is_refused(bases, data, tmp_path, monkeypatch):
         read_resumed(out, {})
 
 
-def test_without_a_whole_checkpoint_a_run_goes_on_from_step_0(bases, data, tmp_path, monkeypatch):
-    whole = fit(read_run(tree_of(bases, data, tmp_path / "whole")), quiet())
-    stopped(read_run(tree_of(bases, data, tmp_path / "out")), monkeypatch, 2)
-    (tmp_path / "out" / "checkpoints" / "checkpoint-2" / "trainer_state.json").unlink()
-    resumed = fit(read_resumed(tmp_path / "out", {}), quiet(), resume=True)
-    assert any("trainer_state.json is missing" in note for note in resumed.notes)
-    assert (resumed.history, resumed.after) == (whole.history, whole.after)
+def test_a_full_disk_says_how_to_go_on(tmp_path):
+    with pytest.raises(UnwrittenError, match=r"(?s)is full; .*room:.mixora train --resume"), resumable(tmp_path):
+        raise UnwrittenError(f"{tmp_path}: is full")
 
 
 def test_changed_rows_and_another_base_are_refused(bases, data, tmp_path, monkeypatch):
