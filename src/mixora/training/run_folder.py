@@ -4,8 +4,8 @@ from pathlib import Path
 
 import yaml
 
-from mixora.asides import writing
-from mixora.folders import claim_folder
+from mixora.asides import remove, writing
+from mixora.folders import check_folder, claim_folder
 from mixora.training.run_config import RunConfig
 
 RUN_FILE = "run.yaml"
@@ -19,7 +19,10 @@ def paths_read(config: RunConfig) -> list[str]:
 
 def open_folder(config: RunConfig, overwrite: bool) -> Path:
     """Make the folder of a run, empty but for its settings; an earlier run's results go if they may."""
-    out = claim_folder(config.out, overwrite, paths_read(config))
+    reads = paths_read(config)
+    # first, or what a kill leaves of an earlier run would look like one to go on with
+    remove(check_folder(config.out, overwrite, reads) / RUN_FILE)
+    out = claim_folder(config.out, overwrite, reads)
     write_settings(config)
     return out
 
