@@ -8,7 +8,7 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "mixora"
 ORDER = [
     {"errors", "short_names", "stages", "console"},
-    {"draws", "completion"},
+    {"draws", "completion", "asides"},
     {"routing", "config", "folders", "low_rank", "fused_loss", "activations", "host"},
     {"contracts", "passes", "depth", "outside"},
     {"experts", "routers", "kernels", "losses", "allocators", "slots", "parts", "plan", "entrances"},

@@ -24,6 +24,10 @@ class CheckpointError(MixoraError, ValueError):
     """An adapter on disk does not fit the model or is damaged."""
 
 
+class UnwrittenError(MixoraError):
+    """A disk took no more; the message names what was not written and what is left."""
+
+
 class StoppedError(MixoraError):
     """A signal ended a run that can go on; the message says how."""
 

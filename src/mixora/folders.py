@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
+from mixora.asides import ASIDE
 from mixora.errors import ConfigError
 
 MARK = ".mixora"
@@ -18,7 +19,7 @@ def check_folder(out: str | Path, overwrite: bool = False, reads: Iterable[str |
     in `reads`, or if it cannot be written.
     """
     folder = Path(out)
-    if folder.is_dir() and any(folder.iterdir()):
+    if _holds_something(folder):
         _check_replaceable(folder, overwrite, reads)
     above = folder.absolute()
     while not above.exists() and not above.is_symlink():
@@ -27,6 +28,11 @@ def check_folder(out: str | Path, overwrite: bool = False, reads: Iterable[str |
         reason = "no permission" if above.is_dir() else f"{above} is no folder"
         raise ConfigError(f"out: {folder} cannot be written: {reason}; valid: a folder that can be written")
     return folder
+
+
+def _holds_something(folder: Path) -> bool:
+    """A process that was killed when it had claimed a folder left the mark and perhaps half a file aside."""
+    return folder.is_dir() and any(path.name not in (MARK, ASIDE) for path in folder.iterdir())
 
 
 def _check_replaceable(folder: Path, overwrite: bool, reads: Iterable[str | Path]) -> None:
@@ -50,9 +56,10 @@ def claim_folder(out: str | Path, overwrite: bool = False, reads: Iterable[str |
     """
     folder = check_folder(out, overwrite, reads)
     try:
-        if folder.is_dir() and any(folder.iterdir()):
-            shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        # the mark stays, by which a folder that was emptied in part is known as ours
+        for path in sorted(path for path in folder.iterdir() if path.name != MARK):
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         (folder / MARK).write_text("This folder was written by mixora, which may replace it when told to.\n")
     except OSError as error:
         raise ConfigError(f"out: {folder} cannot be written: {error}; valid: a folder that can be written") from None

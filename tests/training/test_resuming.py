@@ -2,23 +2,29 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 from typer.testing import CliRunner
 
+from mixora.asides import ASIDE
 from mixora.cli import app
-from mixora.errors import CheckpointError, ConfigError, StoppedError
+from mixora.errors import CheckpointError, ConfigError, StoppedError, UnwrittenError
 from mixora.training import run as running
-from mixora.training.checkpoints import find_checkpoint, read_resumed
+from mixora.training.checkpoints import clear_leftovers, find_checkpoint, read_resumed, resumable
+from mixora.training.manifest import write_manifest
 from mixora.training.run import fit
 from mixora.training.run_config import read_run
+from mixora.training.start import Start, check_start, write_start
 from tests.training.test_run import quiet, settings
 
 
@@ -53,6 +59,11 @@ def weights_of(out):
     return load_file(out / "adapter" / "adapter_model.safetensors")
 
 
+def same_weights(one, other):
+    expected, found = weights_of(one), weights_of(other)
+    return expected.keys() == found.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+
+
 def stopped(config, monkeypatch, step, **how):
     with monkeypatch.context() as patch:
         stop_at(patch, step, **how)
@@ -77,9 +88,7 @@ def test_a_resumed_run_ends_with_the_same_weights(step, number, changes, bases, 
     message = stopped(config, monkeypatch, step, number=number)
     assert f"after step {step} of 12" in message and f"mixora train --resume {tmp_path / 'parts'}" in message
     resumed = fit(read_resumed(tmp_path / "parts", {}), quiet(), resume=True)
-    expected, found = weights_of(tmp_path / "whole"), weights_of(tmp_path / "parts")
-    assert expected.keys() == found.keys()
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert same_weights(tmp_path / "whole", tmp_path / "parts")
     assert resumed.history == whole.history
     assert (resumed.before, resumed.after) == (whole.before, whole.after)
     assert {path.name for path in (tmp_path / "parts").iterdir()} == {p.name for p in (tmp_path / "whole").iterdir()}
@@ -93,13 +102,12 @@ def test_drawn_routes_and_new_heads_go_on_too(recipe, base, rows, bases, data, t
     fit(read_run(trees[0]), quiet())
     stopped(read_run(trees[1]), monkeypatch, 4)
     fit(read_resumed(tmp_path / "parts", {}), quiet(), resume=True)
-    expected, found = weights_of(tmp_path / "whole"), weights_of(tmp_path / "parts")
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert same_weights(tmp_path / "whole", tmp_path / "parts")
 
 
 def test_a_checkpoint_holds_the_adapter_and_nothing_of_the_base(bases, data, tmp_path, monkeypatch):
     stopped(read_run(tree_of(bases, data, tmp_path / "out")), monkeypatch, 3)
-    checkpoint = find_checkpoint(tmp_path / "out")
+    checkpoint, _ = find_checkpoint(tmp_path / "out")
     assert checkpoint.name == "checkpoint-3"
     assert not (checkpoint / "model.safetensors").exists()
     tensors = load_file(checkpoint / "adapter_model.safetensors")
@@ -114,17 +122,60 @@ def test_checkpoints_on_the_way_go_unless_they_are_kept(bases, data, tmp_path):
     assert kept == {"checkpoint-5", "checkpoint-10", "checkpoint-12"}
 
 
-def test_the_newest_whole_checkpoint_counts(bases, data, tmp_path, monkeypatch):
-    whole = fit(read_run(tree_of(bases, data, tmp_path / "whole")), quiet())
-    stopped(read_run(tree_of(bases, data, tmp_path / "out", save_every=3)), monkeypatch, 8)
-    newest = find_checkpoint(tmp_path / "out")
-    assert newest.name == "checkpoint-8"
-    content = (newest / "optimizer.pt").read_bytes()
-    (newest / "optimizer.pt").write_bytes(content[: len(content) // 2])
-    older = find_checkpoint(tmp_path / "out")
-    assert older.name == "checkpoint-6"
+def truncate(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("damage", "name", "told"),
+    [
+        (truncate, "optimizer.pt", r"optimizer.pt has [\d,]+ bytes of [\d,]+"),
+        (flip, "adapter_model.safetensors", "adapter_model.safetensors is damaged: its checksum differs"),
+        (flip, "rng_state.pth", "rng_state.pth is damaged: its checksum differs"),
+        (Path.unlink, "trainer_state.json", "trainer_state.json is missing"),
+        (Path.unlink, "manifest.json", "it has no manifest.json"),
+        (truncate, "manifest.json", r"its manifest.json is damaged"),
+    ],
+)
+def test_a_damaged_checkpoint_is_named_and_passed_over(damage, name, told, tmp_path):
+    for step in (6, 8):
+        folder = tmp_path / "checkpoints" / f"checkpoint-{step}"
+        folder.mkdir(parents=True)
+        for file in ("adapter_model.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json"):
+            (folder / file).write_bytes(os.urandom(1000))
+        write_manifest(folder)
+    assert find_checkpoint(tmp_path) == (folder, [])
+    damage(folder / name)
+    found, damaged = find_checkpoint(tmp_path)
+    assert found.name == "checkpoint-6"
+    assert re.fullmatch(rf"{folder} was passed over, since it is not whole: {told}.*", *damaged)
+
+
+def test_a_run_goes_on_from_the_newest_whole_checkpoint(bases, data, tmp_path, monkeypatch):
+    whole = fit(read_run(tree_of(bases, data, tmp_path / "whole", log_every=4)), quiet())
+    stopped(read_run(tree_of(bases, data, tmp_path / "out", save_every=3, log_every=4)), monkeypatch, 8)
+    flip(tmp_path / "out" / "checkpoints" / "checkpoint-8" / "optimizer.pt")
+    stray = tmp_path / "out" / "checkpoints" / ASIDE / "checkpoint-9"
+    stray.mkdir(parents=True)
+    clear_leftovers(tmp_path / "out")
+    assert not stray.parent.exists()
     resumed = fit(read_resumed(tmp_path / "out", {}), quiet(), resume=True)
-    assert resumed.after == whole.after
+    assert same_weights(tmp_path / "whole", tmp_path / "out")
+    assert (resumed.history, resumed.after) == (whole.history, whole.after)
+    assert any("checkpoint-8 was passed over" in note for note in resumed.notes)
+    assert (whole.environment["interruptions"], resumed.environment["interruptions"]) == (0, 1)
+    # and from step 0, where there is none
+    stopped(read_run(tree_of(bases, data, tmp_path / "none", log_every=4)), monkeypatch, 2)
+    (tmp_path / "none" / "checkpoints" / "checkpoint-2" / "trainer_state.json").unlink()
+    resumed = fit(read_resumed(tmp_path / "none", {}), quiet(), resume=True)
+    assert any("trainer_state.json is missing" in note for note in resumed.notes)
+    assert same_weights(tmp_path / "whole", tmp_path / "none") and resumed.history == whole.history
 
 
 def test_an_interruption_after_training_costs_no_training(bases, data, tmp_path, monkeypatch):
@@ -168,11 +219,41 @@ def test_what_does_not_fit_is_refused(bases, data, tmp_path, monkeypatch):
         read_resumed(out, {})
 
 
-def test_without_a_checkpoint_there_is_nothing_to_go_on_from(bases, data, tmp_path, monkeypatch):
-    stopped(read_run(tree_of(bases, data, tmp_path / "out")), monkeypatch, 2)
-    (tmp_path / "out" / "checkpoints" / "checkpoint-2" / "trainer_state.json").unlink()
-    with pytest.raises(CheckpointError, match="1 damaged checkpoints to go on from"):
-        fit(read_resumed(tmp_path / "out", {}), quiet(), resume=True)
+def test_a_full_disk_says_how_to_go_on(tmp_path):
+    with pytest.raises(UnwrittenError, match=r"(?s)is full; .*room:.mixora train --resume"), resumable(tmp_path):
+        raise UnwrittenError(f"{tmp_path}: is full")
+
+
+def test_changed_rows_and_another_base_are_refused(bases, data, tmp_path, monkeypatch):
+    out, base = tmp_path / "out", tmp_path / "base"
+    shutil.copytree(bases / "llama", base)
+    tree = tree_of(bases, data, out)
+    tree["model"]["base"] = str(base)
+    stopped(read_run(tree), monkeypatch, 2)
+    for path, change in [
+        (data / "commands" / "train.jsonl", lambda text: text.replace("kitchen", "kitchem", 1)),
+        (base / "config.json", lambda text: text.replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05')),
+    ]:
+        path.write_text(change(path.read_text()))
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.norm.weight"] += 1
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    told = r"not the same; the base's configuration: rms_norm_eps; the base's weights; valid: the same rows"
+    with pytest.raises(CheckpointError, match=r"as many \(32\), but " + told):
+        fit(read_resumed(out, {}), quiet(), resume=True)
+
+
+def test_other_versions_are_told(tmp_path):
+    now = Start(rows=2, digest="a", configuration={"x": 1}, weights="b", versions={"torch": "2.13.0"})
+    write_start(tmp_path, now.model_copy(update={"versions": {"torch": "2.12.0"}, "configuration": {"x": 1, "y": 2}}))
+    kept, (told,) = check_start(tmp_path, now)
+    assert kept.interruptions == 1 and told.startswith("torch was 2.12.0 when the run was started and is 2.13.0 now")
+    with pytest.raises(CheckpointError, match="the training rows: 2, were 3"):
+        write_start(tmp_path, now.model_copy(update={"rows": 3}))
+        check_start(tmp_path, now)
+    (tmp_path / "start.json").write_text("{")
+    with pytest.raises(CheckpointError, match="is damaged, so it is not known what the run was started with"):
+        check_start(tmp_path, now)
 
 
 def test_the_command_goes_on(bases, data, tmp_path, monkeypatch):
@@ -205,4 +286,4 @@ def test_ctrl_c_and_resume_on_the_command_line(bases, data, tmp_path):
     assert process.returncode == 130
     assert f"mixora train --resume {out}" in errors and "of 40000, which is saved" in errors
     assert "\x1b" not in told + errors and "Traceback" not in errors
-    assert find_checkpoint(out)
+    assert find_checkpoint(out)[0]

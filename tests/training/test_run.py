@@ -176,9 +176,10 @@ def test_folders_are_never_replaced_by_accident(tmp_path):
         with pytest.raises(ConfigError, match=r"mine (is not empty|was not written by mixora)"):
             check_folder(tmp_path / "mine", overwrite)
     claim_folder(tmp_path / "run")
+    check_folder(tmp_path / "run")  # nothing but the mark: whoever claimed it came no further
+    (tmp_path / "run" / "results.txt").write_text("x")
     with pytest.raises(ConfigError, match="--overwrite"):
         check_folder(tmp_path / "run")
-    (tmp_path / "run" / "results.txt").write_text("x")
     with pytest.raises(ConfigError, match=r"run holds .*results\.txt, which is read"):
         claim_folder(tmp_path / "run", overwrite=True, reads=[tmp_path / "run" / "results.txt"])
     assert (tmp_path / "run" / "results.txt").exists()

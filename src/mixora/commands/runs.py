@@ -51,7 +51,7 @@ def train(
     debug: Debug = False,
 ) -> None:
     """Fine-tune, evaluate before and after, save the adapter, read it back, write a report."""
-    from mixora.training.checkpoints import read_resumed
+    from mixora.training.checkpoints import clear_leftovers, read_resumed
     from mixora.training.progress import Progress
     from mixora.training.rehearsal import rehearse
     from mixora.training.results import summarise_run
@@ -61,6 +61,8 @@ def train(
     tree = read_tree(settings, adapter__recipe=recipe, model__base=model, data__source=data, out=out)
     if resume is not None and overwrite:
         raise ConfigError("overwrite: would remove the run that --resume goes on with; valid: one of the two")
+    if resume is not None and not dry_run:
+        clear_leftovers(resume)
     config = read_run(tree) if resume is None else read_resumed(resume, tree)
     console = make_console(as_json)
     if dry_run:

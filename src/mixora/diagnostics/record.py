@@ -9,6 +9,7 @@ from typing import Any, Required
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
+from mixora.asides import writing
 from mixora.errors import CheckpointError
 
 RECORD = "record.json"
@@ -136,9 +137,10 @@ class RunRecord:
 
 
 def write_record(record: RunRecord, folder: Path) -> Path:
-    """Write `record.json` into `folder`, and return its path. Raises `OSError` as files do."""
+    """Write `record.json` into `folder`, and return its path. Raises `UnwrittenError` where the disk is full."""
     text = json.dumps(_drop_non_finite(asdict(record)), indent=2, ensure_ascii=False, allow_nan=False)
-    (folder / RECORD).write_text(text + "\n", encoding="utf-8")
+    with writing(folder / RECORD) as path:
+        path.write_text(text + "\n", encoding="utf-8")
     return folder / RECORD
 
 

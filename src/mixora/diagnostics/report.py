@@ -6,6 +6,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from mixora.asides import writing
 from mixora.diagnostics.charts import draw_lines
 from mixora.diagnostics.page import (
     NOTHING,
@@ -38,18 +39,22 @@ BETTER_LOW = ("loss", "perplexity", "error")
 def write_report(record: RunRecord, folder: str | Path) -> Path:
     """Write `report.html`, `record.json`, and `loss.png` and `expert_load.png` where there is something to draw.
 
-    What an earlier report left in `folder` is replaced. Returns the path of the page. Raises `OSError` as files do.
+    What an earlier report left in `folder` is replaced, the record last: where it stands, the report is whole. Returns
+    the path of the page. Raises `UnwrittenError` where the disk is full.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write_record(record, folder)
     for name in (LOSS, LOAD):
         (folder / name).unlink(missing_ok=True)
     if record.history:
-        save_png(plot_loss(_without_live(record.history)), folder / LOSS)
+        with writing(folder / LOSS) as path:
+            save_png(plot_loss(_without_live(record.history)), path)
     if record.load and record.load["sites"]:
-        save_png(plot_expert_load(record.load), folder / LOAD)
-    (folder / PAGE).write_text(render(record), encoding="utf-8")
+        with writing(folder / LOAD) as path:
+            save_png(plot_expert_load(record.load), path)
+    with writing(folder / PAGE) as path:
+        path.write_text(render(record), encoding="utf-8")
+    write_record(record, folder)
     return folder / PAGE
 
 

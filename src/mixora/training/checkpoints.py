@@ -1,11 +1,10 @@
 """What an interrupted run left behind, and the settings with which it goes on.
 
-A checkpoint is what transformers' trainer writes: the adapter, optimiser, schedule, random states and its own state.
+A checkpoint is what transformers' trainer writes: the adapter, optimiser, schedule, random states and its own state;
+beside it what our trainers have read since the last log line, and a manifest.
 """
 
 import shlex
-import shutil
-import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,12 +13,15 @@ from typing import Any
 from transformers import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from mixora.asides import ASIDE, remove
 from mixora.config import merge_trees, parse
 from mixora.diagnostics.record import RECORD
-from mixora.errors import CheckpointError, ConfigError, StoppedError
-from mixora.loading import check_files
+from mixora.errors import CheckpointError, ConfigError, StoppedError, UnwrittenError
+from mixora.folders import MARK
+from mixora.training.manifest import find_damage
 from mixora.training.run_config import RunConfig, read_settings
 from mixora.training.run_folder import CHECKPOINTS, RUN_FILE
+from mixora.training.start import START
 
 MAY_CHANGE = ("title", "evaluate", "train.log_every", "train.save_every", "train.keep_checkpoints")
 """Settings that a resumed run may change, since training does not depend on them."""
@@ -58,14 +60,15 @@ def _leaves(tree: Mapping[str, Any], at: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{at}{name}", value
 
 
-def find_checkpoint(run: Path) -> Path:
-    """The newest whole checkpoint; `CheckpointError` where there is none."""
-    found = sorted((run / CHECKPOINTS).glob(f"{PREFIX_CHECKPOINT_DIR}-*"), key=_step_of, reverse=True)
-    for checkpoint in found:
-        if _is_whole(checkpoint):
-            return checkpoint
-    state = f"{len(found)} damaged checkpoints" if found else "no checkpoint"
-    raise CheckpointError(f"{run}: has {state} to go on from; valid: start anew, with --overwrite")
+def find_checkpoint(run: Path) -> tuple[Path | None, list[str]]:
+    """The newest whole checkpoint, if there is one, and of each newer one what is wrong with it, in words."""
+    damaged: list[str] = []
+    for checkpoint in sorted((run / CHECKPOINTS).glob(f"{PREFIX_CHECKPOINT_DIR}-*"), key=_step_of, reverse=True):
+        damage = find_damage(checkpoint)
+        if damage is None:
+            return checkpoint, damaged
+        damaged.append(f"{checkpoint} was passed over, since it is not whole: {damage}.")
+    return None, damaged
 
 
 def _step_of(checkpoint: Path) -> int:
@@ -73,37 +76,44 @@ def _step_of(checkpoint: Path) -> int:
     return int(step) if step.isdigit() else -1
 
 
-def _is_whole(checkpoint: Path) -> bool:
-    try:
-        read_state(checkpoint)
-        check_files(checkpoint)
-    except (OSError, ValueError, TypeError):
-        return False
-    return all(zipfile.is_zipfile(checkpoint / name) for name in ("optimizer.pt", "scheduler.pt"))
-
-
 def read_state(checkpoint: Path) -> TrainerState:
-    """How far training had come; the trainer writes it last."""
+    """How far training had come."""
     return TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
 
 
 @contextmanager
 def resumable(run: Path) -> Iterator[None]:
-    """An interruption becomes `StoppedError`, which says how to go on, where there is a checkpoint."""
+    """An interruption becomes `StoppedError`, which says how to go on, where there is a checkpoint.
+
+    So does an `UnwrittenError`, once there is room again.
+    """
+    command = f"mixora train --resume {shlex.quote(str(run))}"
     try:
         yield
+    except UnwrittenError as error:
+        raise UnwrittenError(f"{error}; to go on, once there is room:\n{command}") from error
     except KeyboardInterrupt:
-        try:
-            checkpoint = find_checkpoint(run)
-        except CheckpointError:
-            raise KeyboardInterrupt from None
+        checkpoint, _ = find_checkpoint(run)
+        if checkpoint is None:
+            raise
         state = read_state(checkpoint)
         raise StoppedError(
-            f"after step {state.global_step} of {state.max_steps}, which is saved; to go on:\n"
-            f"mixora train --resume {shlex.quote(str(run))}"
+            f"after step {state.global_step} of {state.max_steps}, which is saved; to go on:\n{command}"
         ) from None
 
 
-def remove_checkpoints(run: Path) -> None:
-    """Once the results stand."""
-    shutil.rmtree(run / CHECKPOINTS, ignore_errors=True)
+def clear_leftovers(run: Path) -> None:
+    """Remove what a killed process had not finished writing, or of a finished run not finished removing."""
+    if not (run / MARK).is_file():
+        return
+    for folder in (run, run / CHECKPOINTS):
+        remove(folder / ASIDE)
+    if (run / RECORD).is_file() and (run / START).is_file():
+        finish(run, read_settings(run / RUN_FILE).get("train", {}).get("keep_checkpoints", False))
+
+
+def finish(run: Path, keep_checkpoints: bool) -> None:
+    """Remove what nobody needs once the results stand."""
+    if not keep_checkpoints:
+        remove(run / CHECKPOINTS)
+    remove(run / START)

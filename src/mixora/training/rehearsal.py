@@ -75,7 +75,7 @@ def rehearse(config: RunConfig, overwrite: bool = False, resume: bool = False) -
 
     Of the base, only configuration and tokenizer are read. Raises what the run would raise of these.
     """
-    checkpoint = find_checkpoint(Path(config.out)) if resume else None
+    checkpoint, _ = find_checkpoint(Path(config.out)) if resume else (None, [])
     if not resume:
         check_folder(config.out, overwrite, paths_read(config))
     material = read_material(config, with_weights=False)

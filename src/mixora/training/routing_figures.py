@@ -8,7 +8,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -82,6 +82,14 @@ class RoutingFigures:
         self._sums.clear()
         return {path: _conclude(row, choices_of[path]) for path, row in numbers.items() if row[-1]}
 
+    def state(self) -> dict[tuple[tuple[str, ...], int], Tensor]:
+        """What a checkpoint keeps."""
+        return dict(self._sums)
+
+    def restore(self, state: dict[tuple[tuple[str, ...], int], Tensor]) -> None:
+        """Go on from there."""
+        self._sums = dict(state)
+
 
 def _add_up(kind: _Kind, routings: Sequence[Routing]) -> Tensor:
     """For each of S routings: what each expert got; entropy, assigned, admitted, tokens. fp32 [S, E + 4]."""
@@ -144,3 +152,11 @@ class CollapseAlarm:
             f"{AGAINST_COLLAPSE}"
         )
         return True
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {"intervals": dict(self._intervals), "note": self.note}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        self._intervals, self.note = defaultdict(int, state["intervals"]), state["note"]

@@ -13,6 +13,7 @@ from peft import PeftModel, get_peft_model
 from transformers import TrainingArguments
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from mixora.asides import writing
 from mixora.bases import TASK_TYPES
 from mixora.diagnostics.checkpoint import history_of
 from mixora.diagnostics.record import RunRecord
@@ -23,8 +24,9 @@ from mixora.folders import check_folder
 from mixora.loading import from_pretrained
 from mixora.plan import Plan
 from mixora.serving import served_by
-from mixora.training.checkpoints import find_checkpoint, read_state, remove_checkpoints, resumable
-from mixora.training.costs import describe_costs
+from mixora.training.beginning import begin
+from mixora.training.checkpoints import finish, read_state, resumable
+from mixora.training.costs import Clock, describe_costs
 from mixora.training.description import (
     describe_environment,
     describe_model,
@@ -44,6 +46,7 @@ from mixora.training.material import (
 from mixora.training.progress import Progress, StepProgress
 from mixora.training.run_config import RunConfig
 from mixora.training.run_folder import CHECKPOINTS, open_folder, paths_read, write_settings
+from mixora.training.start import write_start
 from mixora.training.tasks import mixture_table, with_loss
 from mixora.training.trainers import Trainer
 from mixora.tuner import MixoraConfig, allocate, plan
@@ -61,16 +64,17 @@ def fit(config: RunConfig, progress: Progress, overwrite: bool = False, resume: 
     """Run `config` from data to report; writes settings, adapter, report and record below `config.out`.
 
     With `overwrite` an earlier run's results there are replaced, once the data, the model and all settings have proved
-    to fit. With `resume` the run that was interrupted there goes on from its newest checkpoint. Returns the record that
-    the report was made from. Raises `StoppedError` after a signal, once a checkpoint is written.
+    to fit. With `resume` the run that was interrupted there goes on from its newest whole checkpoint, or from its
+    beginning where it has none. Returns the record that the report was made from. Raises `StoppedError` after a signal,
+    once a checkpoint is written, and `UnwrittenError` where the disk is full.
     """
     started = time.perf_counter()
-    checkpoint = find_checkpoint(Path(config.out)) if resume else None
     if not resume:
         check_folder(config.out, overwrite, paths_read(config))
     # a new classification head is drawn with the base
     torch.manual_seed(config.train.seed)
     material, rows = _read(config, progress)
+    begun = begin(Path(config.out), material, rows, resume, progress)
     adapter, table = build(material, rows, config, progress)
     _show_plan(table, rows, progress)
     examples = make_examples(material, config)
@@ -80,9 +84,10 @@ def fit(config: RunConfig, progress: Progress, overwrite: bool = False, resume: 
     make_arguments(config)  # a mistake there must cost no earlier results
     out = Path(config.out) if resume else open_folder(config, overwrite)
     write_settings(config)
+    write_start(out, begun.start)
     with resumable(out):
         trainer = make_trainer(model, material, rows, config)
-        seconds = train(trainer, checkpoint, progress)
+        seconds = train(trainer, begun.checkpoint, progress)
         measured["after"] = measure(model, examples, config, progress, "after")
         seen = describe_model(model, material, table, examples, config, progress)
         measured["reloaded"] = _read_back(model, material, examples, config, progress)
@@ -93,13 +98,13 @@ def fit(config: RunConfig, progress: Progress, overwrite: bool = False, resume: 
             history=history_of(trainer.state.log_history),
             generations=list_generations(examples, measured, config.evaluate.generations),
             environment=describe_environment(config, time.perf_counter() - started)
-            | describe_costs(seconds, trainer.state.num_input_tokens_seen),
-            notes=[*table.notes, *_truncation(rows), *filter(None, [trainer.alarm.note])],
+            | describe_costs(seconds, trainer.state.num_input_tokens_seen)
+            | {"interruptions": begun.start.interruptions},
+            notes=[*table.notes, *_truncation(rows), *filter(None, [trainer.alarm.note]), *begun.notes],
         )
         with progress.task("writing the report"):
             write_report(record, out)
-    if not config.train.keep_checkpoints:
-        remove_checkpoints(out)
+    finish(out, config.train.keep_checkpoints)
     return record
 
 
@@ -111,24 +116,27 @@ def _read(config: RunConfig, progress: Progress) -> tuple[Material, TrainingSet]
         return material, make_training_set(material, config, advance)
 
 
-def train(trainer: Trainer, checkpoint: Path | None, progress: Progress) -> float | None:
+def train(trainer: Trainer, checkpoint: Path | None, progress: Progress) -> float:
     """Train, from `checkpoint` on if there is one; `KeyboardInterrupt` after a signal, with a checkpoint.
 
-    Returns the seconds that it took; None where nothing was left to do.
+    Returns the seconds that it took, before the checkpoint and after.
     """
     state = None if checkpoint is None else read_state(checkpoint)
-    if state and state.global_step >= state.max_steps:
+    clock = Clock.of(state)
+    if checkpoint and state and state.global_step >= state.max_steps:
         # the trainer would make one more step
         trainer.model.load_adapter(str(checkpoint), trainer.model.active_adapter, is_trainable=True)
         trainer.state = state
-        return None
+        trainer.restore_readings(checkpoint)
+        return clock.seconds
+    trainer.add_callback(clock)
     with progress.task("training") as advance, Interruption() as interruption:
         trainer.add_callback(StepProgress(advance))
         trainer.add_callback(interruption)
-        metrics = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint)).metrics
+        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     if interruption.requested:
         raise KeyboardInterrupt
-    return metrics["train_runtime"]
+    return clock.seconds
 
 
 def _read_back(
@@ -136,7 +144,8 @@ def _read_back(
 ) -> dict[str, Evaluation]:
     """Save the adapter, and measure what is read from there; `model` is used up."""
     folder = Path(config.out) / "adapter"
-    save(model, material.tokenizer, folder)
+    with writing(folder) as aside:
+        save(model, material.tokenizer, aside)
     progress.say(f"saved {folder}; reading it back")
     return measure(from_pretrained(model.unload(), folder), examples, config, progress, "read back")
 

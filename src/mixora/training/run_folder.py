@@ -4,7 +4,8 @@ from pathlib import Path
 
 import yaml
 
-from mixora.folders import claim_folder
+from mixora.asides import remove, writing
+from mixora.folders import check_folder, claim_folder
 from mixora.training.run_config import RunConfig
 
 RUN_FILE = "run.yaml"
@@ -18,7 +19,10 @@ def paths_read(config: RunConfig) -> list[str]:
 
 def open_folder(config: RunConfig, overwrite: bool) -> Path:
     """Make the folder of a run, empty but for its settings; an earlier run's results go if they may."""
-    out = claim_folder(config.out, overwrite, paths_read(config))
+    reads = paths_read(config)
+    # first, or what a kill leaves of an earlier run would look like one to go on with
+    remove(check_folder(config.out, overwrite, reads) / RUN_FILE)
+    out = claim_folder(config.out, overwrite, reads)
     write_settings(config)
     return out
 
@@ -26,4 +30,5 @@ def open_folder(config: RunConfig, overwrite: bool) -> Path:
 def write_settings(config: RunConfig) -> None:
     """The run's settings as a run file."""
     text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-    (Path(config.out) / RUN_FILE).write_text(text, encoding="utf-8")
+    with writing(Path(config.out) / RUN_FILE) as path:
+        path.write_text(text, encoding="utf-8")

@@ -9,6 +9,7 @@ from torch import nn
 from mixora.errors import TrainingError
 from mixora.training.second_pass import pass_losses
 from mixora.training.trainers import AuxiliaryLossMixin
+from mixora.training.whole_checkpoints import WholeCheckpoints
 
 
 class _WithLogits(trl.SFTTrainer):
@@ -29,7 +30,7 @@ class _WithLogits(trl.SFTTrainer):
         return transformers.Trainer.compute_loss(self, model, plain, return_outputs, num_items_in_batch)
 
 
-class SFTTrainer(AuxiliaryLossMixin, _WithLogits):
+class SFTTrainer(WholeCheckpoints, AuxiliaryLossMixin, _WithLogits):
     """`trl.SFTTrainer` for models with mixture adapters; takes the same arguments.
 
     With a consistency loss in force, TRL's own readings (entropy, token accuracy) are left out of the log.

@@ -10,6 +10,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from mixora.mixture import mixtures_of
 from mixora.training.batch_loss import run_passes, sum_losses
 from mixora.training.fused_head import FusedHead, why_not_fused
 from mixora.training.routing_figures import CollapseAlarm, RoutingFigures, average
+from mixora.training.whole_checkpoints import WholeCheckpoints
 
 logger = logging.getLogger("mixora")
 
@@ -43,6 +45,14 @@ class Terms:
         self._seen.clear()
         return means
 
+    def state(self) -> dict[str, list[Tensor]]:
+        """What a checkpoint keeps."""
+        return dict(self._seen)
+
+    def restore(self, state: dict[str, list[Tensor]]) -> None:
+        """Go on from there."""
+        self._seen = defaultdict(list, state)
+
 
 class AuxiliaryLossMixin:
     """Mix in before a `transformers.Trainer` class: adds the auxiliary losses to the loss and logs them.
@@ -53,14 +63,13 @@ class AuxiliaryLossMixin:
     `alarm.note` says so where the routers collapsed, and a warning was logged.
     """
 
-    _terms: Terms | None = None
     _logged_reason: str | None = None
 
     def __init__(self, *args: Any, fused_loss: bool = True, **kwargs: Any) -> None:
         """`fused_loss`: compute the cross entropy without the whole logits where that is exact."""
         super().__init__(*args, **kwargs)
         self.fused_loss = fused_loss
-        self.figures, self.alarm = RoutingFigures(), CollapseAlarm()
+        self._terms, self.figures, self.alarm = Terms(), RoutingFigures(), CollapseAlarm()
 
     @property
     def fused_loss_reason(self) -> str | None:
@@ -120,7 +129,6 @@ class AuxiliaryLossMixin:
         total, terms = sum_losses(model, passes, labels, share, tokens)
         if total is None:
             return result
-        self._terms = self._terms or Terms()
         self._terms.add({**terms, "auxiliary_loss": total.detach() / share})
         return (result[0] + total, result[1]) if return_outputs else result + total
 
@@ -156,14 +164,46 @@ class AuxiliaryLossMixin:
         host: Any = super()
         if "loss" in logs:
             sites = self.figures.take()
-            logs = {**logs, **(self._terms.take() if self._terms else {}), **average(sites.values())}
+            logs = {**logs, **self._terms.take(), **average(sites.values())}
             step = self.state.global_step  # type: ignore[attr-defined]
             if self.alarm.hear(sites, step) and host.is_world_process_zero():
                 logger.warning("%s", self.alarm.note)
         host.log(logs, *args, **kwargs)
 
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Beside the random states, what each rank has read since its last log line, or the next one would lack it."""
+        host: Any = super()
+        trainer: Any = self
+        host._save_rng_state(output_dir)
+        readings = {
+            "loss": trainer._tr_loss,
+            "logged_at": trainer._globalstep_last_logged,
+            "terms": self._terms.state(),
+            "figures": self.figures.state(),
+            "alarm": self.alarm.state(),
+        }
+        torch.save(readings, self._readings_in(output_dir))
 
-class Trainer(AuxiliaryLossMixin, transformers.Trainer):
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        host: Any = super()
+        host._load_rng_state(checkpoint)
+        if checkpoint is not None and self._readings_in(checkpoint).is_file():
+            self.restore_readings(checkpoint)
+
+    def restore_readings(self, checkpoint: str | Path) -> None:
+        """Go on with the losses, figures and alarm of a checkpoint that a trainer of ours wrote."""
+        trainer: Any = self
+        found = torch.load(self._readings_in(checkpoint), map_location=trainer.args.device, weights_only=True)
+        trainer._tr_loss, trainer._globalstep_last_logged = found["loss"], found["logged_at"]
+        self._terms.restore(found["terms"])
+        self.figures.restore(found["figures"])
+        self.alarm.restore(found["alarm"])
+
+    def _readings_in(self, checkpoint: str | Path) -> Path:
+        return Path(checkpoint) / f"readings_{self.args.process_index}.pt"  # type: ignore[attr-defined]
+
+
+class Trainer(WholeCheckpoints, AuxiliaryLossMixin, transformers.Trainer):
     """`transformers.Trainer` for models with mixture adapters; takes the same arguments."""
 
 
