@@ -16,12 +16,20 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from mixora.config import merge_trees, parse
 from mixora.diagnostics.record import RECORD
-from mixora.errors import CheckpointError, ConfigError, StoppedError
+from mixora.errors import CheckpointError, ConfigError, NonFiniteError, StoppedError
 from mixora.loading import check_files
+from mixora.training.bad_steps import count_left_out
 from mixora.training.run_config import RunConfig, read_settings
 from mixora.training.run_folder import CHECKPOINTS, RUN_FILE
 
-MAY_CHANGE = ("title", "evaluate", "train.log_every", "train.save_every", "train.keep_checkpoints")
+MAY_CHANGE = (
+    "title",
+    "evaluate",
+    "train.log_every",
+    "train.save_every",
+    "train.keep_checkpoints",
+    "train.skip_bad_steps",
+)
 """Settings that a resumed run may change, since training does not depend on them."""
 
 
@@ -89,9 +97,14 @@ def read_state(checkpoint: Path) -> TrainerState:
 
 @contextmanager
 def resumable(run: Path) -> Iterator[None]:
-    """An interruption becomes `StoppedError`, which says how to go on, where there is a checkpoint."""
+    """An interruption becomes `StoppedError`, which says how to go on, where there is a checkpoint.
+
+    A step that is not finite remains an error, which says the same.
+    """
     try:
         yield
+    except NonFiniteError as error:
+        raise NonFiniteError(f"{error}\n{_tell_way_on(run)}") from error
     except KeyboardInterrupt:
         try:
             checkpoint = find_checkpoint(run)
@@ -102,6 +115,19 @@ def resumable(run: Path) -> Iterator[None]:
             f"after step {state.global_step} of {state.max_steps}, which is saved; to go on:\n"
             f"mixora train --resume {shlex.quote(str(run))}"
         ) from None
+
+
+def _tell_way_on(run: Path) -> str:
+    """After a step whose numbers went wrong: where the run can go on from, and what leaves that step out."""
+    try:
+        state = read_state(find_checkpoint(run))
+    except CheckpointError:
+        return "There is no checkpoint to go on from."
+    allowed = count_left_out(state.log_history) + 1
+    return (
+        f"The state after step {state.global_step} is saved; to go on, and leave out what is not finite:\n"
+        f"mixora train --resume {shlex.quote(str(run))} --skip-bad-steps {allowed}"
+    )
 
 
 def remove_checkpoints(run: Path) -> None:

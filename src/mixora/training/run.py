@@ -32,6 +32,7 @@ from mixora.training.description import (
     describe_scores,
     list_generations,
 )
+from mixora.training.determinism import deterministic
 from mixora.training.interruption import Interruption
 from mixora.training.material import (
     Material,
@@ -62,8 +63,14 @@ def fit(config: RunConfig, progress: Progress, overwrite: bool = False, resume: 
 
     With `overwrite` an earlier run's results there are replaced, once the data, the model and all settings have proved
     to fit. With `resume` the run that was interrupted there goes on from its newest checkpoint. Returns the record that
-    the report was made from. Raises `StoppedError` after a signal, once a checkpoint is written.
+    the report was made from. Raises `StoppedError` after a signal, once a checkpoint is written, and `NonFiniteError`
+    where numbers go wrong.
     """
+    with deterministic(config.train.deterministic):
+        return _fit(config, progress, overwrite, resume)
+
+
+def _fit(config: RunConfig, progress: Progress, overwrite: bool, resume: bool) -> RunRecord:
     started = time.perf_counter()
     checkpoint = find_checkpoint(Path(config.out)) if resume else None
     if not resume:
@@ -94,7 +101,8 @@ def fit(config: RunConfig, progress: Progress, overwrite: bool = False, resume: 
             generations=list_generations(examples, measured, config.evaluate.generations),
             environment=describe_environment(config, time.perf_counter() - started)
             | describe_costs(seconds, trainer.state.num_input_tokens_seen),
-            notes=[*table.notes, *_truncation(rows), *filter(None, [trainer.alarm.note])],
+            notes=[*table.notes, *_truncation(rows), *_tell_left_out(trainer), *filter(None, [trainer.alarm.note])],
+            bad_steps=trainer.bad_steps,
         )
         with progress.task("writing the report"):
             write_report(record, out)
@@ -208,7 +216,9 @@ def make_trainer(model: PeftModel, material: Material, rows: TrainingSet, config
         train_dataset=rows.dataset,
         data_collator=material.collator(),
         fused_loss=config.train.fused_loss,
+        skip_bad_steps=config.train.skip_bad_steps,
     )
+    trainer.saves_before_bad_step = True
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer
 
@@ -231,6 +241,11 @@ def save(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> 
     # embeddings are never changed here, and looking for it would ask the hub for the base
     model.save_pretrained(str(folder), save_embedding_layers=False)
     tokenizer.save_pretrained(str(folder))
+
+
+def _tell_left_out(trainer: Trainer) -> list[str]:
+    count = len(trainer.bad_steps)
+    return [f"{count} of {trainer.state.global_step} steps left out: their numbers were not finite."] if count else []
 
 
 def _truncation(rows: TrainingSet) -> list[str]:
