@@ -178,12 +178,11 @@ class Search:
         if output is not read or not isinstance(read, Tensor):
             self._look(output, "logits", "of the head", _tell_weights(head))
             return
-        for row, of_row in enumerate(read.flatten(1, -2) if read.dim() > 2 else [read]):
-            for part in of_row.split(CHUNK):
-                logits = type(head).forward(head, part)
-                if self.place is None and not is_finite(logits):
-                    rows = (row,) if read.dim() > 2 and len(read) > 1 else ()
-                    self.place = Place("logits", "of the head", count_bad(logits), rows, _tell_weights(head))
+        parts = [(row, part) for row, of_row in enumerate(_by_row(read)) for part in of_row.split(CHUNK)]
+        bad = {row: count_bad(z) for row, part in parts if not is_finite(z := type(head).forward(head, part))}
+        if bad and self.place is None:
+            rows = tuple(bad) if len(bad) < self._size else ()
+            self.place = Place("logits", "of the head", next(iter(bad.values())), rows, _tell_weights(head))
 
     def look_at_loss(self, task: Tensor, terms: Mapping[str, Tensor], labels: Any) -> None:
         """The task's own loss, behind logits that a trainer made by itself; then each auxiliary term."""
@@ -219,6 +218,11 @@ def look_at_sums(model: nn.Module) -> Place | None:
         return None
     name = max(sizes, key=sizes.__getitem__)
     return Place("norm", name, f"{sizes[name]:.1e}, which is beyond what its dtype holds")
+
+
+def _by_row(hidden: Tensor) -> Tensor:
+    """Hidden states of tokens as [B, S, I]."""
+    return hidden if hidden.dim() == 3 else hidden.reshape(1, -1, hidden.shape[-1])
 
 
 def _field(output: Any, name: str) -> Any:
