@@ -43,10 +43,11 @@ class _MicroBatch:
 
 @dataclass(frozen=True)
 class _Before:
-    """What a step that is left out must leave as it was."""
+    """What a step that is left out must leave as it was; `logged`: the step of the last log line."""
 
-    loss_since_log: Tensor | None
-    tokens_seen: int
+    loss_since_log: Tensor | None = None
+    tokens_seen: int = 0
+    logged: int = 0
 
 
 def count_left_out(log: Iterable[Mapping[str, Any]]) -> int:
@@ -68,9 +69,8 @@ class FiniteSteps:
         self._micro_batches: list[_MicroBatch] = []
         self._losses: list[Tensor] = []
         self._search: Search | None = None
-        self._before = _Before(None, 0)
+        self._before = _Before()
         self._epoch = _EpochBegin()
-        self._interval, self._training = _Count(), _Count()
         self.add_callback(self._epoch)  # type: ignore[attr-defined]
 
     @property
@@ -84,7 +84,8 @@ class FiniteSteps:
         self._micro_batches.clear()
         self._losses.clear()
         loss = getattr(trainer, "_tr_loss", None)
-        self._before = _Before(loss if loss is None else loss.clone(), trainer.state.num_input_tokens_seen)
+        kept = loss if loss is None else loss.clone()
+        self._before = _Before(kept, trainer.state.num_input_tokens_seen, trainer._globalstep_last_logged)
         host: Any = super()
         return host.get_batch_samples(*args, **kwargs)
 
@@ -108,10 +109,6 @@ class FiniteSteps:
         is_bad = not _is_finite(norm)
         if is_bad and not self._is_left_to_scaler():
             self._meet_bad_step(model)
-            self._interval.left_out += 1
-            self._training.left_out += 1
-        self._interval.steps += 1
-        self._training.steps += 1
         self._epoch.random_state = None
         return norm
 
@@ -135,13 +132,13 @@ class FiniteSteps:
             rows=rows,
         )
         text = self._describe(bad, place, process)
+        if self._before.loss_since_log is not None:
+            trainer._tr_loss.copy_(self._before.loss_since_log)
+        self._forget_step()
         if len(self.bad_steps) >= self.skip_bad_steps:
             if self.saves_before_bad_step:
                 self._save_state_before(model)
             raise NonFiniteError(text)
-        if self._before.loss_since_log is not None:
-            trainer._tr_loss.copy_(self._before.loss_since_log)
-        self._forget_step()
         count = len(self.bad_steps) + 1
         trainer.log({LEFT_OUT: count})
         trainer.state.log_history[-1][BAD_STEP] = asdict(bad)
@@ -213,10 +210,12 @@ class FiniteSteps:
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As the trainer does; the loss is the mean over steps that were not left out, NaN if there was none."""
-        for name, count in (("loss", self._interval), ("train_loss", self._training)):
-            if name in logs:
-                logs = {**logs, name: logs[name] * count.factor()}
-                count.reset()
+        trainer: Any = self
+        for name, since in (("loss", self._before.logged), ("train_loss", getattr(trainer, "_initial_global_step", 0))):
+            left_out = sum(bad.step > since for bad in self.bad_steps) if name in logs else 0
+            if left_out:
+                steps = trainer.state.global_step - since
+                logs = {**logs, name: logs[name] * steps / (steps - left_out) if steps > left_out else math.nan}
         host: Any = super()
         host.log(logs, *args, **kwargs)
 
@@ -229,23 +228,6 @@ class _EpochBegin(TrainerCallback):
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.random_state = RandomState.now()
-
-
-@dataclass
-class _Count:
-    """Steps since a log line, and those of them that were left out."""
-
-    steps: int = 0
-    left_out: int = 0
-
-    def factor(self) -> float:
-        """Turns a mean over all steps into one over those that were not left out."""
-        if not self.left_out:
-            return 1.0
-        return self.steps / (self.steps - self.left_out) if self.steps > self.left_out else math.nan
-
-    def reset(self) -> None:
-        self.steps = self.left_out = 0
 
 
 def _is_finite(norm: Any) -> bool:
