@@ -34,3 +34,7 @@ class StoppedError(MixoraError):
 
 class TrainingError(MixoraError, RuntimeError):
     """A set-up in which training would silently do something else than asked."""
+
+
+class NonFiniteError(MixoraError, ArithmeticError):
+    """A training step met NaN or Inf; no weight was changed, and the message names the place."""

@@ -120,7 +120,7 @@ def make_console(as_json: bool) -> Console:
     return Console(quiet=True) if as_json else Console()
 
 
-def read_tree(settings: list[str] | None, **short: str | None) -> dict[str, Any]:
+def read_tree(settings: list[str] | None, **short: str | int | None) -> dict[str, Any]:
     """The settings of a file, then of key=value words, then of short options; later ones win."""
     from mixora.config import put, read_assignment, read_yaml
 

@@ -46,6 +46,12 @@ def train(
             autocompletion=complete_run,
         ),
     ] = None,
+    skip_bad_steps: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", min=0, help="Leave out up to N steps that are not finite. Short for train.skip_bad_steps=…"
+        ),
+    ] = None,
     dry_run: DryRun = False,
     as_json: AsJson = False,
     debug: Debug = False,
@@ -58,7 +64,8 @@ def train(
     from mixora.training.run import fit
     from mixora.training.run_config import read_run
 
-    tree = read_tree(settings, adapter__recipe=recipe, model__base=model, data__source=data, out=out)
+    short = {"adapter__recipe": recipe, "model__base": model, "data__source": data, "out": out}
+    tree = read_tree(settings, **short, train__skip_bad_steps=skip_bad_steps)
     if resume is not None and overwrite:
         raise ConfigError("overwrite: would remove the run that --resume goes on with; valid: one of the two")
     if resume is not None and not dry_run:

@@ -85,6 +85,21 @@ class Similar:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BadStep:
+    """A step of the optimiser that was left out, since its loss or gradients were not finite: where this began.
+
+    `micro_batch`: the how manieth of the step. `rows`: places in the training data, as far as they could be told.
+    """
+
+    __pydantic_config__ = _STRICT
+
+    step: int
+    place: str
+    micro_batch: int
+    rows: list[int]
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunRecord:
     """All a report tells, as plain values that survive JSON; a number that is not finite becomes None on disk."""
 
@@ -134,6 +149,8 @@ class RunRecord:
     tasks: dict[str, Row] = field(default_factory=dict)
     """Of each of several tasks: rows, share, drawn, held_out, and its scores `before`, `after` and `reloaded`. The
     scores of the run are their means then."""
+    bad_steps: list[BadStep] = field(default_factory=list)
+    """Steps that were left out; see `train.skip_bad_steps`."""
 
 
 def write_record(record: RunRecord, folder: Path) -> Path:

@@ -20,7 +20,7 @@ from mixora.diagnostics.page import (
     write_table,
 )
 from mixora.diagnostics.plots import plot_expert_load, plot_loss, save_png
-from mixora.diagnostics.record import Row, RunRecord, Scores, write_record
+from mixora.diagnostics.record import BadStep, Row, RunRecord, Scores, write_record
 from mixora.diagnostics.router_sections import (
     LIVE,
     write_depth,
@@ -68,6 +68,7 @@ def render(record: RunRecord) -> str:
         write_section("Tasks", _write_tasks(record.tasks)),
         write_section("Are the routers well?", write_findings(record)),
         write_section("Training", _write_training(record.history)),
+        write_section("Steps left out", _write_bad_steps(record.bad_steps)),
         write_section("Routers during training", write_live(record.history)),
         write_section("Load of the experts", write_load(record.routing)),
         write_section("Routers over depth", write_depth(record.routing)),
@@ -188,6 +189,15 @@ def _write_training(history: Sequence[Mapping[str, Any]]) -> str:
     ]
     words = f"<p>{escape(describe_loss(rows))}</p>"
     return f'{words}<div class="charts">{"".join(charts)}</div>' if any(charts) else ""
+
+
+def _write_bad_steps(steps: Sequence[BadStep]) -> str:
+    rows = [
+        {"step": bad.step, "micro-batch": bad.micro_batch, "where numbers stopped being finite": bad.place}
+        | {"rows of the training data": ", ".join(map(str, bad.rows)) or NOTHING}
+        for bad in steps
+    ]
+    return write_table(rows)
 
 
 def _without_live(history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -76,7 +76,8 @@ class NullTopK(LinearRouter):
         kept_TE = torch.where(is_chosen_TC, probs_TC, 0.0)[:, : self.num_experts]
         # a slot that a null expert won points at some expert without weight
         weights_TK, experts_TK = kept_TE.topk(self.top_k, dim=-1)
-        assigned_TK = (weights_TK > 0) & tokens.valid_T[:, None]
+        # not "> 0": what is not a number must show
+        assigned_TK = (weights_TK != 0) & tokens.valid_T[:, None]
         weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(weights_TK.dtype).tiny)
         return Routing(
             experts_TK,

@@ -43,7 +43,8 @@ class Soft(LinearRouter):
         """Softmax weights over all experts; padding has none."""
         probs_TE = softmax(z_TC)
         experts_TK = torch.arange(self.num_experts, device=z_TC.device).expand(len(z_TC), -1)
-        assigned_TK = (probs_TE > 0) & tokens.valid_T[:, None]
+        # not "> 0": what is not a number must show
+        assigned_TK = (probs_TE != 0) & tokens.valid_T[:, None]
         weights_TK = torch.where(assigned_TK, probs_TE, 0.0)
         return Routing(
             experts_TK,

@@ -73,7 +73,8 @@ class Threshold(LinearRouter):
         margin_TE = (probs_TE - height_T1.sigmoid() / self.num_experts).clamp(min=0)
         # the floor keeps a token without any expert free of 0 / 0
         weights_TK = margin_TE / margin_TE.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(margin_TE.dtype).tiny)
-        assigned_TK = (weights_TK > 0) & tokens.valid_T[:, None]
+        # not "> 0": what is not a number must show
+        assigned_TK = (weights_TK != 0) & tokens.valid_T[:, None]
         weights_TK = torch.where(assigned_TK, weights_TK, 0.0)
         experts_TK = torch.arange(self.num_experts, device=z_TC.device).expand(len(z_TC), -1)
         return Routing(

@@ -91,7 +91,8 @@ class TopK(LinearRouter):
         kept_TE = F.dropout(probs_TE, config.expert_dropout, training) if training else probs_TE
         priority_TK, experts_TK = kept_TE.topk(self.top_k, dim=-1)
         # a slot whose probability was dropped is no choice: weight 0, and it takes no place
-        assigned_TK = (priority_TK > 0) & tokens.valid_T[:, None]
+        # not "> 0": what is not a number must show
+        assigned_TK = (priority_TK != 0) & tokens.valid_T[:, None]
         weights_TK = priority_TK
         if config.renormalise:
             weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(weights_TK.dtype).tiny)

@@ -16,14 +16,22 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from mixora.asides import ASIDE, remove
 from mixora.config import merge_trees, parse
 from mixora.diagnostics.record import RECORD
-from mixora.errors import CheckpointError, ConfigError, StoppedError, UnwrittenError
+from mixora.errors import CheckpointError, ConfigError, NonFiniteError, StoppedError, UnwrittenError
 from mixora.folders import MARK
+from mixora.training.bad_steps import count_left_out
 from mixora.training.manifest import find_damage
 from mixora.training.run_config import RunConfig, read_settings
 from mixora.training.run_folder import CHECKPOINTS, RUN_FILE
 from mixora.training.start import START
 
-MAY_CHANGE = ("title", "evaluate", "train.log_every", "train.save_every", "train.keep_checkpoints")
+MAY_CHANGE = (
+    "title",
+    "evaluate",
+    "train.log_every",
+    "train.save_every",
+    "train.keep_checkpoints",
+    "train.skip_bad_steps",
+)
 """Settings that a resumed run may change, since training does not depend on them."""
 
 
@@ -85,13 +93,16 @@ def read_state(checkpoint: Path) -> TrainerState:
 def resumable(run: Path) -> Iterator[None]:
     """An interruption becomes `StoppedError`, which says how to go on, where there is a checkpoint.
 
-    So does an `UnwrittenError`, once there is room again.
+    So does an `UnwrittenError`, once there is room again. A step that is not finite remains an error, which says the
+    same.
     """
     command = f"mixora train --resume {shlex.quote(str(run))}"
     try:
         yield
     except UnwrittenError as error:
         raise UnwrittenError(f"{error}; to go on, once there is room:\n{command}") from error
+    except NonFiniteError as error:
+        raise NonFiniteError(f"{error}\n{_tell_way_on(run, command)}") from error
     except KeyboardInterrupt:
         checkpoint, _ = find_checkpoint(run)
         if checkpoint is None:
@@ -100,6 +111,19 @@ def resumable(run: Path) -> Iterator[None]:
         raise StoppedError(
             f"after step {state.global_step} of {state.max_steps}, which is saved; to go on:\n{command}"
         ) from None
+
+
+def _tell_way_on(run: Path, command: str) -> str:
+    """After a step whose numbers went wrong: where the run can go on from, and what leaves that step out."""
+    checkpoint, _ = find_checkpoint(run)
+    if checkpoint is None:
+        return "There is no checkpoint to go on from."
+    state = read_state(checkpoint)
+    allowed = count_left_out(state.log_history) + 1
+    return (
+        f"The state after step {state.global_step} is saved; to go on, and leave out what is not finite:\n"
+        f"{command} --skip-bad-steps {allowed}"
+    )
 
 
 def clear_leftovers(run: Path) -> None:

@@ -34,6 +34,7 @@ from mixora.training.description import (
     describe_scores,
     list_generations,
 )
+from mixora.training.determinism import deterministic
 from mixora.training.interruption import Interruption
 from mixora.training.material import (
     Material,
@@ -66,8 +67,13 @@ def fit(config: RunConfig, progress: Progress, overwrite: bool = False, resume: 
     With `overwrite` an earlier run's results there are replaced, once the data, the model and all settings have proved
     to fit. With `resume` the run that was interrupted there goes on from its newest whole checkpoint, or from its
     beginning where it has none. Returns the record that the report was made from. Raises `StoppedError` after a signal,
-    once a checkpoint is written, and `UnwrittenError` where the disk is full.
+    once a checkpoint is written, `UnwrittenError` where the disk is full, and `NonFiniteError` where numbers go wrong.
     """
+    with deterministic(config.train.deterministic):
+        return _fit(config, progress, overwrite, resume)
+
+
+def _fit(config: RunConfig, progress: Progress, overwrite: bool, resume: bool) -> RunRecord:
     started = time.perf_counter()
     if not resume:
         check_folder(config.out, overwrite, paths_read(config))
@@ -100,7 +106,14 @@ def fit(config: RunConfig, progress: Progress, overwrite: bool = False, resume: 
             environment=describe_environment(config, time.perf_counter() - started)
             | describe_costs(seconds, trainer.state.num_input_tokens_seen)
             | {"interruptions": begun.start.interruptions},
-            notes=[*table.notes, *_truncation(rows), *filter(None, [trainer.alarm.note]), *begun.notes],
+            notes=[
+                *table.notes,
+                *_truncation(rows),
+                *_tell_left_out(trainer),
+                *filter(None, [trainer.alarm.note]),
+                *begun.notes,
+            ],
+            bad_steps=trainer.bad_steps,
         )
         with progress.task("writing the report"):
             write_report(record, out)
@@ -217,7 +230,9 @@ def make_trainer(model: PeftModel, material: Material, rows: TrainingSet, config
         train_dataset=rows.dataset,
         data_collator=material.collator(),
         fused_loss=config.train.fused_loss,
+        skip_bad_steps=config.train.skip_bad_steps,
     )
+    trainer.saves_before_bad_step = True
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer
 
@@ -240,6 +255,11 @@ def save(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> 
     # embeddings are never changed here, and looking for it would ask the hub for the base
     model.save_pretrained(str(folder), save_embedding_layers=False)
     tokenizer.save_pretrained(str(folder))
+
+
+def _tell_left_out(trainer: Trainer) -> list[str]:
+    count = len(trainer.bad_steps)
+    return [f"{count} of {trainer.state.global_step} steps left out: their numbers were not finite."] if count else []
 
 
 def _truncation(rows: TrainingSet) -> list[str]:

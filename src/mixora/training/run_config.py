@@ -122,7 +122,8 @@ class TrainSection(Strict):
 
     `fused_loss`: compute the cross entropy without the whole logits where that is exact. `save_every`: so many steps a
     checkpoint, from which an interrupted run goes on; the newest two stay until the run is finished, or with
-    `keep_checkpoints` all of them, for good.
+    `keep_checkpoints` all of them, for good. `skip_bad_steps`: so many steps whose loss or gradients are not finite are
+    left out; one more stops the run. `deterministic`: operators that give the same bits each time, or an error.
     """
 
     steps: Annotated[int, Field(ge=1)] | None = None
@@ -137,6 +138,8 @@ class TrainSection(Strict):
     save_every: Annotated[int, Field(ge=1)] | None = None
     keep_checkpoints: bool = False
     fused_loss: bool = True
+    skip_bad_steps: Annotated[int, Field(ge=0)] = 0
+    deterministic: bool = False
     arguments: dict[str, Any] = {}
 
 

@@ -38,3 +38,7 @@ class SFTTrainer(WholeCheckpoints, AuxiliaryLossMixin, _WithLogits):
 
     def _why_host_needs_logits(self, model: nn.Module) -> str | None:
         return None if pass_losses(model) else "TRL computes its losses without the whole logits itself"
+
+    def _forget_step(self) -> None:
+        super()._forget_step()
+        self._metrics["train"].clear()

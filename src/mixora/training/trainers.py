@@ -20,6 +20,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import CallbackHandler
 
 from mixora.mixture import mixtures_of
+from mixora.training.bad_steps import FiniteSteps
 from mixora.training.batch_loss import run_passes, sum_losses
 from mixora.training.fused_head import FusedHead, why_not_fused
 from mixora.training.routing_figures import CollapseAlarm, RoutingFigures, average
@@ -54,7 +55,7 @@ class Terms:
         self._seen = defaultdict(list, state)
 
 
-class AuxiliaryLossMixin:
+class AuxiliaryLossMixin(FiniteSteps):
     """Mix in before a `transformers.Trainer` class: adds the auxiliary losses to the loss and logs them.
 
     Beside `loss`, which is all of it, a log line holds each term without its coefficient, and `auxiliary_loss`: their
@@ -127,10 +128,15 @@ class AuxiliaryLossMixin:
         share = 1 / self.current_gradient_accumulation_steps if is_scaled else 1.0  # type: ignore[attr-defined]
         tokens = self._tokens_of_step(num_items_in_batch) if is_scaled else None
         total, terms = sum_losses(model, passes, labels, share, tokens)
-        if total is None:
-            return result
-        self._terms.add({**terms, "auxiliary_loss": total.detach() / share})
-        return (result[0] + total, result[1]) if return_outputs else result + total
+        task = result[0] if return_outputs else result
+        if total is not None:
+            self._terms.add({**terms, "auxiliary_loss": total.detach() / share})
+        loss = self._guard(task if total is None else task + total, task, terms, labels)
+        return (loss, result[1]) if return_outputs else loss
+
+    def _forget_step(self) -> None:
+        for readings in (self._terms, self.figures):
+            readings.take()
 
     @contextmanager
     def _smoothing_by(self, fused: FusedHead | None) -> Iterator[None]:
