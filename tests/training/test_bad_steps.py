@@ -14,6 +14,7 @@ from mixora.errors import NonFiniteError
 from tests.models import tiny_llama
 from tests.training.poison import INF, NAN, LeftOut, PoisonedRow, PoisonedWeight, same_weights, trained
 from tests.training.setups import ROWS, make_model, make_trainer
+from tests.training.test_auxiliary_gradient import run_two_ranks
 
 TRAINERS = [mixora.Trainer, mixora.SFTTrainer]
 Q = "model.layers.1.self_attn.q_proj"
@@ -238,6 +239,21 @@ def test_a_loss_that_is_not_finite_is_no_matter_of_the_scale(skip, tmp_path):
     else:
         with pytest.raises(NonFiniteError, match=f"^step 2: .*row {ROW} of"):
             trainer.train()
+
+
+@pytest.mark.works_with(
+    "distribution", "DDP on two ranks (gloo): NaN on one of them stops both, or leaves the step out"
+)
+def test_two_ranks_decide_alike(tmp_path):
+    found = run_two_ranks("tests/training/two_ranks_bad_step.py", tmp_path)
+    stopped, skipped, left_out = found
+    # rank 1 holds the row in its half of step 1
+    assert stopped["errors"][0] == stopped["errors"][1]
+    assert re.match(rf"step 1: the output of the frozen .*, process 1, row {ROW} of", stopped["errors"][0])
+    assert skipped["errors"] == ["", ""] and skipped["steps"] == [[1], [1]]
+    for found in (skipped, left_out):
+        assert same_weights(found["weights"][0], found["weights"][1])
+    assert same_weights(skipped["weights"][0], left_out["weights"][0])
 
 
 def test_healthy_steps_are_not_run_again_and_give_the_trainers_own_numbers(tmp_path):

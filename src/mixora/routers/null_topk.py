@@ -73,7 +73,8 @@ class NullTopK(LinearRouter):
         probs_TC = softmax(z_TC)
         columns_TK = probs_TC.topk(self.config.top_k, dim=-1).indices
         is_chosen_TC = torch.zeros_like(probs_TC, dtype=torch.bool).scatter(1, columns_TK, True)
-        kept_TE = torch.where(is_chosen_TC, probs_TC, 0.0)[:, : self.num_experts]
+        # a product lets what is not a number through, also where only null experts were chosen
+        kept_TE = (probs_TC * is_chosen_TC)[:, : self.num_experts]
         # a slot that a null expert won points at some expert without weight
         weights_TK, experts_TK = kept_TE.topk(self.top_k, dim=-1)
         # not "> 0": what is not a number must show
