@@ -108,7 +108,7 @@ def wait(child: int, moment: Callable[[], bool]) -> int | None:
 
 def choose_moment(aim: str, out: Path, life: float, dice: random.Random) -> Callable[[], bool]:
     """When to kill: at a time within `life` seconds, or some milliseconds into something that is being written."""
-    began, delay = time.monotonic(), dice.uniform(0, life)
+    began, since, delay = time.monotonic(), time.time(), dice.uniform(0, life)
     if aim == "any moment":
         return lambda: time.monotonic() - began > delay
     aside = out / ("checkpoints" if aim == "a checkpoint" else "") / ASIDE
@@ -116,7 +116,7 @@ def choose_moment(aim: str, out: Path, life: float, dice: random.Random) -> Call
 
     def moment() -> bool:
         nonlocal left, seen
-        if not aside.is_dir():
+        if not is_younger(aside, since):
             left, seen = left - bool(seen), 0.0
             return False
         seen = seen or time.monotonic()
@@ -125,11 +125,18 @@ def choose_moment(aim: str, out: Path, life: float, dice: random.Random) -> Call
     return moment
 
 
+def is_younger(path: Path, since: float) -> bool:
+    """Whether it is there, and not left by an earlier process."""
+    try:
+        return path.stat().st_mtime > since
+    except FileNotFoundError:
+        return False
+
+
 def look(out: Path, since: float) -> dict[str, Any]:
     """What a kill left: in which phase it hit, what was being written, and which checkpoints are not whole."""
     asides = [path for folder in (out / "checkpoints", out) for path in sorted((folder / ASIDE).glob("*"))]
-    # a process that was killed at its start had not yet removed what the one before it left
-    asides = [path for path in asides if path.stat().st_mtime > since]
+    asides = [path for path in asides if is_younger(path, since)]
     checkpoints = sorted((out / "checkpoints").glob("checkpoint-*"))
     return {
         "phase": PHASE[:64].decode().strip(),

@@ -19,12 +19,12 @@ from typer.testing import CliRunner
 from mixora.asides import ASIDE
 from mixora.cli import app
 from mixora.errors import CheckpointError, ConfigError, StoppedError, UnwrittenError
+from mixora.folders import MARK
 from mixora.training import run as running
 from mixora.training.checkpoints import clear_leftovers, find_checkpoint, read_resumed, resumable
 from mixora.training.manifest import write_manifest
 from mixora.training.run import fit
 from mixora.training.run_config import read_run
-from mixora.training.start import Start, check_start, write_start
 from tests.training.test_run import quiet, settings
 
 
@@ -224,6 +224,23 @@ def test_a_full_disk_says_how_to_go_on(tmp_path):
         raise UnwrittenError(f"{tmp_path}: is full")
 
 
+@pytest.mark.parametrize("keeps", [False, True])
+def test_what_a_finished_run_had_not_removed_goes(keeps, tmp_path):
+    for name in (MARK, "record.json", "start.json"):
+        (tmp_path / name).touch()
+    (tmp_path / "run.yaml").write_text(f"train: {{keep_checkpoints: {str(keeps).lower()}}}")
+    (tmp_path / "checkpoints" / "checkpoint-2").mkdir(parents=True)
+    clear_leftovers(tmp_path)
+    left = {MARK, "record.json", "run.yaml"} | ({"checkpoints"} if keeps else set())
+    assert {path.name for path in tmp_path.iterdir()} == left
+
+
+def test_checkpoints_without_an_optimiser_are_refused(bases, data, tmp_path):
+    config = read_run(tree_of(bases, data, tmp_path / "out", arguments={"save_only_model": True}))
+    with pytest.raises(ConfigError, match=r"train\.arguments\.save_only_model: got True; valid: False"):
+        running.make_arguments(config)
+
+
 def test_changed_rows_and_another_base_are_refused(bases, data, tmp_path, monkeypatch):
     out, base = tmp_path / "out", tmp_path / "base"
     shutil.copytree(bases / "llama", base)
@@ -241,19 +258,6 @@ def test_changed_rows_and_another_base_are_refused(bases, data, tmp_path, monkey
     told = r"not the same; the base's configuration: rms_norm_eps; the base's weights; valid: the same rows"
     with pytest.raises(CheckpointError, match=r"as many \(32\), but " + told):
         fit(read_resumed(out, {}), quiet(), resume=True)
-
-
-def test_other_versions_are_told(tmp_path):
-    now = Start(rows=2, digest="a", configuration={"x": 1}, weights="b", versions={"torch": "2.13.0"})
-    write_start(tmp_path, now.model_copy(update={"versions": {"torch": "2.12.0"}, "configuration": {"x": 1, "y": 2}}))
-    kept, (told,) = check_start(tmp_path, now)
-    assert kept.interruptions == 1 and told.startswith("torch was 2.12.0 when the run was started and is 2.13.0 now")
-    with pytest.raises(CheckpointError, match="the training rows: 2, were 3"):
-        write_start(tmp_path, now.model_copy(update={"rows": 3}))
-        check_start(tmp_path, now)
-    (tmp_path / "start.json").write_text("{")
-    with pytest.raises(CheckpointError, match="is damaged, so it is not known what the run was started with"):
-        check_start(tmp_path, now)
 
 
 def test_the_command_goes_on(bases, data, tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import resource
 import shutil
 import subprocess
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from mixora.training.checkpoints import read_state
 from mixora.training.costs import Clock
 from mixora.training.manifest import MANIFEST, find_damage, write_manifest
 from tests.training.setups import collate, dataset, make_model, settings
+from tests.training.setups import make_trainer as make_any
 
 
 def make_trainer(folder, callbacks=(), **changes):
@@ -35,10 +37,13 @@ def make_trainer(folder, callbacks=(), **changes):
         data_collator=collate,
         callbacks=list(callbacks),
     )
-    # looking for changed embeddings would ask the hub
-    save = model.save_pretrained
-    model.save_pretrained = lambda *given, **named: save(*given, **named, save_embedding_layers=False)
+    keep_off_the_hub(model)
     return trainer
+
+
+def keep_off_the_hub(model):
+    """Where saving would look for changed embeddings."""
+    model.save_pretrained = partial(model.save_pretrained, save_embedding_layers=False)
 
 
 def names(folder):
@@ -111,6 +116,18 @@ def test_a_damaged_checkpoint_is_refused(checkpoint, tmp_path):
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(CheckpointError, match=r"checkpoint-2: is damaged: optimizer.pt has"):
         make_trainer(tmp_path / "parts").train(resume_from_checkpoint=str(checkpoint))
+
+
+def test_trl_writes_whole_checkpoints_too(tmp_path):
+    steps = {"max_steps": 2, "save_steps": 1, "save_strategy": "steps", "learning_rate": 0.05, "seed": 0}
+    whole, parts = (make_any(mixora.SFTTrainer, tmp_path / name, **steps) for name in ("whole", "parts"))
+    for trainer in (whole, parts):
+        keep_off_the_hub(trainer.model)
+    whole.train()
+    assert {"checkpoint-1", "checkpoint-2"} <= set(names(tmp_path / "whole")) and ASIDE not in names(tmp_path / "whole")
+    assert find_damage(tmp_path / "whole" / "checkpoint-1") is None
+    parts.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-1"))
+    assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), parts.model.parameters(), strict=True))
 
 
 class Hostile:

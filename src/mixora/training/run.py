@@ -208,6 +208,10 @@ def make_arguments(config: RunConfig) -> TrainingArguments:
             f"train.arguments.eval_strategy: got {arguments.eval_strategy.value!r}; valid: 'no', "
             "since a run is evaluated before and after training"
         )
+    if arguments.save_only_model:
+        raise ConfigError(
+            "train.arguments.save_only_model: got True; valid: False, since a run could not go on from there"
+        )
     return arguments
 
 
