@@ -7,12 +7,12 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "mixora"
 ORDER = [
-    {"errors", "short_names", "stages"},
+    {"errors", "short_names", "stages", "world"},
     {"draws", "completion"},
     {"routing", "config", "folders", "low_rank", "fused_loss", "activations", "host"},
     {"contracts", "passes", "depth"},
     {"experts", "routers", "kernels", "losses", "allocators", "slots", "parts", "plan", "entrances"},
-    {"method", "sites", "joining", "folding"},
+    {"method", "sites", "joining", "folding", "injection"},
     {"decoding"},
     {"recipes", "mixture", "assignment", "feed_forward"},
     {"assembly", "keys"},

@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 
 import mixora
 from mixora.errors import TrainingError
-from tests.training.setups import accumulated_batches, balance_gradient, make_model, make_trainer
+from tests.training.setups import accumulated_batches, balance_gradient, collate, dataset, make_model, make_trainer
 
 # TRL deprecates the argument, and still takes it
 SMOOTHING_IS_DEPRECATED = pytest.mark.filterwarnings(
@@ -123,7 +123,7 @@ def run_two_ranks(script, folder):
 @pytest.mark.works_with("distribution", "DDP on two ranks (gloo), under both trainers: the intended auxiliary gradient")
 def test_two_ranks(tmp_path):
     gradients = run_two_ranks("tests/training/two_ranks.py", tmp_path)
-    intended = balance_gradient(make_model(), accumulated_batches(2))
+    intended = balance_gradient(make_model(), [collate(dataset().select(range(8)))])
     for name in ("transformers", "mixora"):
         torch.testing.assert_close(gradients[name], intended, rtol=1e-4, atol=1e-5 * float(intended.abs().max()))
     assert gradients["ratio"] == pytest.approx(1.0, abs=1e-3)

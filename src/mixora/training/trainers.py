@@ -21,6 +21,8 @@ from transformers.trainer_callback import CallbackHandler
 from mixora.mixture import mixtures_of
 from mixora.training.batch_loss import run_passes, sum_losses
 from mixora.training.fused_head import FusedHead, why_not_fused
+from mixora.training.processes import OwnDraws, check_processes
+from mixora.training.processes import average as average_over_processes
 from mixora.training.routing_figures import CollapseAlarm, RoutingFigures, average
 
 logger = logging.getLogger("mixora")
@@ -49,8 +51,9 @@ class AuxiliaryLossMixin:
 
     Beside `loss`, which is all of it, a log line holds each term without its coefficient, and `auxiliary_loss`: their
     weighted sum, so that `loss - auxiliary_loss` is the task's own. Where tokens are routed it also holds what the
-    routers did since the last line, as means over the sites (`routing/entropy` and so on; of this process's tokens).
-    `alarm.note` says so where the routers collapsed, and a warning was logged.
+    routers did since the last line, as means over the sites (`routing/entropy` and so on). `alarm.note` says so where
+    the routers collapsed, and a warning was logged. Losses and figures are of the tokens of all processes. Raises
+    `TrainingError` where several were started and do not train together.
     """
 
     _terms: Terms | None = None
@@ -59,6 +62,12 @@ class AuxiliaryLossMixin:
     def __init__(self, *args: Any, fused_loss: bool = True, **kwargs: Any) -> None:
         """`fused_loss`: compute the cross entropy without the whole logits where that is exact."""
         super().__init__(*args, **kwargs)
+        trainer: Any = self
+        check_processes()
+        trainer.add_callback(OwnDraws())
+        if trainer.accelerator.ddp_handler is not None and _draws_routes(trainer.model):
+            # no expert that a pass did not draw has a gradient, on purpose
+            trainer.accelerator.ddp_handler.find_unused_parameters = True
         self.fused_loss = fused_loss
         self.figures, self.alarm = RoutingFigures(), CollapseAlarm()
 
@@ -156,11 +165,16 @@ class AuxiliaryLossMixin:
         host: Any = super()
         if "loss" in logs:
             sites = self.figures.take()
-            logs = {**logs, **(self._terms.take() if self._terms else {}), **average(sites.values())}
+            terms = average_over_processes(self._terms.take() if self._terms else {})
+            logs = {**logs, **terms, **average(sites.values())}
             step = self.state.global_step  # type: ignore[attr-defined]
             if self.alarm.hear(sites, step) and host.is_world_process_zero():
                 logger.warning("%s", self.alarm.note)
         host.log(logs, *args, **kwargs)
+
+
+def _draws_routes(model: nn.Module) -> bool:
+    return any(parts.router.draws for layer in mixtures_of(model) for parts in layer.parts.values())
 
 
 class Trainer(AuxiliaryLossMixin, transformers.Trainer):
