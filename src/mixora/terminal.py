@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import sys
+import time
 import warnings
 from collections.abc import Callable, Mapping
 from functools import wraps
@@ -30,6 +31,8 @@ REFUSALS = {
     errno.EDQUOT: "a disk with more room, or less to write",
     errno.ENAMETOOLONG: "a shorter name",
 }
+
+SECONDS_TO_BE_ENDED = 5.0
 
 if TYPE_CHECKING:
     from mixora.plan import Plan
@@ -100,11 +103,21 @@ def find_refusal(error: Exception) -> str | None:
 
 
 def _end(kind: str, text: str, code: int, options: dict[str, Any]) -> None:
+    rank = os.environ.get("RANK", "0")
+    if rank != "0" or _is_echo(text):
+        # the first process, or the one that failed first, says what there is to say, and a launcher ends the others
+        time.sleep(SECONDS_TO_BE_ENDED)
+        kind = f"{kind} in process {rank}"
     if options.get("debug"):
         raise
     Console(stderr=True).print(f"[bold red]{kind}:[/] ", end="")
     Console(stderr=True).print(text, markup=False, highlight=False, soft_wrap=True)
     raise typer.Exit(code)
+
+
+def _is_echo(text: str) -> bool:
+    """Whether this process most likely fails since another one did."""
+    return "WORLD_SIZE" in os.environ and re.search(r"gloo|NCCL|[Cc]onnection (closed|reset)|^Dist", text) is not None
 
 
 def _quieten_libraries() -> None:

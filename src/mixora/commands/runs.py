@@ -1,8 +1,10 @@
 """Commands that make a run or look at one: train, evaluate, generate, inspect."""
 
 import sys
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -27,6 +29,9 @@ from mixora.terminal import (
     reports_errors,
 )
 
+if TYPE_CHECKING:
+    from mixora.training.launcher import Places
+
 Task = Annotated[list[str] | None, typer.Option(help="Only this task of several; may be given several times.")]
 
 
@@ -46,12 +51,21 @@ def train(
             autocompletion=complete_run,
         ),
     ] = None,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="Train with so many processes on this machine, one for each GPU.")
+    ] = None,
+    nodes: Annotated[int, typer.Option(min=1, help="Machines that train together; start this on each.")] = 1,
+    node_rank: Annotated[int, typer.Option(min=0, help="Which of the machines this is, from 0 on.")] = 0,
+    address: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="Where machine 0 waits for the others.")
+    ] = None,
     dry_run: DryRun = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Fine-tune, evaluate before and after, save the adapter, read it back, write a report."""
     from mixora.training.checkpoints import read_resumed
+    from mixora.training.launcher import Places
     from mixora.training.progress import Progress
     from mixora.training.rehearsal import rehearse
     from mixora.training.results import summarise_run
@@ -63,6 +77,12 @@ def train(
         raise ConfigError("overwrite: would remove the run that --resume goes on with; valid: one of the two")
     config = read_run(tree) if resume is None else read_resumed(resume, tree)
     console = make_console(as_json)
+    if processes is None and (nodes, node_rank, address) != (1, 0, None):
+        raise ConfigError("nodes, node-rank, address: have no effect without --processes; valid: with it")
+    if processes is not None and not dry_run:
+        options = {"overwrite": overwrite, "json": as_json, "debug": debug, "resume": resume}
+        short = {"recipe": recipe, "model": model, "data": data, "out": out}
+        _launch(Places(processes, nodes, node_rank, address), settings or [], options | short)
     if dry_run:
         rehearsal = rehearse(config, overwrite, resume is not None)
         if as_json:
@@ -71,6 +91,8 @@ def train(
             console.print(part)
         return
     record = fit(config, Progress(console), overwrite, resume is not None)
+    if record is None:
+        return
     if as_json:
         from dataclasses import asdict
 
@@ -78,6 +100,17 @@ def train(
         return
     for part in summarise_run(record, Path(config.out)):
         console.print(part)
+
+
+def _launch(places: "Places", words: list[str], options: Mapping[str, Any]) -> NoReturn:
+    """Ends with the exit code of the processes, each of which runs this command without the options for places."""
+    from mixora.training.launcher import launch
+
+    places.check()
+    flags = [f"--{name}" for name, value in options.items() if value is True]
+    values = [f"--{name}={value}" for name, value in options.items() if value not in (True, False, None)]
+    tell = partial(Console(stderr=True).print, markup=False, highlight=False, soft_wrap=True)
+    raise SystemExit(launch([sys.executable, "-m", "mixora", "train", *words, *flags, *values], places, tell))
 
 
 @reports_errors

@@ -3,13 +3,14 @@
 import os
 from collections.abc import Mapping
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from transformers import TrainerCallback
 
-from mixora.errors import TrainingError
+from mixora.errors import CheckpointError, TrainingError
 from mixora.world import count_processes, process_index
 
 COUNTS = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
@@ -42,6 +43,16 @@ def check_processes() -> None:
         raise TrainingError(
             "processes: accelerate launch was asked for several, but started one, as it does with --cpu; "
             f"valid: {VALID}"
+        )
+
+
+def check_resumable(checkpoint: Path) -> None:
+    """`CheckpointError` where a checkpoint was written by another number of processes."""
+    written = max(len(list(checkpoint.glob("rng_state*.pth"))), 1)
+    if written != count_processes():
+        raise CheckpointError(
+            f"{checkpoint}: was written by {written} process{'es' * (written > 1)}, and this run has "
+            f"{count_processes()}; valid: as many, with which the batches are the same"
         )
 
 

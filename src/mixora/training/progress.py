@@ -1,5 +1,6 @@
 """What a person sees while a run goes on: lines, tables, and bars with the remaining time; in a log, lines only."""
 
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,10 +24,13 @@ class Advance(Protocol):
 
 
 class Progress:
-    """Writes to `console`, in place of what transformers would; a quiet console makes a silent run."""
+    """Writes to `console`, in place of what transformers would; a quiet console makes a silent run.
+
+    Of several processes, the first one writes.
+    """
 
     def __init__(self, console: Console) -> None:
-        self.console = console
+        self.console = console if os.environ.get("RANK", "0") == "0" else Console(quiet=True)
         logging.set_verbosity_error()
         logging.disable_progress_bar()
 

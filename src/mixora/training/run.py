@@ -41,6 +41,7 @@ from mixora.training.material import (
     read_material,
     sample_batches,
 )
+from mixora.training.processes import agree, check_processes, check_resumable, count_asked, is_first, wait_for_all
 from mixora.training.progress import Progress, StepProgress
 from mixora.training.run_config import RunConfig
 from mixora.training.run_folder import CHECKPOINTS, open_folder, paths_read, write_settings
@@ -57,17 +58,18 @@ def build(material: Material, rows: TrainingSet, config: RunConfig, progress: Pr
     return adapter, plan(material.model, adapter)
 
 
-def fit(config: RunConfig, progress: Progress, overwrite: bool = False, resume: bool = False) -> RunRecord:
+def fit(config: RunConfig, progress: Progress, overwrite: bool = False, resume: bool = False) -> RunRecord | None:
     """Run `config` from data to report; writes settings, adapter, report and record below `config.out`.
 
     With `overwrite` an earlier run's results there are replaced, once the data, the model and all settings have proved
     to fit. With `resume` the run that was interrupted there goes on from its newest checkpoint. Returns the record that
     the report was made from. Raises `StoppedError` after a signal, once a checkpoint is written.
+
+    Where several processes were started, each calls this: all train, the first one does the rest alone, and the others
+    return None. Raises `TrainingError` where they do not find together.
     """
     started = time.perf_counter()
-    checkpoint = find_checkpoint(Path(config.out)) if resume else None
-    if not resume:
-        check_folder(config.out, overwrite, paths_read(config))
+    checkpoint = _find_start(config, overwrite, resume)
     # a new classification head is drawn with the base
     torch.manual_seed(config.train.seed)
     material, rows = _read(config, progress)
@@ -76,13 +78,15 @@ def fit(config: RunConfig, progress: Progress, overwrite: bool = False, resume: 
     examples = make_examples(material, config)
     torch.manual_seed(config.train.seed)
     model = get_peft_model(material.model, adapter)
-    measured = {"before": measure(model, examples, config, progress, "before")}
+    measured = {"before": measure(model, examples, config, progress, "before")} if is_first() else {}
     make_arguments(config)  # a mistake there must cost no earlier results
-    out = Path(config.out) if resume else open_folder(config, overwrite)
-    write_settings(config)
+    out = _claim(config, overwrite, resume)
     with resumable(out):
         trainer = make_trainer(model, material, rows, config)
         seconds = train(trainer, checkpoint, progress)
+        if not is_first():
+            wait_for_all()
+            return None
         measured["after"] = measure(model, examples, config, progress, "after")
         seen = describe_model(model, material, table, examples, config, progress)
         measured["reloaded"] = _read_back(model, material, examples, config, progress)
@@ -100,7 +104,31 @@ def fit(config: RunConfig, progress: Progress, overwrite: bool = False, resume: 
             write_report(record, out)
     if not config.train.keep_checkpoints:
         remove_checkpoints(out)
+    wait_for_all()
     return record
+
+
+def _find_start(config: RunConfig, overwrite: bool, resume: bool) -> Path | None:
+    """The checkpoint to go on from; where there is to be none, a folder that may be written. Processes meet first."""
+    if count_asked() > 1:
+        make_arguments(config)  # opens the process group
+    check_processes()
+    if resume:
+        checkpoint = find_checkpoint(Path(config.out))
+        check_resumable(checkpoint)
+        return checkpoint
+    if is_first():
+        check_folder(config.out, overwrite, paths_read(config))
+    return None
+
+
+def _claim(config: RunConfig, overwrite: bool, resume: bool) -> Path:
+    if is_first():
+        if not resume:
+            open_folder(config, overwrite)
+        write_settings(config)
+    wait_for_all()
+    return Path(config.out)
 
 
 def _read(config: RunConfig, progress: Progress) -> tuple[Material, TrainingSet]:
@@ -126,7 +154,7 @@ def train(trainer: Trainer, checkpoint: Path | None, progress: Progress) -> floa
         trainer.add_callback(StepProgress(advance))
         trainer.add_callback(interruption)
         metrics = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint)).metrics
-    if interruption.requested:
+    if agree(interruption.requested):
         raise KeyboardInterrupt
     return metrics["train_runtime"]
 
@@ -174,6 +202,8 @@ def make_arguments(config: RunConfig) -> TrainingArguments:
         "label_names": ["labels"],
         # packed rows come without a mask
         "include_num_input_tokens_seen": "all" if config.data.packing else "non_padding",
+        # without a GPU, several processes find together only where a CPU is asked for
+        "use_cpu": count_asked() > 1 and not torch.accelerator.is_available(),
     }
     _check_types(settings.arguments)
     try:
@@ -210,6 +240,11 @@ def make_trainer(model: PeftModel, material: Material, rows: TrainingSet, config
         fused_loss=config.train.fused_loss,
     )
     trainer.remove_callback(transformers.PrinterCallback)
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        raise ConfigError(
+            "train.arguments: the model is sharded, and mixora train evaluates and saves in one process; "
+            "valid: mixora.Trainer in a script of your own, or neither fsdp nor deepspeed"
+        )
     return trainer
 
 
