@@ -204,6 +204,8 @@ def make_arguments(config: RunConfig) -> TrainingArguments:
         "include_num_input_tokens_seen": "all" if config.data.packing else "non_padding",
         # without a GPU, several processes find together only where a CPU is asked for
         "use_cpu": count_asked() > 1 and not torch.accelerator.is_available(),
+        # every adapter has a gradient in every pass, but where routes are drawn, which the trainer knows
+        "ddp_find_unused_parameters": False,
     }
     _check_types(settings.arguments)
     try:
