@@ -2,7 +2,6 @@
 
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -203,10 +202,29 @@ def test_a_signal_reaches_each_process_once(tmp_path):
     assert [(tmp_path / rank).read_text() for rank in "01"] == ["1", "1"]
 
 
-def test_one_message_for_all_processes(tmp_path):
-    """A mistake that only the processes find, told by the first of them, with its exit code."""
-    words = ["--model", str(tmp_path / "none"), "--data", str(tmp_path), "--out", str(tmp_path / "out")]
-    command = [sys.executable, "-m", "mixora", "train", "--processes", "2", *words]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 2
-    assert done.stderr.count("error: ") == 1 and "Traceback" not in done.stderr
+COMMAND = """
+import mixora_command, os, time
+from mixora import terminal
+from mixora.errors import DataError
+
+@terminal.reports_errors
+def command():
+    if os.environ["RANK"] in FAILING:
+        raise DataError("no rows")
+    time.sleep(60)
+
+terminal.SECONDS_TO_BE_ENDED = DELAY
+try:
+    command()
+except terminal.typer.Exit as end:
+    raise SystemExit(end.exit_code)
+"""
+
+
+@pytest.mark.parametrize(
+    ("failing", "delay", "told"), [("01", 30, "error: no rows"), ("1", 0, "error in process 1: no rows")]
+)
+def test_a_mistake_is_told_once(failing, delay, told, capfd):
+    script = COMMAND.replace("FAILING", repr(failing)).replace("DELAY", str(delay))
+    assert launch([sys.executable, "-c", script], Places(2), print) == 2
+    assert capfd.readouterr().err.strip() == told
