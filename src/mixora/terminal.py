@@ -33,6 +33,7 @@ REFUSALS = {
 }
 
 SECONDS_TO_BE_ENDED = 5.0
+INTERRUPTED = 130
 
 if TYPE_CHECKING:
     from mixora.plan import Plan
@@ -76,11 +77,11 @@ def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
         try:
             command(**options)
         except StoppedError as stop:
-            _end("stopped", str(stop), 130, {})
+            _end("stopped", str(stop), INTERRUPTED, {})
         except MixoraError as error:
             _end("error", str(error), 2, options)
         except KeyboardInterrupt:
-            _end("stopped", "interrupted; nothing more was written", 130, options)
+            _end("stopped", "interrupted; nothing more was written", INTERRUPTED, options)
         except Exception as error:
             refusal = find_refusal(error)
             if refusal is not None:
@@ -108,6 +109,8 @@ def _end(kind: str, text: str, code: int, options: dict[str, Any]) -> None:
         # the first process, or the one that failed first, says what there is to say, and a launcher ends the others
         time.sleep(SECONDS_TO_BE_ENDED)
         kind = f"{kind} in process {rank}"
+        if code == INTERRUPTED:
+            raise typer.Exit(code)
     if options.get("debug"):
         raise
     Console(stderr=True).print(f"[bold red]{kind}:[/] ", end="")
