@@ -7,12 +7,12 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "mixora"
 ORDER = [
-    {"errors", "short_names", "stages", "console"},
+    {"errors", "short_names", "stages", "console", "world"},
     {"draws", "completion", "asides"},
     {"routing", "config", "folders", "low_rank", "fused_loss", "activations", "host"},
     {"contracts", "passes", "depth", "outside"},
     {"experts", "routers", "kernels", "losses", "allocators", "slots", "parts", "plan", "entrances"},
-    {"method", "sites", "joining", "folding"},
+    {"method", "sites", "joining", "folding", "injection"},
     {"decoding"},
     {"recipes", "mixture", "assignment", "feed_forward"},
     {"assembly", "keys"},
@@ -26,6 +26,7 @@ ORDER = [
     {"terminal"},
     {"commands"},
     {"cli"},
+    {"__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 

@@ -7,7 +7,8 @@ from mixora.commands.comparison import compare
 from mixora.commands.doctor import doctor
 from mixora.commands.methods import plan, recipes
 from mixora.commands.reports import report
-from mixora.commands.runs import evaluate, generate, inspect, train
+from mixora.commands.runs import evaluate, generate, inspect
+from mixora.commands.training import train
 from mixora.commands.weights import convert, craft, merge
 
 TUTORIAL = """Fine-tune Hugging Face models with mixtures of adapters.

@@ -211,11 +211,23 @@ class PassLoss(Loss):
 
 
 class SiteLoss(Loss):
-    """A loss on what the router of a site decided."""
+    """A loss on what the router of a site decided: a function of sums over its tokens.
+
+    So the sums of several processes, added up, give the loss of all their tokens.
+    """
 
     @abstractmethod
+    def add_up(self, routing: Routing) -> tuple[Tensor, ...] | None:
+        """The sums over the real tokens, fp32 with their graph; None for routers without logits."""
+
+    @abstractmethod
+    def conclude(self, *sums: Tensor) -> Tensor:
+        """The loss that these sums give, an fp32 scalar without its coefficient."""
+
     def of_site(self, routing: Routing) -> Tensor | None:
-        """The loss of one site's routing, an fp32 scalar without its coefficient; None for routers without logits."""
+        """The loss of one site's routing; None for routers without logits."""
+        sums = self.add_up(routing)
+        return None if sums is None else self.conclude(*sums)
 
 
 @dataclass(frozen=True)

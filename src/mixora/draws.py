@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from mixora.world import count_processes
+
 
 @dataclass(frozen=True)
 class Draw:
@@ -67,7 +69,7 @@ def serving(draws: bool = False, members: tuple[int, ...] | None = None) -> Iter
 def draw_seed(shared: bool) -> int:
     """A number from the ambient generator of the CPU; with `shared`, the first data-parallel rank's."""
     seed = torch.randint(2**62, ())
-    if shared and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+    if shared and count_processes() > 1:
         has_cpu = "cpu:" in dist.get_backend_config()
         seed = seed if has_cpu else seed.cuda()
         dist.broadcast(seed, src=0)

@@ -18,7 +18,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from mixora import decoding, joining, passes, slots
+from mixora import decoding, injection, joining, passes, slots
 from mixora.contracts import Parameters, kept_shapes
 from mixora.draws import MEAN, Draw
 from mixora.errors import ModelError, TrainingError
@@ -177,7 +177,7 @@ class Mixture(nn.Module, Foldable):
 
     def _finish(self, adapter: str, y: Tensor, routing: Routing, here: passes.Pass) -> Tensor:
         here.record(self.path, adapter, routing)
-        return self._add_losses(adapter, y, routing, here) if self.training and self.parts[adapter].losses else y
+        return self._inject(adapter, y, routing, here)
 
     def find_joined(self, x: Tensor) -> str | None:
         """The one active adapter, if its experts and the frozen module can be computed in one."""
@@ -229,7 +229,7 @@ class Mixture(nn.Module, Foldable):
         delta_SO = parts.enter(x.reshape(-1, x.shape[-1]), self.parameters_of(adapter), routing, self.training)
         y = self.base_layer(x)
         y = slots.spread(y, delta_SO.to(y.dtype), parts.router.top_k)
-        return self._add_losses(adapter, y, routing, here) if self.training and parts.losses else y
+        return self._inject(adapter, y, routing, here)
 
     def _leave_slots(self, adapter: str, x: Tensor, here: passes.Pass) -> Tensor:
         """The weighted sum over what each chosen expert of a token makes of its slot in `x` [K * B, ..., I].
@@ -267,31 +267,13 @@ class Mixture(nn.Module, Foldable):
         shared.readers.add(self.path)
         return shared.routing
 
-    def _add_losses(self, adapter: str, y: Tensor, routing: Routing, here: passes.Pass) -> Tensor:
+    def _inject(self, adapter: str, y: Tensor, routing: Routing, here: passes.Pass) -> Tensor:
         """Let the auxiliary loss reach the router in backward, unless a trainer adds it to the loss itself."""
-        if here.owns_losses:
+        if here.owns_losses or not self.training or not self.parts[adapter].losses:
             return y
-        total, terms = self.parts[adapter].total(routing)
-        if not here.is_replay:
-            self.readings[adapter] = terms
-        if total is None or not torch.is_grad_enabled():
-            return y
-        return _AddGradient.apply(y, total * self.auxiliary_scale)
+        return injection.inject(self, adapter, y, routing, here)
 
 
 def mixtures_of(model: nn.Module) -> list[Mixture]:
     """The adapted modules of a model, in its order."""
     return [module for module in model.modules() if isinstance(module, Mixture)]
-
-
-class _AddGradient(torch.autograd.Function):
-    """The identity on `y`; in backward, `loss` gets gradient 1 as if it had been added to the final loss."""
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, loss: Tensor) -> Tensor:
-        ctx.save_for_backward(torch.ones_like(loss))
-        return y.view_as(y)
-
-    @staticmethod
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, Tensor]:
-        return grad_y, ctx.saved_tensors[0]

@@ -10,6 +10,8 @@ from mixora.draws import Draw
 from mixora.passes import Stream
 from mixora.routing import Routing
 
+Sums = dict[str, tuple[Tensor, ...]]
+
 
 @dataclass
 class Parts:
@@ -55,12 +57,17 @@ class Parts:
         """The scale on the weights: a [T, O] less to be made than on what the experts give."""
         return replace(routing, weights_TK=routing.weights_TK * self.expert.scale(self.shape))
 
-    def total(self, routing: Routing) -> tuple[Tensor | None, dict[str, Tensor]]:
+    def add_up(self, routing: Routing) -> Sums:
+        """What each of the losses needs to know of this site's tokens, by name."""
+        sums = {name: loss.add_up(routing) for name, loss, _ in self.losses}
+        return {name: of_loss for name, of_loss in sums.items() if of_loss is not None}
+
+    def conclude(self, sums: Sums) -> tuple[Tensor | None, dict[str, Tensor]]:
         """This site's share of the auxiliary loss, and each term for the log (detached, without its coefficient)."""
         total, terms = None, {}
         for name, loss, weight in self.losses:
-            value = loss.of_site(routing)
-            if value is not None:
+            if name in sums:
+                value = loss.conclude(*sums[name])
                 total = value * weight if total is None else total + value * weight
                 terms[name] = value.detach()
         return total, terms

@@ -8,7 +8,7 @@ model stay independent of each other.
 import logging
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from mixora.draws import MERGED, Draw, Serving, current_serving, draw_seed
 from mixora.routing import Observation, Routing, Tokens, Trace
+from mixora.world import sum_over_processes
 
 Stream = Literal["source", "target"]
 logger = logging.getLogger("mixora")
@@ -60,6 +61,19 @@ class Shared:
 
 
 @dataclass
+class Pooled:
+    """Sums over the tokens of one site, which those of the other processes join when the pass is over.
+
+    `hear` is then told the sums of all processes, and gives the gradient of a loss with respect to each, which
+    `gradients` keeps for backward.
+    """
+
+    sums: list[Tensor]
+    hear: Callable[[list[Tensor]], list[Tensor]]
+    gradients: list[Tensor] | None = None
+
+
+@dataclass
 class Pass:
     """The tokens of one forward pass.
 
@@ -71,7 +85,8 @@ class Pass:
     `shared`: per adapter the last routing, which other layers may use. `joined`: per adapter the products that layers
     made for each other; `outputs`: what takes their place without gradients. `kept`: what the passes that go on with
     one cache of keys and values keep for each other; None without a cache and where routes are drawn;
-    `is_kept_checked`: nothing of it is old.
+    `is_kept_checked`: nothing of it is old. `pooled`: per site and adapter, a call after the other, what goes to the
+    other processes.
     """
 
     mask_BS: dict[Stream, Tensor] = field(default_factory=dict)
@@ -90,6 +105,7 @@ class Pass:
     outputs: Any = None
     kept: dict[str, Any] | None = None
     is_kept_checked: bool = False
+    pooled: dict[tuple[str, str], list[Pooled]] = field(default_factory=dict)
     _tokens: dict[tuple[Stream, torch.Size, int], Tokens] = field(default_factory=dict)
     _has_padding: dict[Stream, bool] = field(default_factory=dict)
 
@@ -187,11 +203,20 @@ def end(here: Pass, output: Any) -> None:
     here.shared.clear()
     here.joined.clear()
     here.outputs = None
+    if here.pooled and output is not None:
+        _pool(here)
     mark(output, here)
     if here.trace is not None:
         here.trace.passes += 1
     # the hooks on the outputs keep the pass for a recomputation
     here.trace = None
+
+
+def _pool(here: Pass) -> None:
+    """One collective for all sites of a pass."""
+    waiting = [pooled for calls in here.pooled.values() for pooled in calls]
+    for pooled, sums in zip(waiting, sum_over_processes([p.sums for p in waiting]), strict=True):
+        pooled.gradients = pooled.hear(sums)
 
 
 @contextmanager

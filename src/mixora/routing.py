@@ -92,14 +92,14 @@ class Routing:
         counts_E = self._counts_E()
         return counts_E / counts_E.sum().clamp(min=1)
 
-    def load_of_columns(self) -> Tensor:
-        """As `load_E`, for each column of `probs_TE`; null experts share their assignments evenly: [E + N]."""
+    def counts_of_columns(self) -> Tensor:
+        """What `load_E` has shares of, for each column of `probs_TE`; null experts share theirs evenly: [E + N]."""
         counts = self._counts_E()
         if self.null_slots_T is not None and self.probs_TE is not None:
             nulls = self.probs_TE.shape[1] - self.num_experts
             each = self.null_slots_T.sum().to(counts.dtype) / nulls
             counts = torch.cat([counts, each.expand(nulls)])
-        return counts / counts.sum().clamp(min=1)
+        return counts
 
     def _counts_E(self) -> Tensor:
         shares_TK = self.weights_TK.detach() if self.is_soft else self.assigned_TK.to(self.weights_TK.dtype)

@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import sys
+import time
 import warnings
 from collections.abc import Callable, Mapping
 from functools import wraps
@@ -30,6 +31,9 @@ REFUSALS = {
     errno.EDQUOT: "a disk with more room, or less to write",
     errno.ENAMETOOLONG: "a shorter name",
 }
+
+SECONDS_TO_BE_ENDED = 5.0
+INTERRUPTED = 130
 
 if TYPE_CHECKING:
     from mixora.plan import Plan
@@ -73,11 +77,11 @@ def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
         try:
             command(**options)
         except StoppedError as stop:
-            _end("stopped", str(stop), 130, {})
+            _end("stopped", str(stop), INTERRUPTED, {})
         except MixoraError as error:
             _end("error", str(error), 2, options)
         except KeyboardInterrupt:
-            _end("stopped", "interrupted; nothing more was written", 130, options)
+            _end("stopped", "interrupted; nothing more was written", INTERRUPTED, options)
         except Exception as error:
             refusal = find_refusal(error)
             if refusal is not None:
@@ -100,11 +104,23 @@ def find_refusal(error: Exception) -> str | None:
 
 
 def _end(kind: str, text: str, code: int, options: dict[str, Any]) -> None:
+    rank = os.environ.get("RANK", "0")
+    if rank != "0" or _is_echo(text):
+        # the first process, or the one that failed first, says what there is to say, and a launcher ends the others
+        time.sleep(SECONDS_TO_BE_ENDED)
+        kind = f"{kind} in process {rank}"
+        if code == INTERRUPTED:
+            raise typer.Exit(code)
     if options.get("debug"):
         raise
     Console(stderr=True).print(f"{kind}: ", end="", style="bold red")
     Console(stderr=True).print(text, highlight=False, soft_wrap=True)
     raise typer.Exit(code)
+
+
+def _is_echo(text: str) -> bool:
+    """Whether this process most likely fails since another one did."""
+    return "WORLD_SIZE" in os.environ and re.search(r"gloo|NCCL|[Cc]onnection (closed|reset)|^Dist", text) is not None
 
 
 def _quieten_libraries() -> None:

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -15,6 +16,7 @@ from transformers import (
 )
 
 from tests.characters import build_tokenizer
+from tests.training.ranks import run_two_ranks
 
 DOMAINS = {"lamp": ["kitchen", "hall", "attic"], "song": ["jazz", "folk", "soul"]}
 
@@ -49,14 +51,27 @@ def bases(tmp_path_factory):
     return root
 
 
+def write_rows(folder, split, rows):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture(scope="session")
+def two_ranks(bases, tmp_path_factory):
+    """What two gloo ranks found, by part: see `two_ranks.py`. `folder` is the one they worked in."""
+    folder = tmp_path_factory.mktemp("two_ranks")
+    shutil.copytree(bases / "llama", folder / "base")
+    write_rows(folder / "rows", "train", command_rows(32))
+    write_rows(folder / "rows", "validation", command_rows(40)[32:])
+    return {**run_two_ranks("tests/training/two_ranks.py", folder), "folder": folder}
+
+
 @pytest.fixture
 def data(tmp_path):
     """Folders `commands` and `classes` with train and validation rows."""
 
     def write(name, split, rows):
-        folder = tmp_path / "data" / name
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_rows(tmp_path / "data" / name, split, rows)
 
     classes = [{"text": row["prompt"], "label": row["domain"], "lang": "en"} for row in command_rows(24)]
     write("commands", "train", command_rows(32))

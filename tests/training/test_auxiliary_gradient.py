@@ -1,10 +1,5 @@
 """Each way of training must give the router the intended auxiliary gradient: not 0, not 4 times it."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import transformers
@@ -13,7 +8,8 @@ from transformers import TrainerCallback
 
 import mixora
 from mixora.errors import TrainingError
-from tests.training.setups import accumulated_batches, balance_gradient, make_model, make_trainer
+from tests.training.ranks import run_two_ranks
+from tests.training.setups import accumulated_batches, balance_gradient, collate, dataset, make_model, make_trainer
 
 # TRL deprecates the argument, and still takes it
 SMOOTHING_IS_DEPRECATED = pytest.mark.filterwarnings(
@@ -105,25 +101,10 @@ def test_loop_written_by_hand():
     torch.testing.assert_close(torch.cat(routers), intended, rtol=1e-4, atol=1e-5 * float(intended.abs().max()))
 
 
-def run_two_ranks(script, folder):
-    """What rank 0 of a script left in `found.pt`; the script runs on two gloo ranks."""
-    root = Path(__file__).parents[2]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [*command, str(root / script), str(folder)],
-        env={**os.environ, "PYTHONPATH": f"{root}/src:{root}", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return torch.load(folder / "found.pt", weights_only=True)
-
-
 @pytest.mark.works_with("distribution", "DDP on two ranks (gloo), under both trainers: the intended auxiliary gradient")
-def test_two_ranks(tmp_path):
-    gradients = run_two_ranks("tests/training/two_ranks.py", tmp_path)
-    intended = balance_gradient(make_model(), accumulated_batches(2))
+def test_two_ranks(two_ranks):
+    gradients = two_ranks["auxiliary"]
+    intended = balance_gradient(make_model(), [collate(dataset().select(range(8)))])
     for name in ("transformers", "mixora"):
         torch.testing.assert_close(gradients[name], intended, rtol=1e-4, atol=1e-5 * float(intended.abs().max()))
     assert gradients["ratio"] == pytest.approx(1.0, abs=1e-3)

@@ -12,7 +12,7 @@ from mixora.draws import Draw
 from mixora.errors import TrainingError
 from tests.models import fill, tiny_llama
 from tests.training.setups import accumulated_batches, make_trainer
-from tests.training.test_auxiliary_gradient import SMOOTHING_IS_DEPRECATED, run_two_ranks
+from tests.training.test_auxiliary_gradient import SMOOTHING_IS_DEPRECATED
 
 COEFFICIENT = 0.8
 
@@ -102,9 +102,9 @@ def test_a_loss_of_trl_without_logits_is_refused(tmp_path):
         trainer.train()
 
 
-def test_two_ranks_take_one_route(tmp_path):
+def test_two_ranks_take_one_route(two_ranks):
     """Ranks of different random state and batches: the routes, and after the step the weights, are equal."""
-    found = run_two_ranks("tests/training/two_ranks_adamix.py", tmp_path)
+    found = two_ranks["adamix"]
     first, second = found["routes"]
     assert torch.equal(first, second)
     assert len(first.unique(dim=0)) > 1

@@ -23,7 +23,7 @@ from tests import models
 from tests.models import fill
 from tests.test_fused_loss import Largest
 from tests.training.setups import accumulated_batches, collate, dataset, make_model, make_trainer
-from tests.training.test_auxiliary_gradient import SMOOTHING_IS_DEPRECATED, run_two_ranks
+from tests.training.test_auxiliary_gradient import SMOOTHING_IS_DEPRECATED
 from tests.training.test_consistency import Catch
 from tests.training.test_consistency import make_model as make_adamix
 
@@ -91,8 +91,8 @@ def test_trl_compares_passes_with_it(smoothing, tmp_path):
     assert_same(fused, plain, atol=1e-6)
 
 
-def test_two_ranks(tmp_path):
-    found = run_two_ranks("tests/training/two_ranks_fused.py", tmp_path)
+def test_two_ranks(two_ranks):
+    found = dict(two_ranks["fused"])
     assert found.pop("sharded") == "the model's head is sharded or quantised"
     for name, (fused, plain) in found.items():
         assert plain.abs().max() > 1e-4, name

@@ -11,7 +11,6 @@ import mixora
 from mixora.errors import ConfigError
 from tests.models import fill, gradients, tiny_bert_classifier, tiny_llama, tiny_t5, token_ids
 from tests.training.setups import accumulated_batches, make_trainer
-from tests.training.test_auxiliary_gradient import run_two_ranks
 from tests.training.test_consistency import Catch, alternating, expected_gradients, make_model
 
 __all__ = ["alternating"]
@@ -116,8 +115,8 @@ def test_the_model_is_left_as_it_was():
     assert vars(base)["forward"] is own
 
 
-def test_two_ranks_hold_what_they_would_without(tmp_path):
-    found = run_two_ranks("tests/training/two_ranks_one_graph.py", tmp_path)
+def test_two_ranks_hold_what_they_would_without(two_ranks):
+    found = two_ranks["one graph"]
     (plain, plain_there), (recomputed, recomputed_there) = found["weights"], found["recomputed"]
     assert torch.equal(plain, plain_there)
     assert torch.equal(recomputed, recomputed_there)

@@ -1,31 +1,37 @@
-"""Run by torchrun on two gloo ranks: one step of each trainer; rank 0 writes its routers' gradients."""
+"""Run by torchrun on two gloo ranks, once for all tests: rank 0 writes what each part finds."""
 
 import sys
+from pathlib import Path
 
-import torch
 import torch.distributed as dist
-import transformers
 
-import mixora
+from tests.training import (
+    two_ranks_adamix,
+    two_ranks_auxiliary,
+    two_ranks_draws,
+    two_ranks_fused,
+    two_ranks_one_graph,
+    two_ranks_recipes,
+    two_ranks_run,
+)
 from tests.training.ranks import leave
-from tests.training.setups import make_trainer
-from tests.training.test_auxiliary_gradient import Catch
+
+PARTS = {
+    "adamix": two_ranks_adamix,
+    "auxiliary": two_ranks_auxiliary,
+    "draws": two_ranks_draws,
+    "fused": two_ranks_fused,
+    "one graph": two_ranks_one_graph,
+    "recipes": two_ranks_recipes,
+    "run": two_ranks_run,
+}
 
 
 def main(folder):
-    gradients = {}
-    for name, trainer_class in {"transformers": transformers.Trainer, "mixora": mixora.Trainer}.items():
-        catch = Catch()
-        callbacks = [catch] if name == "mixora" else [catch, mixora.AuxiliaryLossCallback()]
-        trainer = make_trainer(trainer_class, f"{folder}/{name}", callbacks=callbacks, ddp_backend="gloo")
-        assert dist.get_world_size() == 2, dist.get_world_size()
-        trainer.train()
-        assert isinstance(trainer.model_wrapped, torch.nn.parallel.DistributedDataParallel)
-        gradients[name] = catch.gradient
-    checked = mixora.check_router_gradient(make_trainer(mixora.Trainer, f"{folder}/check", ddp_backend="gloo"))
-    gradients["ratio"] = torch.tensor(checked.ratio)
-    leave(gradients, folder)
+    dist.init_process_group("gloo")
+    assert dist.get_world_size() == 2, dist.get_world_size()
+    leave({name: part.find(folder) for name, part in PARTS.items()}, folder)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(Path(sys.argv[1]))

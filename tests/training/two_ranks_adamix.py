@@ -1,6 +1,4 @@
-"""Run by torchrun on two gloo ranks: a few steps of AdaMix; rank 0 writes what both drew and hold."""
-
-import sys
+"""On two ranks: a few steps of AdaMix; what both drew and hold."""
 
 import torch
 import torch.distributed as dist
@@ -8,15 +6,9 @@ import torch.distributed as dist
 import mixora
 from mixora.mixture import mixtures_of
 from mixora.passes import tracing
-from tests.training.ranks import leave
+from tests.training.ranks import gather
 from tests.training.setups import make_trainer
 from tests.training.test_consistency import make_model
-
-
-def gather(tensor):
-    parts = [torch.empty_like(tensor) for _ in range(2)]
-    dist.all_gather(parts, tensor)
-    return parts
 
 
 class Watched(mixora.Trainer):
@@ -33,7 +25,7 @@ class Watched(mixora.Trainer):
         return loss
 
 
-def main(folder):
+def find(folder):
     model = make_model(num_experts=8)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     changes = {"max_steps": 3, "learning_rate": 0.1, "weight_decay": 0.1, "ddp_backend": "gloo"}
@@ -46,8 +38,4 @@ def main(folder):
     idle = torch.tensor(sum(torch.equal(p, before[name]) for name, p in trained.items()))
     found = {"routes": gather(torch.tensor(trainer.routes)), "weights": gather(weights), "idle": gather(idle)}
     assert len(mixtures_of(model)) == 4
-    leave(found, folder)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])
+    return found

@@ -1,6 +1,4 @@
-"""Run by torchrun on two gloo ranks: one step with the loss fused and not; rank 0 writes both gradients."""
-
-import sys
+"""On two ranks: one step with the loss fused and not; both gradients."""
 
 import torch
 import torch.distributed as dist
@@ -9,7 +7,6 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 import mixora
 from mixora.training.fused_head import why_not_fused
-from tests.training.ranks import leave
 from tests.training.setups import make_trainer
 from tests.training.test_consistency import Catch, make_model
 from tests.training.test_fused_head import CHANGED, adapt
@@ -39,7 +36,7 @@ def reason_of_a_sharded_head():
     return why_not_fused(model)
 
 
-def main(folder):
+def find(folder):
     cases = {
         "plain": {},
         "smoothing": {"label_smoothing_factor": 0.1},
@@ -51,8 +48,4 @@ def main(folder):
         for name, changes in cases.items()
     }
     found["sharded"] = reason_of_a_sharded_head()
-    leave(found, folder)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])
+    return found

@@ -1,14 +1,11 @@
-"""Run by torchrun on two gloo ranks: steps of AdaMix with both graphs and with one; rank 0 writes all weights."""
-
-import sys
+"""On two ranks: steps of AdaMix with both graphs and with one; all weights."""
 
 import torch
 
 import mixora
-from tests.training.ranks import leave
+from tests.training.ranks import gather
 from tests.training.setups import make_trainer
 from tests.training.test_consistency import make_model
-from tests.training.two_ranks_adamix import gather
 
 
 def flatten(model):
@@ -26,14 +23,9 @@ def train(folder, **changes):
     return gather(flatten(model))
 
 
-def main(folder):
-    found = {
+def find(folder):
+    return {
         "weights": train(folder),
         "recomputed": train(folder, **{"losses.consistency.recompute": True}),
         "before": flatten(make_model(num_experts=4)),
     }
-    leave(found, folder)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])

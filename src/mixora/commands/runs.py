@@ -1,92 +1,15 @@
-"""Commands that make a run or look at one: train, evaluate, generate, inspect."""
+"""Commands that look at a run: evaluate, generate, inspect."""
 
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from mixora.completion import complete_run
 from mixora.console import Console
-from mixora.errors import ConfigError, DataError
-from mixora.terminal import (
-    AsJson,
-    Changes,
-    Data,
-    Debug,
-    DryRun,
-    Model,
-    Out,
-    Overwrite,
-    Recipe,
-    Run,
-    Settings,
-    make_console,
-    print_json,
-    read_tree,
-    reports_errors,
-)
+from mixora.errors import DataError
+from mixora.terminal import AsJson, Changes, Data, Debug, Run, make_console, print_json, read_tree, reports_errors
 
 Task = Annotated[list[str] | None, typer.Option(help="Only this task of several; may be given several times.")]
-
-
-@reports_errors
-def train(
-    settings: Settings = None,
-    recipe: Recipe = None,
-    model: Model = None,
-    data: Data = None,
-    out: Out = None,
-    overwrite: Overwrite = False,
-    resume: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="RUN",
-            help="Go on with an interrupted run, from its newest checkpoint.",
-            autocompletion=complete_run,
-        ),
-    ] = None,
-    skip_bad_steps: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N", min=0, help="Leave out up to N steps that are not finite. Short for train.skip_bad_steps=…"
-        ),
-    ] = None,
-    dry_run: DryRun = False,
-    as_json: AsJson = False,
-    debug: Debug = False,
-) -> None:
-    """Fine-tune, evaluate before and after, save the adapter, read it back, write a report."""
-    from mixora.training.checkpoints import clear_leftovers, read_resumed
-    from mixora.training.progress import Progress
-    from mixora.training.rehearsal import rehearse
-    from mixora.training.results import summarise_run
-    from mixora.training.run import fit
-    from mixora.training.run_config import read_run
-
-    short = {"adapter__recipe": recipe, "model__base": model, "data__source": data, "out": out}
-    tree = read_tree(settings, **short, train__skip_bad_steps=skip_bad_steps)
-    if resume is not None and overwrite:
-        raise ConfigError("overwrite: would remove the run that --resume goes on with; valid: one of the two")
-    if resume is not None and not dry_run:
-        clear_leftovers(resume)
-    config = read_run(tree) if resume is None else read_resumed(resume, tree)
-    console = make_console(as_json)
-    if dry_run:
-        rehearsal = rehearse(config, overwrite, resume is not None)
-        if as_json:
-            print_json(rehearsal.to_dict())
-        for part in rehearsal.lines():
-            console.print(part)
-        return
-    record = fit(config, Progress(console), overwrite, resume is not None)
-    if as_json:
-        from dataclasses import asdict
-
-        print_json(asdict(record))
-        return
-    for part in summarise_run(record, Path(config.out)):
-        console.print(part)
 
 
 @reports_errors

@@ -27,11 +27,17 @@ class LoadBalance(SiteLoss):
 
     Config = LoadBalanceConfig
 
-    def of_site(self, routing: Routing) -> Tensor | None:
-        """Scalar; None for routers without probabilities."""
+    def add_up(self, routing: Routing) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Assignments and probability of each column, and tokens: [E + N], [E + N], []."""
         if routing.probs_TE is None:
             return None
         valid_T = routing.valid_T.to(routing.probs_TE.dtype)
         # sums, not matrix products: autocast would compute the latter in low precision
-        mean_E = (valid_T[:, None] * routing.probs_TE).sum(dim=0) / valid_T.sum().clamp(min=1)
-        return len(mean_E) * (routing.load_of_columns().to(mean_E.dtype) * mean_E).sum()
+        probs_E = (valid_T[:, None] * routing.probs_TE).sum(dim=0)
+        return routing.counts_of_columns().to(probs_E.dtype), probs_E, valid_T.sum()
+
+    def conclude(self, *sums: Tensor) -> Tensor:
+        """As the class says."""
+        counts_E, probs_E, tokens = sums
+        load_E = counts_E / counts_E.sum().clamp(min=1)
+        return len(load_E) * (load_E * (probs_E / tokens.clamp(min=1))).sum()

@@ -21,9 +21,14 @@ class ZLoss(SiteLoss):
 
     Config = ZLossConfig
 
-    def of_site(self, routing: Routing) -> Tensor | None:
-        """Scalar; None for routers without logits."""
+    def add_up(self, routing: Routing) -> tuple[Tensor, Tensor] | None:
+        """Squares and tokens: [], []."""
         if routing.logits_TE is None:
             return None
         square_T = routing.logits_TE.logsumexp(dim=-1).square()
-        return square_T.where(routing.valid_T, 0.0).sum() / routing.valid_T.sum().clamp(min=1)
+        return square_T.where(routing.valid_T, 0.0).sum(), routing.valid_T.sum()
+
+    def conclude(self, *sums: Tensor) -> Tensor:
+        """As the class says."""
+        squares, tokens = sums
+        return squares / tokens.clamp(min=1)

@@ -15,17 +15,18 @@ from mixora.passes import tracing
 from mixora.routing import Trace
 from mixora.training.fused_head import FusedHead, Result, run_fused, why_not_fused
 from mixora.training.second_pass import Agreement, Pair, compare_passes, second_passes
+from mixora.world import sum_over_processes
 
 
 def auxiliary_loss(model: nn.Module, trace: Trace) -> tuple[Tensor | None, dict[str, Tensor]]:
     """The sum of all auxiliary losses over the traced passes that had gradients on, averaged over these passes.
 
+    Where several processes train, of the tokens of all of them: each must call this with the sites of its own batch.
     Returns an fp32 scalar with its graph, None where no loss is in force; and each term's mean over the sites, detached
     and without its coefficient. Raises `TrainingError` where checkpointing cut the routers off the graph.
     """
     layers = {layer.path: layer for layer in mixtures_of(model)}
     seen = [o for o in trace.observations if o.with_grad and o.path in layers]
-    total, terms = None, defaultdict(list)
     for observation in seen:
         logits = observation.routing.logits_TE
         if (
@@ -37,7 +38,11 @@ def auxiliary_loss(model: nn.Module, trace: Trace) -> tuple[Tensor | None, dict[
                 f"{observation.path}: re-entrant activation checkpointing cuts the router off the auxiliary loss; "
                 "valid: activation_checkpointing_kwargs={'use_reentrant': False}"
             )
-        value, of_site = layers[observation.path].parts[observation.adapter].total(observation.routing)
+    parts = [layers[observation.path].parts[observation.adapter] for observation in seen]
+    sums = sum_over_processes([p.add_up(o.routing) for p, o in zip(parts, seen, strict=True)])
+    total, terms = None, defaultdict(list)
+    for part, of_tokens in zip(parts, sums, strict=True):
+        value, of_site = part.conclude(of_tokens)
         if value is not None:
             total = value if total is None else total + value
         for name, term in of_site.items():

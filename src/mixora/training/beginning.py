@@ -5,6 +5,7 @@ from pathlib import Path
 
 from mixora.training.checkpoints import find_checkpoint
 from mixora.training.material import Material, TrainingSet
+from mixora.training.processes import check_resumable
 from mixora.training.progress import Progress
 from mixora.training.start import START, Start, check_start, describe_start
 
@@ -28,6 +29,8 @@ def begin(run: Path, material: Material, rows: TrainingSet, resume: bool, progre
     if not resume:
         return Beginning(start)
     checkpoint, damaged = find_checkpoint(run)
+    if checkpoint is not None:
+        check_resumable(checkpoint)
     # without both, it was stopped before it began to train
     if checkpoint or damaged or (run / START).is_file():
         start, changed = check_start(run, start)

@@ -19,6 +19,7 @@ from mixora.training.progress import Progress
 from mixora.training.run_config import RunConfig
 from mixora.training.tasks import average
 from mixora.tuner import MixoraConfig
+from mixora.world import count_processes
 
 ROWS_PER_GROUP = 8
 
@@ -121,5 +122,6 @@ def describe_environment(config: RunConfig, seconds: float) -> dict[str, Any]:
         "device": device,
         "dtype": config.model.dtype,
         "seed": config.train.seed,
+        "processes": count_processes(),
         "minutes": round(seconds / 60, 2),
     }

@@ -9,6 +9,8 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from mixora.training.processes import agree, is_first
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 NOTICE = b"\nstopping after this step, with a checkpoint; once more to stop at once\n"
 
@@ -38,9 +40,10 @@ class Interruption(TrainerCallback):
             raise KeyboardInterrupt
         self.requested = True
         # a handler may run in the middle of another write, which buffered streams do not bear
-        os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, NOTICE)
+        if is_first():
+            os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, NOTICE)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Save where this step is the last."""
-        control.should_training_stop |= self.requested
+        """Save where this step is the last; a signal to one process stops all."""
+        control.should_training_stop |= agree(self.requested)
         control.should_save |= control.should_training_stop or state.global_step >= state.max_steps

@@ -33,6 +33,7 @@ from mixora.data import (
 from mixora.errors import ConfigError, DataError
 from mixora.evaluate import Examples
 from mixora.stages import Advance
+from mixora.training.processes import count_asked
 from mixora.training.run_config import DataSection, RunConfig, TaskSection
 
 ROUTED_ROWS = 64
@@ -238,7 +239,7 @@ def count_rows_of_epoch(config: RunConfig, sizes: Mapping[str, int]) -> int:
     if config.data.tasks is None:
         return sum(sizes.values())
     if train.steps is not None:
-        return train.steps * train.batch_size * train.gradient_accumulation
+        return train.steps * train.batch_size * train.gradient_accumulation * count_asked()
     return math.ceil(train.epochs * sum(count_rows(sizes, _mixing(config.data)["limit"]).values()))
 
 

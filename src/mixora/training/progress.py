@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 from mixora.console import Console
+from mixora.training.processes import is_started_first
 
 ROUTING = {"routing/evenness": "experts' evenness", "routing/dropped_share": "dropped"}
 SECONDS_BETWEEN_LINES = 15.0
@@ -25,10 +26,13 @@ class Advance(Protocol):
 
 
 class Progress:
-    """Writes to `console`, in place of what transformers would; a quiet console makes a silent run."""
+    """Writes to `console`, in place of what transformers would; a quiet console makes a silent run.
+
+    Of several processes, the first one writes.
+    """
 
     def __init__(self, console: Console) -> None:
-        self.console = console
+        self.console = console if is_started_first() else Console(quiet=True)
         logging.set_verbosity_error()
         logging.disable_progress_bar()
 

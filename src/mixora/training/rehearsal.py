@@ -21,6 +21,7 @@ from mixora.training.material import (
     read_material,
 )
 from mixora.training.planning import longest_row, weigh
+from mixora.training.processes import count_asked
 from mixora.training.run import make_arguments
 from mixora.training.run_config import RunConfig
 from mixora.training.run_folder import paths_read
@@ -84,7 +85,7 @@ def rehearse(config: RunConfig, overwrite: bool = False, resume: bool = False) -
     make_examples(material, config)
     arguments = make_arguments(config)
     sizes = {name: len(of_task) for name, of_task in rows.items()}
-    batches = math.ceil(count_rows_of_epoch(config, sizes) / config.train.batch_size)
+    batches = math.ceil(count_rows_of_epoch(config, sizes) / (config.train.batch_size * count_asked()))
     per_epoch = math.ceil(batches / config.train.gradient_accumulation)
     table, memory = _plan(material, config, config.adapter.build(task_type=TASK_TYPES[material.task]))
     return Rehearsal(

@@ -8,6 +8,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from mixora.diagnostics.places import name_site
 from mixora.diagnostics.verdict import AGAINST_COLLAPSE, name_some
 from mixora.mixture import mixtures_of
 from mixora.routing import Observation, Routing, Trace
+from mixora.world import sum_over_processes
 
 PREFIX = "routing/"
 ALARMING_SHARE = 0.1
@@ -72,15 +74,19 @@ class RoutingFigures:
             self._sums[key] = _add_up(kind, [seen.routing for seen in observations]) + self._sums.get(key, 0)
 
     def take(self) -> dict[str, SiteFigures]:
-        """The figures of each site, by path; starts anew."""
-        numbers: dict[str, list[float]] = {}
+        """The figures of each site, by path, of the tokens of all processes, which must all call this; starts anew."""
+        rows: dict[str, Tensor] = {}
         choices_of: dict[str, int] = {}
         for (paths, choices), sums_SN in self._sums.items():
-            for path, row in zip(paths, sums_SN.tolist(), strict=True):
-                numbers[path] = [a + b for a, b in zip(row, numbers.get(path, [0.0] * len(row)), strict=True)]
+            for path, row_N in zip(paths, sums_SN.unbind(), strict=True):
+                rows[path] = row_N + rows.get(path, 0)
                 choices_of[path] = choices
         self._sums.clear()
-        return {path: _conclude(row, choices_of[path]) for path, row in numbers.items() if row[-1]}
+        # what one process puts together by the shape of its batches, another may not
+        of_all = sum_over_processes({path: rows[path] for path in sorted(rows)})
+        numbers = iter(torch.cat(list(of_all.values())).tolist() if of_all else [])
+        rows_of = {path: list(islice(numbers, len(row_N))) for path, row_N in of_all.items()}
+        return {path: _conclude(rows_of[path], choices_of[path]) for path in rows if rows_of[path][-1]}
 
     def state(self) -> dict[tuple[tuple[str, ...], int], Tensor]:
         """What a checkpoint keeps."""

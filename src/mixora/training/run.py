@@ -44,10 +44,11 @@ from mixora.training.material import (
     read_material,
     sample_batches,
 )
+from mixora.training.processes import agree, check_processes, count_asked, is_first, wait_for_all
 from mixora.training.progress import Progress, StepProgress
 from mixora.training.run_config import RunConfig
 from mixora.training.run_folder import CHECKPOINTS, open_folder, paths_read, write_settings
-from mixora.training.start import write_start
+from mixora.training.start import Start, write_start
 from mixora.training.tasks import mixture_table, with_loss
 from mixora.training.trainers import Trainer
 from mixora.tuner import MixoraConfig, allocate, plan
@@ -61,22 +62,24 @@ def build(material: Material, rows: TrainingSet, config: RunConfig, progress: Pr
     return adapter, plan(material.model, adapter)
 
 
-def fit(config: RunConfig, progress: Progress, overwrite: bool = False, resume: bool = False) -> RunRecord:
+def fit(config: RunConfig, progress: Progress, overwrite: bool = False, resume: bool = False) -> RunRecord | None:
     """Run `config` from data to report; writes settings, adapter, report and record below `config.out`.
 
     With `overwrite` an earlier run's results there are replaced, once the data, the model and all settings have proved
     to fit. With `resume` the run that was interrupted there goes on from its newest whole checkpoint, or from its
     beginning where it has none. Returns the record that the report was made from. Raises `StoppedError` after a signal,
     once a checkpoint is written, `UnwrittenError` where the disk is full, and `NonFiniteError` where numbers go wrong.
+
+    Where several processes were started, each calls this: all train, the first one does the rest alone, and the others
+    return None. Raises `TrainingError` where they do not find together.
     """
     with deterministic(config.train.deterministic):
         return _fit(config, progress, overwrite, resume)
 
 
-def _fit(config: RunConfig, progress: Progress, overwrite: bool, resume: bool) -> RunRecord:
+def _fit(config: RunConfig, progress: Progress, overwrite: bool, resume: bool) -> RunRecord | None:
     started = time.perf_counter()
-    if not resume:
-        check_folder(config.out, overwrite, paths_read(config))
+    _meet(config, overwrite, resume)
     # a new classification head is drawn with the base
     torch.manual_seed(config.train.seed)
     material, rows = _read(config, progress)
@@ -86,14 +89,15 @@ def _fit(config: RunConfig, progress: Progress, overwrite: bool, resume: bool) -
     examples = make_examples(material, config)
     torch.manual_seed(config.train.seed)
     model = get_peft_model(material.model, adapter)
-    measured = {"before": measure(model, examples, config, progress, "before")}
+    measured = {"before": measure(model, examples, config, progress, "before")} if is_first() else {}
     make_arguments(config)  # a mistake there must cost no earlier results
-    out = Path(config.out) if resume else open_folder(config, overwrite)
-    write_settings(config)
-    write_start(out, begun.start)
+    out = _claim(config, overwrite, resume, begun.start)
     with resumable(out):
         trainer = make_trainer(model, material, rows, config)
         seconds = train(trainer, begun.checkpoint, progress)
+        if not is_first():
+            wait_for_all()
+            return None
         measured["after"] = measure(model, examples, config, progress, "after")
         seen = describe_model(model, material, table, examples, config, progress)
         measured["reloaded"] = _read_back(model, material, examples, config, progress)
@@ -118,7 +122,27 @@ def _fit(config: RunConfig, progress: Progress, overwrite: bool, resume: bool) -
         with progress.task("writing the report"):
             write_report(record, out)
     finish(out, config.train.keep_checkpoints)
+    wait_for_all()
     return record
+
+
+def _meet(config: RunConfig, overwrite: bool, resume: bool) -> None:
+    """Processes that were started together find together, before one of them looks at a folder that others write."""
+    if count_asked() > 1:
+        make_arguments(config)  # opens the process group
+    check_processes()
+    if not resume and is_first():
+        check_folder(config.out, overwrite, paths_read(config))
+
+
+def _claim(config: RunConfig, overwrite: bool, resume: bool, start: Start) -> Path:
+    if is_first():
+        if not resume:
+            open_folder(config, overwrite)
+        write_settings(config)
+        write_start(Path(config.out), start)
+    wait_for_all()
+    return Path(config.out)
 
 
 def _read(config: RunConfig, progress: Progress) -> tuple[Material, TrainingSet]:
@@ -147,7 +171,7 @@ def train(trainer: Trainer, checkpoint: Path | None, progress: Progress) -> floa
         trainer.add_callback(StepProgress(advance))
         trainer.add_callback(interruption)
         trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
-    if interruption.requested:
+    if agree(interruption.requested):
         raise KeyboardInterrupt
     return clock.seconds
 
@@ -196,6 +220,10 @@ def make_arguments(config: RunConfig) -> TrainingArguments:
         "label_names": ["labels"],
         # packed rows come without a mask
         "include_num_input_tokens_seen": "all" if config.data.packing else "non_padding",
+        # without a GPU, several processes find together only where a CPU is asked for
+        "use_cpu": count_asked() > 1 and not torch.accelerator.is_available(),
+        # every adapter has a gradient in every pass, but where routes are drawn, which the trainer knows
+        "ddp_find_unused_parameters": False,
     }
     _check_types(settings.arguments)
     try:
@@ -238,6 +266,11 @@ def make_trainer(model: PeftModel, material: Material, rows: TrainingSet, config
     )
     trainer.saves_before_bad_step = True
     trainer.remove_callback(transformers.PrinterCallback)
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        raise ConfigError(
+            "train.arguments: the model is sharded, and mixora train evaluates and saves in one process; "
+            "valid: mixora.Trainer in a script of your own, or neither fsdp nor deepspeed"
+        )
     return trainer
 
 

@@ -118,12 +118,13 @@ class DataSection(EncodingConfig):
 
 
 class TrainSection(Strict):
-    """`steps` of the optimiser, or `epochs`. `arguments`: further `transformers.TrainingArguments` by name.
+    """`steps` of the optimiser, or `epochs`. `batch_size`: the rows that each process takes at a time.
 
-    `fused_loss`: compute the cross entropy without the whole logits where that is exact. `save_every`: so many steps a
-    checkpoint, from which an interrupted run goes on; the newest two stay until the run is finished, or with
-    `keep_checkpoints` all of them, for good. `skip_bad_steps`: so many steps whose loss or gradients are not finite are
-    left out; one more stops the run. `deterministic`: operators that give the same bits each time, or an error.
+    `arguments`: further `transformers.TrainingArguments` by name. `fused_loss`: compute the cross entropy without the
+    whole logits where that is exact. `save_every`: so many steps a checkpoint, from which an interrupted run goes on;
+    the newest two stay until the run is finished, or with `keep_checkpoints` all of them, for good. `skip_bad_steps`:
+    so many steps whose loss or gradients are not finite are left out; one more stops the run. `deterministic`:
+    operators that give the same bits each time, or an error.
     """
 
     steps: Annotated[int, Field(ge=1)] | None = None

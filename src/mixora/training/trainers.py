@@ -23,6 +23,8 @@ from mixora.mixture import mixtures_of
 from mixora.training.bad_steps import FiniteSteps
 from mixora.training.batch_loss import run_passes, sum_losses
 from mixora.training.fused_head import FusedHead, why_not_fused
+from mixora.training.processes import OwnDraws, check_processes
+from mixora.training.processes import average as average_over_processes
 from mixora.training.routing_figures import CollapseAlarm, RoutingFigures, average
 from mixora.training.whole_checkpoints import WholeCheckpoints
 
@@ -60,8 +62,9 @@ class AuxiliaryLossMixin(FiniteSteps):
 
     Beside `loss`, which is all of it, a log line holds each term without its coefficient, and `auxiliary_loss`: their
     weighted sum, so that `loss - auxiliary_loss` is the task's own. Where tokens are routed it also holds what the
-    routers did since the last line, as means over the sites (`routing/entropy` and so on; of this process's tokens).
-    `alarm.note` says so where the routers collapsed, and a warning was logged.
+    routers did since the last line, as means over the sites (`routing/entropy` and so on). `alarm.note` says so where
+    the routers collapsed, and a warning was logged. Losses and figures are of the tokens of all processes. Raises
+    `TrainingError` where several were started and do not train together.
     """
 
     _logged_reason: str | None = None
@@ -69,6 +72,12 @@ class AuxiliaryLossMixin(FiniteSteps):
     def __init__(self, *args: Any, fused_loss: bool = True, **kwargs: Any) -> None:
         """`fused_loss`: compute the cross entropy without the whole logits where that is exact."""
         super().__init__(*args, **kwargs)
+        trainer: Any = self
+        check_processes()
+        trainer.add_callback(OwnDraws())
+        if trainer.accelerator.ddp_handler is not None and _draws_routes(trainer.model):
+            # no expert that a pass did not draw has a gradient, on purpose
+            trainer.accelerator.ddp_handler.find_unused_parameters = True
         self.fused_loss = fused_loss
         self._terms, self.figures, self.alarm = Terms(), RoutingFigures(), CollapseAlarm()
 
@@ -170,7 +179,7 @@ class AuxiliaryLossMixin(FiniteSteps):
         host: Any = super()
         if "loss" in logs:
             sites = self.figures.take()
-            logs = {**logs, **self._terms.take(), **average(sites.values())}
+            logs = {**logs, **average_over_processes(self._terms.take()), **average(sites.values())}
             step = self.state.global_step  # type: ignore[attr-defined]
             if self.alarm.hear(sites, step) and host.is_world_process_zero():
                 logger.warning("%s", self.alarm.note)
@@ -207,6 +216,10 @@ class AuxiliaryLossMixin(FiniteSteps):
 
     def _readings_in(self, checkpoint: str | Path) -> Path:
         return Path(checkpoint) / f"readings_{self.args.process_index}.pt"  # type: ignore[attr-defined]
+
+
+def _draws_routes(model: nn.Module) -> bool:
+    return any(parts.router.draws for layer in mixtures_of(model) for parts in layer.parts.values())
 
 
 class Trainer(WholeCheckpoints, AuxiliaryLossMixin, transformers.Trainer):
