@@ -1,5 +1,6 @@
 """Several processes that train together: that they do, what they agree on, and how their random draws differ."""
 
+import hashlib
 import os
 from collections.abc import Mapping
 from datetime import timedelta
@@ -108,4 +109,6 @@ class OwnDraws(TrainerCallback):
         """The first process goes on as it would alone; a resumed run reads its states after this."""
         is_apart = getattr(args, "train_sampling_strategy", "random") in ("random", "sequential")
         if process_index() > 0 and is_apart:
-            torch.manual_seed(args.seed + 2**32 * process_index())
+            # a generator of the CPU reads the lower 32 bits alone
+            digest = hashlib.blake2b(f"{args.seed}/{process_index()}".encode(), digest_size=4).digest()
+            torch.manual_seed(int.from_bytes(digest))
