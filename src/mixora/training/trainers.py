@@ -22,6 +22,7 @@ from mixora.mixture import mixtures_of
 from mixora.training.batch_loss import run_passes, sum_losses
 from mixora.training.fused_head import FusedHead, why_not_fused
 from mixora.training.routing_figures import CollapseAlarm, RoutingFigures, average
+from mixora.training.sharding import check_sharding, shard_on_cpu
 
 logger = logging.getLogger("mixora")
 
@@ -61,6 +62,13 @@ class AuxiliaryLossMixin:
         super().__init__(*args, **kwargs)
         self.fused_loss = fused_loss
         self.figures, self.alarm = RoutingFigures(), CollapseAlarm()
+        self.add_callback(_ShardingCheck(self))  # type: ignore[attr-defined]
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As the trainer does; FSDP2 shards on a CPU too."""
+        host: Any = super()
+        host.create_accelerator_and_postprocess()
+        shard_on_cpu(self)
 
     @property
     def fused_loss_reason(self) -> str | None:
@@ -165,6 +173,19 @@ class AuxiliaryLossMixin:
 
 class Trainer(AuxiliaryLossMixin, transformers.Trainer):
     """`transformers.Trainer` for models with mixture adapters; takes the same arguments."""
+
+
+class _ShardingCheck(TrainerCallback):
+    """Refuses, before the first step, a training that was asked to shard and does not."""
+
+    def __init__(self, trainer: AuxiliaryLossMixin) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """When the model is prepared."""
+        check_sharding(self._trainer)
 
 
 class AuxiliaryLossCallback(TrainerCallback):
