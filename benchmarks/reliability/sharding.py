@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 
 import mixora
 from benchmarks.recording import RESULTS, describe_run, write_results
-from benchmarks.reliability.sharding_worker import are_equal, make_base, make_reference
 from benchmarks.reliability.sharding_ways import trained
+from benchmarks.reliability.sharding_worker import are_equal, make_base, make_reference
 
 ROOT = Path(__file__).parents[2]
 QUICK = ["sira", "pesc"]

@@ -12,6 +12,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import mixora
+from mixora.sharding import is_under_zero
 
 RATE, DECAY = 1e-3, 0.1
 
@@ -80,6 +81,7 @@ class Zero:
     def prove(self) -> dict[str, int]:
         """As for FSDP2; in stage 2, of the trained weights that the optimiser keeps."""
         assert self.engine.zero_optimization_stage() == self.stage
+        assert is_under_zero(self.model)
         if self.stage == 2:
             held = sum(partition.numel() for partition in self.engine.optimizer.single_partition_of_fp32_groups)
             return {"whole": sum(p.numel() for p in trained(self.model).values()), "held": held}

@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import nn
 
+from mixora.errors import CheckpointError
 from mixora.mixture import PREFIX, mixtures_of
-from mixora.sharding import gather
+from mixora.sharding import gather, is_under_zero
 
 
 def as_alone(model: nn.Module, adapter: str, state: dict[str, Any]) -> dict[str, Any]:
@@ -36,7 +37,15 @@ def _is_saved(key: str) -> bool:
 
 
 def as_here(model: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
-    """The tensors `state` of an adapter by the keys that they have in `model`."""
+    """The tensors `state` of an adapter by the keys that they have in `model`, which is about to take them.
+
+    Raises `CheckpointError` where DeepSpeed would put its own weights back in the next step.
+    """
+    if is_under_zero(model):
+        raise CheckpointError(
+            "an adapter was to be loaded into a model whose weights DeepSpeed's optimiser holds copies of and writes back "
+            "in its next step; valid: load it before deepspeed.initialize or Trainer.train"
+        )
     wrapped = {module.path for module in mixtures_of(model)}
     return {_find_key(key, wrapped): tensor for key, tensor in state.items()}
 

@@ -43,4 +43,3 @@ def _gather_one(value: Any, parameter: Tensor | None) -> Any:
 def is_under_zero(model: nn.Module) -> bool:
     """Whether DeepSpeed's optimiser holds copies of the weights, from which it writes them anew in each step."""
     return any(hasattr(p, "ds_id") or hasattr(p, "_hp_mapping") for p in model.parameters())
-

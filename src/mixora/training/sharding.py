@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mixora.errors import TrainingError
 from mixora.keys import adapter_state
+from mixora.mixture import mixtures_of
 from mixora.sharding import is_sharded
 
 
@@ -60,6 +61,11 @@ def check_sharding(trainer: Any) -> None:
             f"valid: a launch in which it is sharded ({_advise(asked, processes)}), or settings without {asked}"
         )
     _check_trained(trainer, model)
+    if asked.startswith("ZeRO") and any(part.router.draws for m in mixtures_of(model) for part in m.parts.values()):
+        raise TrainingError(
+            f"{asked}: its optimiser takes a step with all weights of a partition, weight decay and momentum included, "
+            "so it would change experts that were not drawn; valid: FSDP2, DDP, or a router that draws no route"
+        )
 
 
 def find_asked(trainer: Any) -> str | None:
@@ -71,8 +77,9 @@ def find_asked(trainer: Any) -> str | None:
         return f"ZeRO-{stage}" if stage else None
     if _is_fsdp_asked(args):
         plugin = getattr(state, "fsdp_plugin", None)
-        version = plugin.fsdp_version if plugin else (args.fsdp_plugin_args or {}).get("fsdp_version")
-        return "FSDP2" if int(version or os.environ.get("FSDP_VERSION", 1)) == 2 else "FSDP"
+        own = args.fsdp_plugin_args or {"fsdp_version": os.environ.get("FSDP_VERSION", 1)}
+        version = own["fsdp_version"] if plugin is None else plugin.fsdp_version
+        return "FSDP2" if int(version) == 2 else "FSDP"
     parallelism = args.parallelism_config or getattr(state, "parallelism_config", None)
     return "FSDP2" if parallelism is not None and parallelism.dp_shard_enabled else None
 
