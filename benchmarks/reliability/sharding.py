@@ -23,20 +23,21 @@ from benchmarks.reliability.sharding_ways import trained
 from benchmarks.reliability.sharding_worker import are_equal, make_base, make_reference
 
 ROOT = Path(__file__).parents[2]
-QUICK = ["sira", "pesc"]
+QUICK = ["sira", "pesc", "adamix"]
 
 
 def read_options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m benchmarks.reliability.sharding", description=__doc__)
     parser.add_argument("--quick", action="store_true", help=f"two processes and the recipes {', '.join(QUICK)}")
-    parser.add_argument("--recipes", nargs="+", default=mixora.recipe_names())
+    parser.add_argument("--recipes", nargs="+", help="all unless given")
     parser.add_argument("--ways", nargs="+", default=["fsdp2", "zero2", "zero3"])
     parser.add_argument("--processes", nargs="+", type=int, default=[2, 4])
     parser.add_argument("--balance", action="store_true", help="keep the recipes' balance losses")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON file")
     options = parser.parse_args(arguments)
     if options.quick:
-        options.recipes, options.processes = QUICK, [2]
+        options.processes = [2]
+    options.recipes = options.recipes or (QUICK if options.quick else mixora.recipe_names())
     if find_spec("deepspeed") is None:
         options.ways = [way for way in options.ways if not way.startswith("zero")]
     return options
@@ -79,7 +80,10 @@ def run(arguments: list[str] | None = None) -> Path:
                 saved = is_saved_whole(folder / f"{row['recipe']}-{row['way']}-{processes}")
                 rows.append({**row, "saved": saved})
                 print(rows[-1], flush=True)
-    path = write_results("reliability-sharding", {**facts, "balance": options.balance, "rows": rows}, options.out)
+    counts = "-and-".join(map(str, options.processes))
+    path = write_results(
+        f"reliability-sharding-{counts}-processes", {**facts, "balance": options.balance, "rows": rows}, options.out
+    )
     print(path)
     return path
 

@@ -43,8 +43,8 @@ def as_here(model: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
     """
     if is_under_zero(model):
         raise CheckpointError(
-            "an adapter was to be loaded into a model whose weights DeepSpeed's optimiser holds copies of and writes back "
-            "in its next step; valid: load it before deepspeed.initialize or Trainer.train"
+            "an adapter was to be loaded into a model whose weights DeepSpeed's optimiser holds copies of and writes "
+            "back in its next step; valid: load it before deepspeed.initialize or Trainer.train"
         )
     wrapped = {module.path for module in mixtures_of(model)}
     return {_find_key(key, wrapped): tensor for key, tensor in state.items()}

@@ -1,6 +1,7 @@
 """Sharded training equals that of one process; what was asked for and does not shard is refused."""
 
 import json
+from importlib.util import find_spec
 from types import SimpleNamespace
 
 import pytest
@@ -10,8 +11,9 @@ from torch import nn
 import mixora
 from benchmarks.reliability import sharding as program
 from mixora.errors import CheckpointError, TrainingError
+from mixora.passes import Input
 from mixora.training.sharding import check_sharding
-from tests.models import adapt, fill, tiny_llama, token_ids
+from tests.models import adapt, fill, gradients, tiny_llama, token_ids
 from tests.training.setups import make_model, make_trainer
 from tests.training.test_auxiliary_gradient import run_two_ranks
 from tests.training.two_ranks_sharded import NO_BALANCE, STEPS
@@ -23,6 +25,9 @@ def two_ranks(tmp_path_factory):
     return folder, run_two_ranks("tests/training/two_ranks_sharded.py", folder)
 
 
+@pytest.mark.works_with(
+    "distribution", "`fsdp` of `TrainingArguments` (FSDP2) on two ranks (gloo): losses and weights of one process"
+)
 def test_the_trainer_equals_one_process_and_saves_whole(two_ranks, tmp_path):
     folder, found = two_ranks
     trainer = make_trainer(
@@ -128,7 +133,7 @@ def test_loading_behind_zeros_back_is_refused(tmp_path):
     for parameter in model.parameters():
         # as DeepSpeed marks them
         parameter._hp_mapping = None
-    with pytest.raises(CheckpointError, match="DeepSpeed's optimiser holds copies of and writes back"):
+    with pytest.raises(CheckpointError, match="DeepSpeed's optimiser holds copies of and writes back in"):
         model.load_adapter(tmp_path, "default")
 
 
@@ -145,15 +150,76 @@ def test_without_a_token_every_expert_has_a_gradient(recipe, kernel):
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
-@pytest.mark.slow
-def test_recipes_under_every_way_of_sharding(tmp_path):
-    """The program of the page on reliability; DeepSpeed's part only where it is installed."""
-    found = json.loads(program.run(["--quick", "--out", str(tmp_path)]).read_text())
-    assert {row["processes"] for row in found["rows"]} == {2}
-    assert {row["way"] for row in found["rows"]} >= {"fsdp2"}
+def check_program(folder, *options):
+    """Run the program of the page on reliability, small, and look at each of its rows."""
+    found = json.loads(program.run(["--quick", "--out", str(folder), *options]).read_text())
     for row in found["rows"]:
+        assert row["processes"] == 2
         assert row["held"] <= 0.6 * row["whole"]
         assert row["losses"] < 2e-6
         assert row["weights"] < 2e-5
         assert row["saved"]
         assert row["loaded"]
+    return {(row["recipe"], row["way"]) for row in found["rows"]}
+
+
+@pytest.mark.slow
+def test_recipes_under_fsdp2(tmp_path):
+    assert check_program(tmp_path, "--ways", "fsdp2") == {(recipe, "fsdp2") for recipe in program.QUICK}
+
+
+@pytest.mark.works_with("distribution", "DeepSpeed's ZeRO-2 and ZeRO-3 on two ranks: losses and weights of one process")
+@pytest.mark.slow
+def test_recipes_under_zero(tmp_path):
+    if find_spec("deepspeed") is None:
+        pytest.skip("needs deepspeed, which is not installed")
+    found = check_program(tmp_path, "--ways", "zero2", "zero3", "--recipes", "sira", "pesc")
+    assert found == {(recipe, way) for recipe in ("sira", "pesc") for way in ("zero2", "zero3")}
+
+
+class Identity(torch.autograd.Function):
+    """What ZeRO-3 puts before each module: the same numbers in the same place, as a tensor of its own."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.detach()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+
+@pytest.mark.parametrize("recipe", ["mixlora", "sira", "pesc"])
+def test_identities_before_each_module_change_nothing(recipe):
+    def step():
+        model = adapt(tiny_llama(), mixora.recipe(recipe, rank=2))
+        for module in model.modules() if wraps else ():
+            module.register_forward_pre_hook(lambda _, args: tuple(map(wrap, args)))
+        model.eval()
+        loss = model(input_ids=token_ids(2, 6), labels=token_ids(2, 6)).loss
+        loss.backward()
+        return {"loss": loss.detach(), **gradients(model)}
+
+    def wrap(x):
+        return Identity.apply(x) if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+
+    wraps = False
+    want = step()
+    wraps = True
+    found = step()
+    assert found.keys() == want.keys()
+    for name, value in want.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_what_is_detached_is_another_input():
+    x = torch.randn(3, 4, requires_grad=True)
+    made_from = Input.of(x, wrapped=True)
+    assert made_from.is_now(Identity.apply(x))
+    assert not made_from.is_now(x.detach())
+    assert not made_from.is_now(x.clone())
+    assert not made_from.is_now(x[:2])
+    assert not Input.of(x).is_now(Identity.apply(x))
+    with torch.no_grad():
+        x.add_(1)
+    assert not made_from.is_now(x)

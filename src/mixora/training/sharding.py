@@ -39,6 +39,13 @@ def _state_of(accelerator: Any, model: nn.Module, unwrap: bool = True) -> dict[s
     return adapter_state(accelerator.unwrap_model(model))
 
 
+def save_adapter(trainer: Any, folder: str | None) -> None:
+    """Write the adapter where a trainer that saves sharded states writes none; every process has to call it."""
+    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    if trainer.is_fsdp_enabled and plugin is not None and "FULL_STATE_DICT" not in str(plugin.state_dict_type):
+        trainer._save(folder, state_dict=_state_of(trainer.accelerator, trainer.model))
+
+
 def check_sharding(trainer: Any) -> None:
     """`TrainingError` where `trainer`, ready for its first step, was asked to shard and does not.
 

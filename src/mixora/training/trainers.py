@@ -22,7 +22,7 @@ from mixora.mixture import mixtures_of
 from mixora.training.batch_loss import run_passes, sum_losses
 from mixora.training.fused_head import FusedHead, why_not_fused
 from mixora.training.routing_figures import CollapseAlarm, RoutingFigures, average
-from mixora.training.sharding import check_sharding, shard_on_cpu
+from mixora.training.sharding import check_sharding, save_adapter, shard_on_cpu
 
 logger = logging.getLogger("mixora")
 
@@ -69,6 +69,12 @@ class AuxiliaryLossMixin:
         host: Any = super()
         host.create_accelerator_and_postprocess()
         shard_on_cpu(self)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As the trainer does; the adapter's files are written under FSDP2 with sharded states too."""
+        host: Any = super()
+        host.save_model(output_dir, _internal_call)
+        save_adapter(self, output_dir)
 
     @property
     def fused_loss_reason(self) -> str | None:
