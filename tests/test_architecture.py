@@ -9,7 +9,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "mixora"
 ORDER = [
     {"errors", "short_names", "stages", "console", "world"},
     {"draws", "completion", "asides"},
-    {"routing", "config", "folders", "low_rank", "fused_loss", "activations", "host"},
+    {"routing", "config", "folders", "low_rank", "fused_loss", "activations", "host", "sharding"},
     {"contracts", "passes", "depth", "outside"},
     {"experts", "routers", "kernels", "losses", "allocators", "slots", "parts", "plan", "entrances"},
     {"method", "sites", "joining", "folding", "injection"},

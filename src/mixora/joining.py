@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from mixora.kernels import triton
@@ -17,6 +16,7 @@ from mixora.kernels.joint import Joined, contract, join
 from mixora.kernels.sorting import cast_as_autocast
 from mixora.passes import Pass
 from mixora.routing import Routing
+from mixora.sharding import is_sharded
 
 logger = logging.getLogger("mixora")
 
@@ -26,11 +26,11 @@ def find_obstacle(frozen: nn.Module, x: Tensor) -> str | None:
     if type(frozen) not in (nn.Linear, Conv1D):
         return f"is a {type(frozen).__name__}"
     if frozen._forward_hooks or frozen._forward_pre_hooks or frozen._backward_hooks or "forward" in frozen.__dict__:
-        return "has hooks"
+        return "is sharded" if any(map(is_sharded, frozen.parameters(recurse=False))) else "has hooks"
     weight: Any = frozen.weight
     if weight.requires_grad or (frozen.bias is not None and frozen.bias.requires_grad):
         return "is trained"
-    if isinstance(weight, DTensor):
+    if is_sharded(weight):
         return "is sharded"
     if type(weight) not in (nn.Parameter, Tensor):
         return f"has a weight of type {type(weight).__name__}"

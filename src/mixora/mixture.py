@@ -263,7 +263,7 @@ class Mixture(nn.Module, Foldable):
                 assert isinstance(parts.router, LinearRouter)
                 z_TC = z_TC.to(torch.promote_types(z_TC.dtype, torch.float32))
                 routing = parts.router.decide(z_TC, parameters, tokens, self.training)
-            shared = here.shared[adapter] = passes.Shared(leader.path, passes.Input.of(x), routing)
+            shared = here.shared[adapter] = passes.Shared(leader.path, passes.Input.of(x, wrapped=True), routing)
         shared.readers.add(self.path)
         return shared.routing
 

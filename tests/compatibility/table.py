@@ -30,7 +30,7 @@ TAIL = """
 ## Not tested
 
 - A GPU: nothing on this page ran on one. FlashAttention, with packed batches or without, needs one too.
-- DeepSpeed, and the settings `fsdp` of `TrainingArguments`.
+- FSDP2 and DeepSpeed with an accelerator, with a quantised base, with offloading; FSDP of version 1.
 - TRL's other trainers (GRPO, KTO, rewards), vision-language models, and `padding_free` of DPO, which TRL 1.16 ignores.
 - TRL's packing strategy `wrapped`, which leaves no trace of where a sequence begins: the routers take a row for one.
 - Hyper-parameter search with other backends than optuna, and trackers other than TensorBoard and trackio.

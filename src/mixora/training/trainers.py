@@ -26,6 +26,7 @@ from mixora.training.fused_head import FusedHead, why_not_fused
 from mixora.training.processes import OwnDraws, check_processes
 from mixora.training.processes import average as average_over_processes
 from mixora.training.routing_figures import CollapseAlarm, RoutingFigures, average
+from mixora.training.sharding import check_sharding, save_adapter, shard_on_cpu
 from mixora.training.whole_checkpoints import WholeCheckpoints
 
 logger = logging.getLogger("mixora")
@@ -80,6 +81,19 @@ class AuxiliaryLossMixin(FiniteSteps):
             trainer.accelerator.ddp_handler.find_unused_parameters = True
         self.fused_loss = fused_loss
         self._terms, self.figures, self.alarm = Terms(), RoutingFigures(), CollapseAlarm()
+        trainer.add_callback(_ShardingCheck(self))
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As the trainer does; FSDP2 shards on a CPU too."""
+        host: Any = super()
+        host.create_accelerator_and_postprocess()
+        shard_on_cpu(self)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As the trainer does; the adapter's files are written under FSDP2 with sharded states too."""
+        host: Any = super()
+        host.save_model(output_dir, _internal_call)
+        save_adapter(self, output_dir)
 
     @property
     def fused_loss_reason(self) -> str | None:
@@ -224,6 +238,19 @@ def _draws_routes(model: nn.Module) -> bool:
 
 class Trainer(WholeCheckpoints, AuxiliaryLossMixin, transformers.Trainer):
     """`transformers.Trainer` for models with mixture adapters; takes the same arguments."""
+
+
+class _ShardingCheck(TrainerCallback):
+    """Refuses, before the first step, a training that was asked to shard and does not."""
+
+    def __init__(self, trainer: AuxiliaryLossMixin) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """When the model is prepared."""
+        check_sharding(self._trainer)
 
 
 class AuxiliaryLossCallback(TrainerCallback):
