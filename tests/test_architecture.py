@@ -8,7 +8,7 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "mixora"
 ORDER = [
     {"errors", "short_names", "stages"},
-    {"draws", "completion"},
+    {"draws", "completion", "devices"},
     {"routing", "config", "folders", "low_rank", "fused_loss", "activations", "host"},
     {"contracts", "passes", "depth"},
     {"experts", "routers", "kernels", "losses", "allocators", "slots", "parts", "plan", "entrances"},
@@ -17,7 +17,7 @@ ORDER = [
     {"recipes", "mixture", "assignment", "feed_forward"},
     {"assembly", "keys"},
     {"allocation"},
-    {"tuner", "memory", "serving"},
+    {"tuner", "footprint", "serving"},
     {"diagnostics", "bases", "environment"},
     {"data", "evaluate", "loading", "crafting", "conversion"},
     {"merging"},
