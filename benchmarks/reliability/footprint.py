@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -57,10 +58,8 @@ def cases(quick: bool) -> list[Case]:
         for strategy in STRATEGIES
         for recipe, changes in (
             ("lora", {}),
-            ("sira", {}),
             ("mola", {"recomputes": True}),
             ("sira", {"batch": 4, "length": 256}),
-            ("lora", {"batch": 1, "length": 32}),
         )
     ]
 
@@ -120,14 +119,15 @@ class Collectives(TorchDispatchMode):
 
 
 def take_step(case: Case, model: Any, optimizer: Any) -> None:
-    ids = torch.randint(0, VOCABULARY, (case.batch, case.length), generator=torch.Generator().manual_seed(dist_rank()))
-    LOSSES[case.fused](model, {"input_ids": ids, "labels": ids}).backward()
+    LOSSES[case.fused](model, make_batch(case)).backward()
     optimizer.step()
     optimizer.zero_grad()
 
 
-def dist_rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
+def make_batch(case: Case) -> dict[str, torch.Tensor]:
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    ids = torch.randint(0, VOCABULARY, (case.batch, case.length), generator=torch.Generator().manual_seed(rank))
+    return {"input_ids": ids, "labels": ids}
 
 
 def train_plainly(case: Case, wrap: Callable[[Any], Any] = lambda model: model) -> Callable[[], None]:
@@ -155,7 +155,38 @@ def train_with_fsdp2(case: Case) -> Callable[[], None]:
     return train_plainly(case, shard)
 
 
+def train_with_deepspeed(case: Case) -> Callable[[], None]:
+    import deepspeed
+
+    model = make_model(case)
+    whole = sum(p.nbytes for p in model.parameters())
+    trained = [p for p in model.parameters() if p.requires_grad]
+    width = model.config.hidden_size
+    zero = {"stage": int(case.strategy[-1]), "reduce_bucket_size": width**2, "overlap_comm": False}
+    if zero["stage"] == 3:
+        # what transformers' Trainer sets for `auto`
+        zero |= {"stage3_prefetch_bucket_size": int(0.9 * width**2), "stage3_param_persistence_threshold": 10 * width}
+    settings = {
+        "train_micro_batch_size_per_gpu": case.batch,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "bf16": {"enabled": case.dtype == "bfloat16"},
+    }
+    optimizer = torch.optim.AdamW(trained, fused=True)
+    engine, *_ = deepspeed.initialize(model=model, config=settings, optimizer=optimizer, model_parameters=trained)
+    if zero["stage"] == 3:
+        kept = sum(p.ds_tensor.nbytes for p in model.parameters())
+        assert kept <= 0.51 * whole, f"not sharded: {kept} of {whole}"
+
+    def step() -> None:
+        engine.backward(LOSSES[case.fused](engine, make_batch(case)))
+        engine.step()
+
+    return step
+
+
 TRAINERS = {"single": train_plainly, "ddp": train_with_ddp, "fsdp2": train_with_fsdp2}
+TRAINERS |= dict.fromkeys(("zero2", "zero3"), train_with_deepspeed)
 
 
 def measure(case: Case) -> dict[str, Any]:
@@ -244,8 +275,9 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     mixora.import_face()
+    measured = [name for name in options.strategies if name in ("single", "ddp", "fsdp2") or find_spec("deepspeed")]
     facts = describe_run(["python", "-m", "benchmarks.reliability.footprint", *sys.argv[1:]])
-    rows = measure_all(options.quick, options.processes, options.strategies)
+    rows = measure_all(options.quick, options.processes, measured)
     worst = max(abs(row["error"]) for row in rows)
     print(f"worst error {worst:.1%}")
     print(write_results("reliability-footprint", {**facts, "worst_error": worst, "rows": rows}, options.out))

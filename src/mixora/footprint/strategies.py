@@ -42,7 +42,6 @@ class Strategy(ABC):
 
     name: str
     fuses_loss = True
-    hooks_modules = False
 
     def __init__(self, processes: int, units: Sequence[Unit], hidden_size: int) -> None:
         self.processes, self.units, self.hidden_size = processes, units, hidden_size
@@ -131,6 +130,70 @@ class FSDP2(Strategy):
         return self.processes * self._shards(self.units[unit].parameters)
 
 
+class Zero2(Strategy):
+    """DeepSpeed's stage 2: each process averages, keeps and applies the gradients of its part of the trained weights.
+
+    The part stands in fp32 beside the weights, with moments in fp32. Gradients wait in a bucket of `hidden_size`
+    squared numbers, which is what transformers' Trainer sets for `auto`.
+    """
+
+    name = "zero2"
+
+    def hold(self) -> Held:
+        part = self._part(self.trained)
+        whole = bytes_of(self.trained)
+        return Held(bytes_of(self.frozen), whole, self._part_bytes(self.trained), (1 + MOMENTS) * FP32 * part)
+
+    def spend(self, phase: Phase, unit: int, moment: Moment) -> int:
+        if phase == "forward":
+            return moment.live
+        return moment.live + self._bucket() + self._part_bytes(self.trained)
+
+    def send(self) -> Traffic:
+        trained = bytes_of(self.trained)
+        return Traffic.of(self.processes, reduce_scatter=trained, gather_update=trained)
+
+    def _part(self, parameters: Iterable[nn.Parameter]) -> int:
+        """Numbers of each process; what does not divide is filled up."""
+        return sum(-(-p.numel() // self.processes) for p in parameters)
+
+    def _part_bytes(self, parameters: Iterable[nn.Parameter]) -> int:
+        return sum(-(-p.numel() // self.processes) * p.itemsize for p in parameters)
+
+    def _bucket(self) -> int:
+        return self.hidden_size**2 * self.trained[0].itemsize
+
+
+class Zero3(Zero2):
+    """DeepSpeed's stage 3: weights are in parts too, and gathered module by module.
+
+    As it comes it gathers ahead, and keeps what is used again, up to a thousand million numbers
+    (`stage3_max_live_parameters`, `stage3_max_reuse_distance`). Weights in fp32 need no copy in fp32.
+    """
+
+    name = "zero3"
+    fuses_loss = False
+    live_parameters = 10**9
+
+    def hold(self) -> Held:
+        copies = sum(-(-p.numel() // self.processes) for p in self.trained if p.itemsize < FP32)
+        optimiser = FP32 * (MOMENTS * self._part(self.trained) + copies)
+        trained = self._part_bytes(self.trained)
+        return Held(self._part_bytes(self.frozen), trained, trained, optimiser, buffers=self._bucket())
+
+    def spend(self, phase: Phase, unit: int, moment: Moment) -> int:
+        return moment.live + self._gathered() + self._part_bytes(self.trained)
+
+    def send(self) -> Traffic:
+        every, trained = bytes_of(self.parameters), bytes_of(self.trained)
+        return Traffic.of(self.processes, gather_forward=every, gather_backward=every, reduce_scatter=trained)
+
+    def _gathered(self) -> int:
+        largest = max(p.numel() for p in self.parameters)
+        share = min(1.0, max(self.live_parameters, largest) / sum(p.numel() for p in self.parameters))
+        return int(share * bytes_of(self.parameters))
+
+
 def bytes_of(parameters: Iterable[nn.Parameter]) -> int:
     """Their sum."""
     return sum(p.nbytes for p in parameters)
@@ -141,4 +204,4 @@ def _rows_of_shard(parameter: nn.Parameter, processes: int) -> int:
     return -(-len(parameter) // processes)
 
 
-STRATEGIES: dict[str, type[Strategy]] = {strategy.name: strategy for strategy in (DDP, FSDP2)}
+STRATEGIES: dict[str, type[Strategy]] = {strategy.name: strategy for strategy in (DDP, FSDP2, Zero2, Zero3)}
