@@ -37,6 +37,8 @@ class _FullRows(TorchFunctionMode):
             return True
         if func is Tensor.nonzero and args[0].is_meta:
             return args[0].new_empty(args[0].numel(), args[0].dim(), dtype=torch.long)
+        if func is Tensor.__getitem__ and args[0].is_meta and getattr(args[1], "dtype", None) == torch.bool:
+            return args[0].flatten(0, args[1].dim() - 1).clone()
         return func(*args, **(kwargs or {}))
 
 
