@@ -8,7 +8,7 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "mixora"
 ORDER = [
     {"errors", "short_names", "stages", "console", "world"},
-    {"draws", "completion", "asides"},
+    {"draws", "completion", "asides", "devices"},
     {"routing", "config", "folders", "low_rank", "fused_loss", "activations", "host", "sharding"},
     {"contracts", "passes", "depth", "outside"},
     {"experts", "routers", "kernels", "losses", "allocators", "slots", "parts", "plan", "entrances"},
@@ -17,7 +17,7 @@ ORDER = [
     {"recipes", "mixture", "assignment", "feed_forward"},
     {"assembly", "keys"},
     {"allocation"},
-    {"tuner", "memory", "serving"},
+    {"tuner", "footprint", "serving"},
     {"diagnostics", "bases", "environment"},
     {"data", "evaluate", "loading", "crafting", "conversion"},
     {"merging"},

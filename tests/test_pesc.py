@@ -6,8 +6,9 @@ from peft import PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 import mixora
+from mixora.footprint import estimate
 from mixora.kernels import KERNELS
-from mixora.memory import estimate_memory
+from mixora.training.planning import LOSSES
 from tests.models import (
     adapt,
     fill,
@@ -175,6 +176,6 @@ def test_broad_experts_are_computed_where_they_are_chosen():
 @pytest.mark.parametrize("kernel", APART)
 def test_memory_is_estimated_with_every_kernel(kernel):
     with torch.device("meta"):
-        # as real models come; without a cache transformers looks at the values of positions
-        model = get_peft_model(tiny_llama(use_cache=True), pesc(rank=8, kernel=kernel))
-    assert estimate_memory(model, batch=2, length=8).activations > 0
+        model = get_peft_model(tiny_llama(), pesc(rank=8, kernel=kernel))
+    [found] = estimate(model, 2, 8, LOSSES)
+    assert found.memory.activations > 0

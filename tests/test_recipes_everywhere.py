@@ -5,7 +5,8 @@ import torch
 from peft import PeftModel, get_peft_model
 
 import mixora
-from mixora.memory import estimate_memory
+from mixora.footprint import estimate
+from mixora.training.planning import LOSSES
 from tests.models import adapt, gradients, tiny_bert_classifier, tiny_llama, tiny_t5, token_ids
 
 IDS = token_ids(4, 8)
@@ -141,6 +142,6 @@ def test_recomputation_gives_the_same_gradients(recipe):
 @pytest.mark.parametrize("recipe", mixora.recipe_names())
 def test_memory_is_counted_without_weights(recipe):
     with torch.device("meta"):
-        # with its cache off, Llama looks for packed sequences in the positions, which have no values on this device
-        model = get_peft_model(tiny_llama(LAYERS, use_cache=True), mixora.recipe(recipe))
-    assert estimate_memory(model, batch=2, length=8).activations > 0
+        model = get_peft_model(tiny_llama(LAYERS), mixora.recipe(recipe))
+    [found] = estimate(model, 2, 8, LOSSES)
+    assert found.memory.activations > 0

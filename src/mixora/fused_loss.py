@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mixora.devices import counts_as_cpu, is_autocast, without_autocast
 from mixora.errors import TrainingError
 
 IGNORED = -100
@@ -57,7 +58,7 @@ def cross_entropy_and_agreement(
 def product_dtype(weight: Tensor) -> torch.dtype:
     """What `F.linear` with `weight` computes in here and now."""
     device = weight.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    return torch.get_autocast_dtype(device) if is_autocast(device) else weight.dtype
 
 
 def _sums(
@@ -74,7 +75,7 @@ def _sums(
     dtype = dtype or product_dtype(weight_VI)
     head = _Head(weight_VI.to(dtype), None if bias_V is None else bias_V.to(dtype), smoothing)
     wanted = torch.is_grad_enabled() and any(h is not None and h.requires_grad for h in (first_TI, second_TI))
-    with torch.autocast(first_TI.device.type, enabled=False):
+    with without_autocast(first_TI):
         return _Sums.apply(first_TI, second_TI, head, labels_T, wanted)
 
 
@@ -105,7 +106,7 @@ class _Sweep:
         self.head, self.hidden, self.labels_T = head, hidden, labels_T
         self.gradients = [torch.zeros_like(hidden_TI) for hidden_TI in hidden] if wants_gradient else []
         self.tokens_N = (labels_T != IGNORED).nonzero().squeeze(1)
-        weight_VI, on_cpu = head.weight_VI, head.weight_VI.device.type == "cpu"
+        weight_VI, on_cpu = head.weight_VI, counts_as_cpu(head.weight_VI)
         self.chunk = max(4 * CHUNK // weight_VI.itemsize, 1)
         most = min(self.chunk, len(self.tokens_N))
         self.block = max(BLOCK // len(weight_VI), 1) if on_cpu else self.chunk

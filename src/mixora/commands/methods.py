@@ -1,7 +1,8 @@
 """Commands that look before anything is trained: recipes, plan."""
 
 import sys
-from typing import Annotated
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -20,6 +21,9 @@ from mixora.terminal import (
     read_tree,
     reports_errors,
 )
+
+if TYPE_CHECKING:
+    from mixora.training.planning import Outlook
 
 
 @reports_errors
@@ -54,20 +58,68 @@ def plan(
     model: Model = None,
     batch: Annotated[int, typer.Option(help="Rows of a batch, for the memory estimate.", min=1)] = 8,
     length: Annotated[int | None, typer.Option(help="Tokens of a row; 512, or what the base takes.", min=1)] = None,
+    processes: Annotated[int, typer.Option(help="How many processes train together, a GPU each.", min=1)] = 1,
+    strategy: Annotated[
+        list[str] | None,
+        typer.Option(help="How they share the work: ddp, fsdp2, zero2, zero3; may be given again. All, if not given."),
+    ] = None,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Keep the input of each block only, and run it again.")
+    ] = False,
     full: Annotated[bool, typer.Option("--full", help="One line for every site, not for every kind.")] = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Print the table of sites and an estimate of memory. Loads no weights and trains nothing."""
+    """Print the table of sites, memory and traffic of a training step. Loads no weights and trains nothing.
+
+    --batch is that of each process. MODEL may be a folder that holds nothing but a config.json.
+    """
     from mixora.training.planning import plan_without_weights
     from mixora.training.progress import Progress
 
     tree = read_tree(settings, adapter__recipe=recipe, model__base=model)
     with Progress(make_console(as_json)).task("planning"):
-        table, memory, length = plan_without_weights(tree, batch, length)
+        outlook = plan_without_weights(
+            tree,
+            batch,
+            length,
+            processes=processes,
+            strategies=strategy or (),
+            recomputes=gradient_checkpointing,
+        )
     if as_json:
-        print_json({"sites": table.to_list(), "notes": table.notes, "memory_bytes": memory})
+        print_json(_as_data(outlook))
         return
-    print_plan(table, full)
-    parts = ", ".join(f"{name.replace('_', ' ')} {size / 2**20:,.0f}" for name, size in memory.items())
-    Console().print(f"memory of a step, {batch} rows of {length} tokens, in MiB: {parts}")
+    print_plan(outlook.plan, full)
+    of = outlook.parameters
+    console = Console()
+    console.print(f"base: {of.base:,} parameters, {of.active_base:,} of them for each token")
+    console.print(_tabulate(outlook, batch))
+    console.print("peak: the most at once; with logits: where the loss is not fused with the head")
+
+
+def _as_data(outlook: "Outlook") -> dict[str, Any]:
+    footprints = [asdict(footprint) for footprint in outlook.footprints]
+    return {
+        "sites": outlook.plan.to_list(),
+        "notes": outlook.plan.notes,
+        "parameters": asdict(outlook.parameters),
+        "length": outlook.length,
+        "memory_bytes": footprints[0]["memory"],
+        "footprints": footprints,
+    }
+
+
+def _tabulate(outlook: "Outlook", batch: int) -> Table:
+    """Memory by part, and what is sent, of each strategy."""
+    processes = outlook.footprints[0].processes
+    table = Table(title=f"a step on {processes} process(es), each {batch} rows of {outlook.length} tokens, in MiB")
+    parts = list(vars(outlook.footprints[0].memory))
+    for column in ("strategy", *parts, *(["sent"] if processes > 1 else [])):
+        table.add_column(
+            column.removeprefix("peak_").replace("_", " "), justify="left" if column == "strategy" else "right"
+        )
+    for footprint in outlook.footprints:
+        sizes = list(vars(footprint.memory).values()) + ([footprint.traffic.total] if processes > 1 else [])
+        table.add_row(footprint.strategy, *(f"{(size or 0) / 2**20:,.0f}" for size in sizes))
+    return table

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from mixora.contracts import Shape
+from mixora.devices import counts_as_cpu
 from mixora.errors import ConfigError
 from mixora.kernels import KERNELS
 
@@ -48,8 +49,7 @@ class Choice:
     def on(cls, model: nn.Module, is_stored: bool = False) -> "Choice":
         """The choice on a model; one on the meta device counts as on CUDA where there is any, else as on the CPU."""
         first = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-        on_cpu = first.device.type == "cpu" or (first.is_meta and not torch.cuda.is_available())
-        limits = STACKED_UP_TO["cpu" if on_cpu else "cuda"]
+        limits = STACKED_UP_TO["cpu" if counts_as_cpu(first) else "cuda"]
         return cls(first.dtype, limits["bfloat16" if first.dtype.itemsize == 2 else "float32"], is_stored)
 
     def settle(self, kernel: str, shape: Shape, top_k: int, where: str, joins: bool = False) -> str:

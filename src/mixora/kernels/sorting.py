@@ -1,6 +1,5 @@
 """What kernels that sort their slots by expert have in common."""
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -8,6 +7,7 @@ import torch
 from torch import Tensor
 
 from mixora.contracts import Kernel
+from mixora.devices import is_autocast
 from mixora.routing import Routing
 
 
@@ -41,16 +41,6 @@ class SortingKernel(Kernel):
 def cast_as_autocast(tensor: Tensor) -> Tensor:
     """The tensor in the dtype that autocast gives a matrix product; itself where autocast is off."""
     device_type = tensor.device.type
-    if not _has_autocast(device_type) or not torch.is_autocast_enabled(device_type) or tensor.dtype == torch.float64:
+    if not is_autocast(device_type) or tensor.dtype == torch.float64:
         return tensor
     return tensor.to(torch.get_autocast_dtype(device_type))
-
-
-def without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
-    """Products of tensors on this one's device keep their dtype, also if backward runs inside of autocast."""
-    device_type = tensor.device.type
-    return torch.autocast(device_type, enabled=False) if _has_autocast(device_type) else nullcontext()
-
-
-def _has_autocast(device_type: str) -> bool:
-    return torch.amp.is_autocast_available(device_type)

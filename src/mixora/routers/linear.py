@@ -1,7 +1,6 @@
 """What routers that read a linear map off the token have in common."""
 
 from abc import abstractmethod
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from mixora.contracts import Parameters, Router
+from mixora.devices import without_autocast
 from mixora.routing import Routing, Tokens
 
 
@@ -69,10 +69,7 @@ class LinearRouter(Router):
 def multiply(x_TI: Tensor, w_CI: Tensor) -> Tensor:
     """W x in at least fp32 (fp64 for fp64 inputs), also under autocast: [T, C]."""
     dtype = torch.promote_types(x_TI.dtype, torch.float32)
-    device = x_TI.device.type
-    # the meta device, on which plans are made, knows no autocast
-    off = torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
-    with off:
+    with without_autocast(x_TI):
         return F.linear(x_TI.to(dtype), w_CI.to(dtype))
 
 

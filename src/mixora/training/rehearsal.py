@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from rich.console import RenderableType
 
 from mixora.bases import TASK_TYPES
 from mixora.folders import check_folder
+from mixora.footprint import Memory
 from mixora.plan import Plan
 from mixora.training.checkpoints import find_checkpoint
 from mixora.training.material import (
@@ -47,19 +48,19 @@ class Rehearsal:
     steps: int
     is_packed: bool
     plan: Plan | None
-    memory: dict[str, int] | None
+    memory: Memory | None
     goes_on_from: str | None
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, for JSON."""
-        return {**vars(self), "plan": self.plan and self.plan.to_list()}
+        return {**vars(self), "plan": self.plan and self.plan.to_list(), "memory": self.memory and asdict(self.memory)}
 
     def lines(self) -> Iterator[RenderableType]:
         """For a terminal."""
         if self.plan and self.memory:
             yield self.plan.table()
             yield from (f"note: {note}" for note in self.plan.notes)
-            yield f"memory of a step of the longest rows: about {self.memory['total'] / 2**20:,.0f} MiB"
+            yield f"memory of a step of the longest rows: about {self.memory.peak / 2**20:,.0f} MiB"
         else:
             yield "the plan follows from the base's weights, which were not read"
         if self.goes_on_from:
@@ -101,8 +102,10 @@ def rehearse(config: RunConfig, overwrite: bool = False, resume: bool = False) -
     )
 
 
-def _plan(material: Material, config: RunConfig, adapter: MixoraConfig) -> tuple[Plan | None, dict[str, int] | None]:
+def _plan(material: Material, config: RunConfig, adapter: MixoraConfig) -> tuple[Plan | None, Memory | None]:
     if adapter.method.allocator.kind in READ_WEIGHTS and adapter.method.allocation is None:
         return None, None
     length = min(config.data.max_length, longest_row(material.model))
-    return plan(material.model, adapter), weigh(material.model, adapter, config.train.batch_size, length)
+    table, sizes = plan(material.model, adapter), (config.train.batch_size, length)
+    recomputes = bool(config.train.arguments.get("gradient_checkpointing"))
+    return table, weigh(material.model, adapter, *sizes, fused=config.train.fused_loss, recomputes=recomputes)

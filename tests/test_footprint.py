@@ -1,0 +1,116 @@
+"""What a step takes on paper: against published figures, closed forms, and what real steps allocate."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import get_peft_model
+
+import mixora
+from benchmarks.reliability.footprint import Case, compare, measure
+from mixora.bases import sketch_base
+from mixora.errors import ConfigError
+from mixora.footprint import STRATEGIES, Traffic, count_base, estimate
+from mixora.footprint.live import LiveBytes
+from mixora.training.planning import LOSSES, plan_without_weights
+from tests.models import tiny_llama
+
+EXAMPLES = Path(__file__).parents[1] / "examples" / "scale"
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
+
+
+def sketch(recipe="lora", **changes):
+    with torch.device("meta"):
+        return get_peft_model(tiny_llama(**changes), mixora.recipe(recipe))
+
+
+@pytest.mark.parametrize(
+    ("name", "total", "active"),
+    [("llama-2-7b", 6.738e9, 6.738e9), ("llama-3-70b", 70.55e9, 70.55e9), ("moe-1t", 1.03e12, 32.6e9)],
+)
+def test_parameters_are_the_published_ones(name, total, active):
+    found = count_base(sketch_base(EXAMPLES / name, dtype="bfloat16"))
+    assert found == (pytest.approx(total, rel=0.005), pytest.approx(active, rel=0.03))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [Case("sira"), Case("mola", recomputes=True), Case("lora", dtype="bfloat16", fused=False)],
+    ids=lambda case: f"{case.recipe}-{case.dtype}",
+)
+def test_memory_is_what_a_step_allocates(case):
+    assert abs(compare(case, 1, measure(case))["error"]) < 0.1
+
+
+def test_rings_send_what_they_must():
+    assert Traffic.of(4, all_reduce=800) == Traffic(all_reduce=1200)
+    assert Traffic.of(4, gather_forward=800, reduce_scatter=400).total == 600 + 300
+
+
+def test_what_each_strategy_keeps_and_sends():
+    """The tiny Llama in fp32: LoRA of rank 16 on q and o (32 -> 32), k and v (32 -> 16), two layers."""
+    model = sketch()
+    trained = 4 * 2 * 16 * (2 * 64 + 2 * 48)
+    frozen = sum(p.nbytes for p in model.parameters()) - trained
+    found = {f.strategy: f for f in estimate(model, 2, 8, LOSSES, list(STRATEGIES.values()), 2)}
+    ddp, fsdp2 = found["ddp"], found["fsdp2"]
+    assert (ddp.memory.base_weights, ddp.memory.adapter_weights, ddp.memory.optimiser) == (frozen, trained, 2 * trained)
+    assert ddp.traffic == Traffic(all_reduce=trained)
+    assert (fsdp2.memory.base_weights, fsdp2.memory.gradients) == (frozen // 2, trained // 2)
+    # embedding, norm and head stay gathered
+    root = 4 * (2 * 64 * 32 + 32)
+    whole = frozen + trained
+    assert fsdp2.traffic == Traffic(0, whole // 2, (whole - root) // 2, trained // 2)
+
+
+def test_rows_that_do_not_divide_are_filled_up():
+    model = sketch()
+    by_three = estimate(model, 2, 8, LOSSES, [STRATEGIES["fsdp2"]], 3)[0].memory.base_weights
+    shards = [-(-len(p) // 3) * p.nbytes // len(p) for p in model.parameters() if not p.requires_grad]
+    assert by_three == sum(shards)
+
+
+def test_work_grows_with_depth_and_not_with_width(monkeypatch):
+    calls = []
+    own = LiveBytes.__torch_dispatch__
+
+    def count(self, func, *given):
+        calls.append(func)
+        return own(self, func, *given)
+
+    monkeypatch.setattr(LiveBytes, "__torch_dispatch__", count)
+
+    def work(**changes):
+        calls.clear()
+        estimate(sketch("sira", **changes), 2, 8, LOSSES)
+        return len(calls)
+
+    one, two, three = (work(layers=layers) for layers in (1, 2, 3))
+    # of two steps: the loss fused, and not
+    assert three - two == two - one < 2 * 800
+    assert work(layers=1, intermediate_size=4096) == one
+
+
+def test_plan_for_processes(call):
+    words = ["--recipe", "lora", "--model", EXAMPLES / "llama-2-7b", "model.dtype=bfloat16", "--processes", "8"]
+    found = json.loads(call("plan", *words, "--batch", "1", "--length", "64", "--json").output)
+    by_name = {footprint["strategy"]: footprint for footprint in found["footprints"]}
+    assert by_name.keys() == STRATEGIES.keys()
+    assert by_name["ddp"]["memory"]["base_weights"] == 2 * 6738415616
+    assert by_name["fsdp2"]["memory"]["base_weights"] == pytest.approx(2 * 6738415616 / 8, rel=1e-3)
+    assert found["parameters"]["base"] == 6738415616
+
+
+def test_recomputation_takes_less():
+    tree = {"model": {"base": str(EXAMPLES / "llama-2-7b"), "dtype": "bfloat16"}, "adapter": {"recipe": "lora"}}
+    plain, lean = (plan_without_weights(tree, 1, 256, recomputes=r).footprints[0].memory for r in (False, True))
+    assert lean.activations < plain.activations / 5
+
+
+def test_mistakes_about_processes():
+    tree = {"model": {"base": str(EXAMPLES / "llama-2-7b")}}
+    with pytest.raises(ConfigError, match="strategy: got ddp for one process; valid: with processes=2 or more"):
+        plan_without_weights(tree, 1, 8, strategies=["ddp"])
+    with pytest.raises(ConfigError, match="strategy: got 'fsdp'; did you mean 'fsdp2'"):
+        plan_without_weights(tree, 1, 8, processes=2, strategies=["fsdp"])
