@@ -1,12 +1,15 @@
 """Every recipe in small on every kind of base, and the one table of what a recipe cannot do.
 
-    recipe                      merged into the weights   beside a second active adapter   trained by single passes
-    lora                        yes                       yes                              yes
-    adamix-lora                 yes                       yes                              no: two are compared
-    adamix                      no: behind the module     yes                              no: two are compared
-    pesc                        no: behind the module     yes                              yes
-    mixlora                     no: through the part      no: one adapter in the part      yes
-    all others                  no: routed by the input   yes                              yes
+    recipe        merged into the weights   beside a second active one   trained by single passes   re-entrant
+    lora          yes                       yes                          yes                        yes
+    adamix-lora   yes                       yes                          no: two are compared       yes
+    adamix        no: behind the module     yes                          no: two are compared       yes
+    pesc          no: behind the module     yes                          yes                        no
+    mixlora       no: through the part      no: one adapter in a part    yes                        no
+    all others    no: routed by the input   yes                          yes                        no
+
+The last column is about activation checkpointing that runs a block without gradients first: a trainer that adds the
+auxiliary loss itself is refused it. `mixlora` is also refused backward hooks on its modules.
 
 Where a recipe cannot do something, its user gets one error, which the tests ask for in place of the result.
 """
@@ -47,7 +50,14 @@ CAN_MERGE = ["lora", "adamix-lora"]
 for _name in CAN_MERGE:
     del CANNOT_MERGE[_name]
 CANNOT_ADD_UP = {"mixlora": "go through the whole feed-forward part"}
+CANNOT_BE_HOOKED_BACKWARD = {"mixlora": "did not all read one input"}
 CANNOT_TRAIN_BY_ONE_PASS = dict.fromkeys(["adamix", "adamix-lora"], "compares two passes over each batch")
+
+CANNOT_RECOMPUTE_REENTRANTLY = {
+    recipe: "re-entrant activation checkpointing cuts the router off"
+    for recipe in RECIPES
+    if recipe not in ("lora", "adamix", "adamix-lora")
+}
 
 IDS = token_ids(4, 6)
 MASK = torch.tensor([[1] * 6, [1] * 6, [1] * 4 + [0] * 2, [1] * 5 + [0]])
@@ -119,7 +129,7 @@ def same(found, expected):
 
 
 def near(found, expected):
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def load(folder, kind="decoder", **settings):
