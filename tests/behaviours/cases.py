@@ -4,6 +4,8 @@
     lora          yes                       yes                          yes                        yes
     adamix-lora   yes                       yes                          no: two are compared       yes
     adamix        no: behind the module     yes                          no: two are compared       yes
+    molora        no: routed by the input   yes                          yes                        yes
+    hydralora     no: routed by the input   yes                          yes                        yes
     pesc          no: behind the module     yes                          yes                        no
     mixlora       no: through the part      no: one adapter in a part    yes                        no
     all others    no: routed by the input   yes                          yes                        no
@@ -56,7 +58,7 @@ CANNOT_TRAIN_BY_ONE_PASS = dict.fromkeys(["adamix", "adamix-lora"], "compares tw
 CANNOT_RECOMPUTE_REENTRANTLY = {
     recipe: "re-entrant activation checkpointing cuts the router off"
     for recipe in RECIPES
-    if recipe not in ("lora", "adamix", "adamix-lora")
+    if recipe not in ("lora", "molora", "hydralora", "adamix", "adamix-lora")
 }
 
 IDS = token_ids(4, 6)

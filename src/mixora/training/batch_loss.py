@@ -27,17 +27,18 @@ def auxiliary_loss(model: nn.Module, trace: Trace) -> tuple[Tensor | None, dict[
     seen = [o for o in trace.observations if o.with_grad and o.path in layers]
     total, terms = None, defaultdict(list)
     for observation in seen:
-        logits = observation.routing.logits_TE
+        layer, logits = layers[observation.path], observation.routing.logits_TE
         if (
-            logits is not None
+            layer.parts[observation.adapter].losses
+            and logits is not None
             and not logits.requires_grad
-            and layers[observation.path].is_router_trained(observation.adapter)
+            and layer.is_router_trained(observation.adapter)
         ):
             raise TrainingError(
                 f"{observation.path}: re-entrant activation checkpointing cuts the router off the auxiliary loss; "
                 "valid: activation_checkpointing_kwargs={'use_reentrant': False}"
             )
-        value, of_site = layers[observation.path].parts[observation.adapter].total(observation.routing)
+        value, of_site = layer.parts[observation.adapter].total(observation.routing)
         if value is not None:
             total = value if total is None else total + value
         for name, term in of_site.items():
