@@ -89,6 +89,7 @@ def test_deleting_an_idle_adapter_changes_nothing(recipe, two):
     assert same(logits(model), found["one"])
 
 
+@pytest.mark.works_with("PEFT", "several adapters: deleting the active one leaves another")
 @each_recipe
 def test_deleting_the_active_adapter_leaves_the_other_at_work(recipe, two):
     model, found = two

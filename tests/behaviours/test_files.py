@@ -94,6 +94,7 @@ def test_a_loaded_adapter_can_be_trained_on(recipe, saved):
     assert before[0] > 0
 
 
+@pytest.mark.works_with("PEFT", "several adapters: saving those that are selected")
 @each_recipe
 def test_several_adapters_are_saved_each_in_a_folder(recipe, tmp_path):
     model = add(wrap(recipe), "second", recipe)

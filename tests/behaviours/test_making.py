@@ -20,7 +20,6 @@ from tests.behaviours.cases import (
     IDS,
     KINDS,
     base,
-    batch,
     config,
     each_kind,
     each_recipe,
@@ -43,7 +42,6 @@ def assert_starts_as_the_base(model, recipe, kind="decoder"):
 @each_kind
 @each_recipe
 def test_it_starts_as_the_base_and_only_the_adapter_is_trainable(recipe, kind):
-    plan = mixora.plan(base(kind), config(recipe, kind))
     model = get_peft_model(base(kind), config(recipe, kind))
     assert_starts_as_the_base(model, recipe, kind)
     trainable = {key: p for key, p in model.named_parameters() if p.requires_grad}
@@ -51,12 +49,9 @@ def test_it_starts_as_the_base_and_only_the_adapter_is_trainable(recipe, kind):
     heads = sum(p.numel() for key, p in trainable.items() if "modules_to_save" in key)
     assert bool(heads) == (kind == "encoder")
     counted, everything = model.get_nb_trainable_parameters()
-    assert counted == plan.parameters + heads == sum(p.numel() for p in trainable.values())
+    planned = sum(site["parameters"] for site in model.peft_config["default"].plan)
+    assert counted == planned + heads == sum(p.numel() for p in trainable.values())
     assert everything == counted + sum(p.numel() for p in base(kind).parameters())
-    assert f"trainable {plan.parameters:,}, active {plan.active_parameters:,} parameters" in str(plan)
-    # sites that share a router are told once
-    sites = mixora.inspect(model, batch(kind))
-    assert {site["path"] for site in sites} == {site.path for site in plan.sites if site.leader is None}
 
 
 @each_recipe

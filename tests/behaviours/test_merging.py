@@ -37,7 +37,8 @@ def test_the_table_has_every_recipe():
 @each_kind
 @each_mergeable
 def test_merged_it_computes_the_same_and_unmerging_restores(recipe, kind):
-    model = wrap(recipe, kind)
+    everywhere = {"targets": ["all-linear"]} if recipe == "lora" else {}
+    model = wrap(recipe, kind, **everywhere)
     expected, plain = logits(model, kind), plain_logits(kind)
     assert not same(expected, plain)
     model.merge_adapter()
