@@ -1,13 +1,13 @@
-"""Every recipe on a decoder, an encoder and an encoder-decoder: start, steps, files, evaluation, generation, plan."""
+"""Every recipe with its own settings on every kind of base: the plan, its numbers, the memory."""
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import get_peft_model
 
 import mixora
 from mixora.footprint import estimate
 from mixora.training.planning import LOSSES
-from tests.models import adapt, gradients, tiny_bert_classifier, tiny_llama, tiny_t5, token_ids
+from tests.models import tiny_bert_classifier, tiny_llama, tiny_t5, token_ids
 
 IDS = token_ids(4, 8)
 MASK = torch.tensor([[1] * 8, [1] * 8, [1] * 5 + [0] * 3, [1] * 6 + [0] * 2])
@@ -20,44 +20,6 @@ KINDS = {
     "encoder": (tiny_bert_classifier, "SEQ_CLS", CLASSES),
     "encoder-decoder": (tiny_t5, "SEQ_2_SEQ_LM", TEXT),
 }
-
-
-def outputs(model, batch):
-    with torch.no_grad():
-        found = model.eval()(**batch)
-    return found.loss, found.logits
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("recipe", mixora.recipe_names())
-def test_starts_as_the_base_trains_reloads_and_generates(recipe, kind, tmp_path):
-    make, task, batch = KINDS[kind]
-    torch.manual_seed(1)
-    model = get_peft_model(make(LAYERS), mixora.recipe(recipe, task_type=task))
-    before, plain = outputs(model, batch), outputs(make(LAYERS), batch)
-    # adapters that start as small random numbers make a small difference
-    torch.testing.assert_close(before[1], plain[1], rtol=0, atol=0.02 if recipe == "adamix" else 0)
-
-    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimiser = torch.optim.AdamW(trainable.values(), lr=0.02)
-    model.train()
-    for _ in range(2):
-        loss, _ = mixora.compute_loss(model, batch)
-        loss.backward()
-        optimiser.step()
-        optimiser.zero_grad()
-    after = outputs(model, batch)
-    assert after[0] < before[0]
-
-    model.save_pretrained(tmp_path)
-    again = PeftModel.from_pretrained(make(LAYERS), tmp_path, adapter_name="elsewhere")
-    assert all(torch.equal(*pair) for pair in zip(outputs(again, batch), after, strict=True))
-    if kind != "encoder":
-        lengths = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
-        inputs = {"input_ids": IDS[:2], "attention_mask": MASK[:2]}
-        written, same = (m.eval().generate(**inputs, **lengths) for m in (model, again))
-        assert torch.equal(written, same)
-        assert written.shape[1] >= 5
 
 
 @pytest.mark.parametrize("recipe", mixora.recipe_names())
@@ -121,22 +83,6 @@ def test_counts_of_the_documentation(recipe):
     with torch.device("meta"):
         plan = mixora.plan(tiny_llama(layers=30, **sizes), mixora.recipe(recipe))
     assert (plan.parameters, plan.active_parameters) == LARGE_COUNTS[recipe]
-
-
-@pytest.mark.parametrize("recipe", mixora.recipe_names())
-def test_recomputation_gives_the_same_gradients(recipe):
-    found = []
-    for recomputes in (False, True):
-        model = adapt(tiny_llama(LAYERS), mixora.recipe(recipe))
-        if recomputes:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-            model.enable_input_require_grads()
-        torch.manual_seed(2)
-        mixora.compute_loss(model, TEXT)[0].backward()
-        found.append(gradients(model))
-    assert found[0].keys() == found[1].keys()
-    for name, gradient in found[0].items():
-        torch.testing.assert_close(found[1][name], gradient, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.parametrize("recipe", mixora.recipe_names())

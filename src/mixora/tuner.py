@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -12,7 +13,7 @@ from mixora import entrances, host, keys
 from mixora.allocation import Batches, Report, choose_ranks, is_settled
 from mixora.assembly import make_plan, parts_of
 from mixora.config import did_you_mean, override, parse
-from mixora.errors import ConfigError
+from mixora.errors import ConfigError, MixoraError
 from mixora.method import Method
 from mixora.mixture import PREFIX, Mixture, mixtures_of
 from mixora.plan import Plan, Site
@@ -106,6 +107,7 @@ class MixoraModel(host.Tuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Plan, compare with the stored plan where there is one, wrap the sites, hook the model's entrances."""
+        _check_name(adapter_name, model)
         # TRL makes its reference so and copies the tensors whose names hold ".default.", which none of ours does
         is_reference = adapter_name == "ref" and self.peft_config["ref"] is self.peft_config.get("default")
         # the user's config stays as it is: it may serve for another model
@@ -195,6 +197,31 @@ class MixoraModel(host.Tuner):
         found = keys.as_here(model, state_dict)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, found)
 
+    def _enable_peft_forward_hooks(
+        self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any
+    ) -> AbstractContextManager[None]:
+        """Refuse what PEFT would drop without a word: an adapter of its own for each row of a batch."""
+        if adapter_names is not None:
+            raise MixoraError(
+                "adapter_names: rows of one batch cannot have adapters of their own; valid: a batch for each adapter, "
+                "with set_adapter before it"
+            )
+        return nullcontext()
+
+    def set_adapter(self, adapter_name: str | list[str], *args: Any, **kwargs: Any) -> None:
+        """Refuse names that no adapter has, for which PEFT would leave the base alone at work."""
+        for name in [adapter_name] if isinstance(adapter_name, str) else adapter_name:
+            if name not in self.peft_config:
+                raise ConfigError(f"adapter {name!r}: is not there{did_you_mean(name, self.peft_config)}")
+        super().set_adapter(adapter_name, *args, **kwargs)
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse: routers that were trained with different experts have no mean."""
+        raise MixoraError(
+            "add_weighted_adapter: mixtures have no weighted sum that is a mixture; valid: several active adapters, "
+            "whose outputs add up (model.base_model.set_adapter), or mixora.merge, which makes LoRA adapters"
+        )
+
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Refuse before the first weight is changed."""
         self._check_all_foldable(adapter_names)
@@ -218,6 +245,22 @@ class MixoraModel(host.Tuner):
         for handle in model.__dict__.pop("_mixora_hooks", ()):
             handle.remove()
         return model
+
+
+def _check_name(name: str, model: nn.Module) -> None:
+    """`ConfigError` for a name under which the tensors of an adapter cannot be kept, or not be told from others."""
+    if not name or any(sign in name for sign in "./\\") or hasattr(nn.ParameterDict(), name):
+        raise ConfigError(
+            f"adapter_name: got {name!r}; valid: a name without '.', '/' and '\\', and none that torch's dictionaries "
+            "have for themselves, such as 'keys' or 'pop'"
+        )
+    frozen = [path for path, _ in model.named_parameters() if PREFIX not in path and "modules_to_save" not in path]
+    steps = {"base_model", "model", "base_layer", "modules_to_save"}.union(*(path.split(".") for path in frozen))
+    if name in steps or name.startswith(PREFIX):
+        # PEFT leaves every tensor out of the files of other adapters that has the name anywhere in its path
+        raise ConfigError(
+            f"adapter_name: got {name!r}, a part of the paths of this model's tensors; valid: other names"
+        )
 
 
 def _check_saved_modules(plan: Plan, names: Iterable[str]) -> None:

@@ -28,11 +28,12 @@ def auxiliary_loss(model: nn.Module, trace: Trace) -> tuple[Tensor | None, dict[
     layers = {layer.path: layer for layer in mixtures_of(model)}
     seen = [o for o in trace.observations if o.with_grad and o.path in layers]
     for observation in seen:
-        logits = observation.routing.logits_TE
+        layer, logits = layers[observation.path], observation.routing.logits_TE
         if (
-            logits is not None
+            layer.parts[observation.adapter].losses
+            and logits is not None
             and not logits.requires_grad
-            and layers[observation.path].is_router_trained(observation.adapter)
+            and layer.is_router_trained(observation.adapter)
         ):
             raise TrainingError(
                 f"{observation.path}: re-entrant activation checkpointing cuts the router off the auxiliary loss; "

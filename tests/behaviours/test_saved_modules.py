@@ -1,0 +1,103 @@
+"""Modules that are trained and saved whole beside the adapter: PEFT's `modules_to_save`, and tied weights."""
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from peft.utils import ModulesToSaveWrapper
+
+import mixora
+from mixora.errors import ConfigError
+from tests.behaviours.cases import (
+    add,
+    base,
+    config,
+    each_recipe,
+    load,
+    logits,
+    of_adapters,
+    plain_logits,
+    same,
+    train,
+    wrap,
+)
+
+
+def change(model, name="default", factor=2.0):
+    """The saved copy of each head that belongs to an adapter, multiplied."""
+    with torch.no_grad():
+        for key, p in of_adapters(model, name).items():
+            if "modules_to_save" in key:
+                p.mul_(factor)
+    return model
+
+
+@each_recipe
+def test_a_head_is_trained_saved_and_restored(recipe, tmp_path):
+    model = wrap(recipe, "encoder")
+    head = model.get_base_model().classifier
+    assert isinstance(head, ModulesToSaveWrapper)
+    before = head.modules_to_save["default"].weight.detach().clone()
+    original = head.original_module.weight.detach().clone()
+    train(model, "encoder")
+    assert not same(head.modules_to_save["default"].weight, before)
+    assert same(head.original_module.weight, original)
+    model.save_pretrained(tmp_path)
+    again = load(tmp_path, "encoder", adapter_name="other")
+    assert same(
+        again.get_base_model().classifier.modules_to_save["other"].weight, head.modules_to_save["default"].weight
+    )
+    assert same(logits(again, "encoder"), logits(model, "encoder"))
+
+
+@each_recipe
+def test_each_adapter_has_a_copy_of_its_own(recipe, tmp_path):
+    model = wrap(recipe, "encoder", adapter_name="one")
+    change(add(model, "two", recipe, "encoder"), "two")
+    found = {}
+    for name in ("one", "two"):
+        model.set_adapter(name)
+        found[name] = logits(model, "encoder")
+        other = {"one": "two", "two": "one"}[name]
+        assert all(p.requires_grad for p in of_adapters(model, name).values())
+        assert not any(p.requires_grad for p in of_adapters(model, other).values())
+    assert not same(found["one"], found["two"])
+    with model.disable_adapter():
+        assert same(logits(model, "encoder"), plain_logits("encoder"))
+    model.save_pretrained(tmp_path)
+    for name, expected in found.items():
+        assert same(logits(load(tmp_path / name, "encoder"), "encoder"), expected)
+    model.set_adapter("one")
+    model.delete_adapter("two")
+    assert same(logits(model, "encoder"), found["one"])
+    assert list(model.get_base_model().classifier.modules_to_save) == ["one"]
+
+
+@each_recipe
+def test_any_module_by_name_is_saved(recipe, tmp_path):
+    model = change(wrap(recipe, modules_to_save=["lm_head", "norm"]))
+    expected = logits(model)
+    assert not same(expected, logits(wrap(recipe)))
+    model.save_pretrained(tmp_path)
+    again = load(tmp_path)
+    assert same(logits(again), expected)
+    assert again.modules_to_save == {"lm_head", "norm"}
+    with model.disable_adapter():
+        assert same(logits(model), plain_logits())
+
+
+@pytest.mark.filterwarnings("ignore:Model (has|with) `tie_word_embeddings=True`")
+@pytest.mark.parametrize("name", ["lm_head", "embed_tokens"])
+def test_one_of_two_tied_modules_may_be_saved(name, tmp_path):
+    """PEFT unties them in training and says so; the file holds the one that was trained."""
+    model = change(get_peft_model(base(tie_word_embeddings=True), config("sira", modules_to_save=[name])))
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(base(tie_word_embeddings=True), tmp_path)
+    assert same(logits(again), logits(model))
+    assert not same(logits(again), logits(base(tie_word_embeddings=True)))
+
+
+@each_recipe
+def test_a_module_cannot_be_both_adapted_and_saved_whole(recipe):
+    name = mixora.plan(base(), config(recipe)).sites[0].path.rpartition(".")[2]
+    with pytest.raises(ConfigError, match=rf"{name}: is adapted by a rule and trained whole by modules_to_save"):
+        wrap(recipe, modules_to_save=[name])
