@@ -46,7 +46,7 @@ GROUPS = {
     "routers": Group(("routers/*.py",), ("tests/routers", "tests/contracts/test_routers.py", "tests/references")),
     "routing": Group(("routing.py",), ("tests/test_routing.py", "tests/losses", "tests/contracts/test_routers.py")),
     "kernels": Group(("kernels/[!tl]*.py", "kernels/loop.py"), KERNEL_TESTS),
-    "plan": Group(("plan.py",), ("tests/test_plan.py",)),
+    "plan": Group(("plan.py",), ("tests/test_plan.py", "tests/test_plan_rows.py")),
     # seven seconds each: plain PEFT reads what was written, in a process of its own
     "merging": Group(("merging/*.py",), ("tests/merging", "-k", "not plain_peft_computes")),
 }
@@ -171,7 +171,7 @@ def read_options(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--file", default="", help="only files whose path ends so")
     parser.add_argument("--sample", type=int, help="this many mutants of each group, drawn at random; all unless given")
     parser.add_argument("--seed", type=int, default=0, help="of the sample")
-    parser.add_argument("--budget", type=float, default=12.0, help="seconds of tests for one mutant")
+    parser.add_argument("--budget", type=float, default=5.0, help="processor seconds of tests for one mutant")
     parser.add_argument("--fresh", action="store_true", help="begin the work file anew")
     parser.add_argument("--quick", action="store_true", help="ten mutants of the losses")
     parser.add_argument("--work", type=Path, default=Path("build/mutants.jsonl"))

@@ -93,3 +93,17 @@ def test_members_and_names_of_drawn_experts():
     assert router.alternatives(["A", "B"]) == [{"A": "A_0", "B": "B"}, {"A": "A_1", "B": "B"}]
     assert router.top_k == 1
     assert router.parameter_shapes(7) == {}
+
+
+@pytest.mark.parametrize("kind", ["topk", "soft", "threshold", "null_topk"])
+def test_weights_start_with_the_standard_deviation_that_is_set(kind):
+    router = ROUTERS[kind](ROUTERS[kind].Config(init_std=0.5))
+    parameters = {name: torch.full(shape, 9.0) for name, shape in router.parameter_shapes(4000).items()}
+    torch.manual_seed(0)
+    router.initialise(parameters)
+    for name, tensor in parameters.items():
+        if name.endswith("bias"):
+            assert (tensor == 0).all()
+        else:
+            assert abs(float(tensor.std()) - 0.5) < 0.05
+            assert abs(float(tensor.mean())) < 0.05

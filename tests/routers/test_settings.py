@@ -107,6 +107,18 @@ def test_as_many_choices_as_there_are_columns_are_valid():
     assert ROUTERS["topk"].Config(num_experts=2, top_k=2).top_k == 2
 
 
+def test_where_numbers_vary_over_depth_they_are_compared_at_each_site():
+    config = TopK.Config(num_experts=(2, 4), top_k=4)
+    assert (config.num_experts, config.top_k) == ((2, 4), 4)
+    assert TopK.Config(num_experts=2, top_k=(3, 1)).top_k == (3, 1)
+
+
+@pytest.mark.parametrize(("limit", "top_k"), [(False, 5), (True, 3)])
+def test_choices_are_limited_where_that_is_asked(limit, top_k):
+    config = TopK.Config(top_k=5).model_copy(update={"num_experts": 3, "limit_top_k": limit})
+    assert TopK(config).top_k == top_k
+
+
 class Behind:
     reads = "output"
 
@@ -126,6 +138,7 @@ def test_what_cannot_serve_says_why():
     assert TopK(by_token).objection(True, Beside()) is None
     unlimited = config.model_copy(update={"capacity": CapacityConfig(admission="choice")})
     assert TopK(unlimited).objection(True, Beside()) is None
+    assert TopK(TopK.Config(num_experts=2, top_k=2)).objection(True, Beside()) is None
     few = config.model_copy(update={"num_experts": 1})
     assert TopK(few).objection(False, Beside()) == (
         "top_k: got 2 where num_experts is 1; valid: at most that, or limit_top_k"
