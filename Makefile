@@ -42,11 +42,12 @@ test-matrix: $(PEFTS:%=build/peft/%)  ## the tests of what PEFT gives, with each
 	  PYTHONPATH=$(CURDIR)/build/peft/$$version:$(CURDIR)/src OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(MATRIX) || exit; \
 	done
 
-build/mutation: constraints.txt | $(READY)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --target $@ --upgrade --no-deps mutmut libcst
+build/mutation/.ready: pyproject.toml constraints.txt | $(READY)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group mutation
+	@mkdir -p $(@D) && touch $@
 
-mutants: build/mutation  ## mutation testing; what it found so far lies in build/mutants.jsonl
-	PYTHONPATH=src:build/mutation OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.reliability.mutants $(MUTANTS)
+mutants: build/mutation/.ready  ## mutation testing of routers, kernels, losses, plan and merging; hours on one core
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.reliability.mutants $(MUTANTS)
 
 lint: $(READY)   ## format, lint and types: all clean
 	$(BIN)/ruff format --check .

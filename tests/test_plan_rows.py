@@ -114,6 +114,7 @@ def test_the_text_holds_the_table_and_the_notes():
     assert any("1 sites in model.layers" in line for line in lines)
     long = str(Plan((site("model.layers.0." + "x" * 70),), notes=("word " * 27,)))
     assert "note: " + ("word " * 27).rstrip() in long.splitlines()
+    assert "note: " + "x" * 135 not in str(Plan((Q[0],), notes=("x" * 135,))).splitlines()
 
 
 @pytest.mark.parametrize(

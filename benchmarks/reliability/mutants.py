@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import random
+import re
 import sys
 import time
 from collections import Counter
@@ -120,9 +121,17 @@ def module_of(path: Path) -> str:
     return ".".join(path.relative_to(SOURCE).with_suffix("").parts).removesuffix(".__init__")
 
 
+def explain(record: dict[str, Any]) -> str | None:
+    """Why a survivor does no harm: the first entry of `survivors.json` whose file and expression fit."""
+    change = " ".join(line for line in record["diff"])
+    for entry in json.loads(REASONS.read_text()):
+        if record["file"].startswith(entry["file"]) and re.search(entry["change"], change):
+            return str(entry["why"])
+    return None
+
+
 def summarise(mutants: Sequence[Mutant], found: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Figures for each file, and the survivors with what is known of them."""
-    reasons = {(entry["file"], *entry["diff"]): entry["why"] for entry in json.loads(REASONS.read_text())}
     rows: dict[str, Counter[str]] = {}
     survivors = []
     for mutant in mutants:
@@ -132,7 +141,7 @@ def summarise(mutants: Sequence[Mutant], found: dict[str, dict[str, Any]]) -> di
         if is_killed(record["outcome"]):
             row["killed"] += 1
             continue
-        why = reasons.get((record["file"], *record["diff"]))
+        why = explain(record)
         row["explained" if why else "unexplained"] += 1
         survivors.append({**{name: record[name] for name in ("file", "line", "operator", "diff")}, "why": why})
     return {

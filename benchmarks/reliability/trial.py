@@ -52,7 +52,8 @@ def attempt(work: Callable[[], str], seconds: float, is_silent: bool = True) -> 
     A silent one is a trial: what it started ends with it.
     """
     reading, writing = os.pipe()
-    gc.freeze()  # what is there is not looked through again in each fork
+    # what is there is not looked through again in each fork
+    gc.freeze()
     child = os.fork()
     if not child:
         try:
@@ -73,14 +74,14 @@ def attempt(work: Callable[[], str], seconds: float, is_silent: bool = True) -> 
         os._exit(0)
     os.close(writing)
     with os.fdopen(reading) as pipe:
-        said_back = pipe.read()
+        given = pipe.read()
     _, status = os.waitpid(child, 0)
     if is_silent:
         with suppress(ProcessLookupError):
             os.killpg(child, signal.SIGKILL)
     if os.WIFSIGNALED(status):
         return "timeout" if os.WTERMSIG(status) in (signal.SIGALRM, signal.SIGPROF) else "crash"
-    return "crash" if status else said_back
+    return "crash" if status else given
 
 
 @dataclass
@@ -235,7 +236,7 @@ Living = dict[tuple[str, str, int], list[FunctionType]]
 
 
 def _living(paths: set[str]) -> Living:
-    """The functions of these files that exist, by file, name and first line."""
+    """The functions of these files that exist, by file, name and first line; before they are frozen."""
     living: Living = defaultdict(list)
     for thing in gc.get_objects():
         if type(thing) is FunctionType and thing.__code__.co_filename in paths:
