@@ -8,7 +8,6 @@ was killed stays so in the work file, build/mutants.jsonl; a further run tries o
 import argparse
 import json
 import os
-import random
 import re
 import sys
 import time
@@ -21,7 +20,7 @@ from typing import Any
 import torch
 
 from benchmarks.recording import RESULTS, describe_run, write_results
-from benchmarks.reliability.mutation import Mutant, mutants_of
+from benchmarks.reliability.mutation import Mutant, select
 from benchmarks.reliability.trial import IN_PLACE_IMPOSSIBLE, attempt, find_reach, try_anew, try_in_place
 
 SOURCE = Path("src")
@@ -202,9 +201,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     tried: list[Mutant] = []
     for name in options.groups:
         group = GROUPS[name]
-        mutants = [m for path in group.paths() if str(path).endswith(options.file) for m in mutants_of(path)]
-        if options.sample and options.sample < len(mutants):
-            mutants = random.Random(options.seed).sample(mutants, options.sample)
+        paths = [path for path in group.paths() if str(path).endswith(options.file)]
+        mutants = select(paths, options.sample, options.seed)
         begun = time.perf_counter()
         run_group(group, mutants, work, options.budget)
         print(f"{name}: {len(mutants)} mutants in {time.perf_counter() - begun:.0f} s", flush=True)

@@ -8,29 +8,35 @@ annotations, but for the fields of strict configurations, whose annotations vali
 import ast
 import difflib
 import hashlib
-from collections.abc import Iterator
+import random
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import libcst as cst
 from libcst.metadata import MetadataWrapper, PositionProvider
-from mutmut.mutation.file_mutation import MutationVisitor
+from mutmut.mutation.file_mutation import Mutation, MutationVisitor
 from mutmut.mutation.mutators import mutation_operators
 from mutmut.mutation.pragma_handling import IgnoredCode
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Mutant:
-    """`source` is the whole changed file. `function`: qualified name and first line of the outermost function that the
-    change lies inside of, None where it shows only when the module is executed anew; `body`: that function's lines."""
+    """One change of a file. `function`: qualified name and first line of the outermost function that it lies inside of,
+    None where it shows only when the module is executed anew; `body`: that function's lines."""
 
     path: Path
     line: int
     operator: str
-    source: str
     function: tuple[str, int] | None
     body: range
+    render: Callable[[], str]
+
+    @cached_property
+    def source(self) -> str:
+        """The whole changed file."""
+        return self.render()
 
     @cached_property
     def diff(self) -> list[str]:
@@ -82,22 +88,36 @@ class _Visitor(MutationVisitor):
 
 
 def mutants_of(path: Path) -> Iterator[Mutant]:
-    """All mutants of a file that differ from it and from each other, in the order of its lines."""
+    """All mutants of a file, in the order of its lines; some few may be the same change."""
     text = path.read_text()
     wrapper = MetadataWrapper(cst.parse_module(text))
     visitor = _Visitor()
     wrapper.visit(visitor)
     positions = wrapper.resolve(PositionProvider)
     bodies = list(_bodies(ast.parse(text)))
-    seen = {text}
     for change, operator in zip(visitor.mutations, visitor.names, strict=True):
-        source = wrapper.module.deep_replace(change.original_node, change.mutated_node).code
-        if source in seen:
-            continue
-        seen.add(source)
         line = positions[change.original_node].start.line
         function, body = next(((name, body) for name, body in bodies if line in body), (None, range(0)))
-        yield Mutant(path, line, operator, source, function, body)
+        yield Mutant(path, line, operator, function, body, partial(_render, wrapper.module, change))
+
+
+def _render(module: cst.Module, change: Mutation) -> str:
+    code = module.deep_replace(change.original_node, change.mutated_node)
+    assert isinstance(code, cst.Module)
+    return code.code
+
+
+def select(paths: Iterable[Path], size: int | None, seed: int) -> list[Mutant]:
+    """The mutants of files that differ from the files and from each other; at most `size` of them, drawn at random."""
+    every = [mutant for path in paths for mutant in mutants_of(path)]
+    order = every if size is None else random.Random(seed).sample(every, len(every))
+    found: dict[str, Mutant] = {}
+    for mutant in order:
+        if len(found) == size:
+            break
+        if mutant.diff:
+            found.setdefault(mutant.key, mutant)
+    return list(found.values())
 
 
 def _bodies(tree: ast.AST, within: str = "") -> Iterator[tuple[tuple[str, int], range]]:
