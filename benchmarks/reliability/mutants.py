@@ -12,15 +12,16 @@ import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from math import sqrt
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.recording import RESULTS, describe_run, write_results
-from benchmarks.reliability.mutation import Mutant, select
+from benchmarks.reliability.mutation import Mutant, mutants_of, select
 from benchmarks.reliability.trial import IN_PLACE_IMPOSSIBLE, attempt, find_reach, try_anew, try_in_place
 
 SOURCE = Path("src")
@@ -129,44 +130,55 @@ def explain(record: dict[str, Any]) -> str | None:
     return None
 
 
-def summarise(mutants: Sequence[Mutant], found: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Figures for each file, and the survivors with what is known of them."""
-    rows: dict[str, Counter[str]] = {}
+def summarise(records: Iterable[dict[str, Any]], totals: dict[str, int]) -> dict[str, Any]:
+    """Figures for each file and package, and the survivors with what is known of them."""
+    records = list(records)
+    rows = {file: Counter(mutants=total, tried=0, killed=0, explained=0) for file, total in totals.items()}
     survivors = []
-    for mutant in mutants:
-        record = found[mutant.key]
-        row = rows.setdefault(record["file"], Counter(mutants=0, killed=0, explained=0, unexplained=0))
-        row["mutants"] += 1
-        if is_killed(record["outcome"]):
-            row["killed"] += 1
-            continue
-        why = explain(record)
-        row["explained" if why else "unexplained"] += 1
-        survivors.append({**{name: record[name] for name in ("file", "line", "operator", "diff")}, "why": why})
+    for record in records:
+        why = None
+        if not is_killed(record["outcome"]):
+            why = explain(record)
+            survivors.append({**{name: record[name] for name in ("file", "line", "operator", "diff")}, "why": why})
+        for row in (rows[record["file"]], rows.setdefault(str(Path(record["file"]).parent), Counter())):
+            row.update(tried=1, killed=is_killed(record["outcome"]), explained=why is not None)
+    for file, total in totals.items():
+        rows.setdefault(str(Path(file).parent), Counter()).update(mutants=total)
     return {
-        "files": [{"file": file, **row} for file, row in rows.items()],
-        "killed_by": Counter(found[mutant.key]["outcome"].split()[0] for mutant in mutants),
-        "seconds": round(sum(found[mutant.key]["seconds"] for mutant in mutants)),
+        "rows": [
+            {"file": file, **row, "killed_95": interval(row["killed"], row["tried"])} for file, row in rows.items()
+        ],
+        "ended": Counter(record["outcome"].split()[0] for record in records),
         "survivors": survivors,
     }
 
 
+def interval(killed: int, tried: int) -> list[float] | None:
+    """Wilson's interval of the share killed, were the tried ones drawn at random: 95 %."""
+    if not tried:
+        return None
+    z = 1.959964
+    centre, half = killed + z * z / 2, z * sqrt(killed * (tried - killed) / tried + z * z / 4)
+    return [round((centre + sign * half) / (tried + z * z), 3) for sign in (-1, 1)]
+
+
 def show(summary: dict[str, Any]) -> str:
-    """The figures as a table, those of packages below."""
-    total: dict[str, Counter[str]] = {}
-    lines = []
-    for row in summary["files"]:
-        counts = Counter({name: value for name, value in row.items() if name != "file"})
-        total.setdefault(str(Path(row["file"]).parent), Counter()).update(counts)
-        lines.append((row["file"], counts))
-    heading = f"{'':34}{'mutants':>8}{'killed':>8}{'':>8}{'explained':>10}{'else':>6}"
-    return "\n".join([heading, *(_line(name, counts) for name, counts in [*lines, *total.items()])])
+    """The figures as a table."""
+    heads = ("mutants", "tried", "killed", "explained")
+    lines = [" " * 34 + "".join(f"{head:>10}" for head in heads)]
+    for row in summary["rows"]:
+        share = f"{row['killed'] / row['tried']:8.1%}" if row["tried"] else ""
+        lines.append(f"{row['file']:34}" + "".join(f"{row[head]:>10}" for head in heads) + share)
+    return "\n".join(lines)
 
 
-def _line(name: str, counts: Counter[str]) -> str:
-    share = counts["killed"] / counts["mutants"]
-    rest = f"{counts['explained']:>10}{counts['unexplained']:>6}"
-    return f"{name:34}{counts['mutants']:>8}{counts['killed']:>8}{share:>8.1%}{rest}"
+def find_current(work: Work, paths: Iterable[Path]) -> Iterator[dict[str, Any]]:
+    """What the work file tells of these files as they are now."""
+    lines = {str(path.relative_to(SOURCE)): set(map(str.strip, path.read_text().splitlines())) for path in paths}
+    for record in work.read().values():
+        gone = [line[1:] for line in record["diff"] if line.startswith("-")]
+        if record["file"] in lines and lines[record["file"]].issuperset(gone):
+            yield record
 
 
 def read_options(arguments: Sequence[str]) -> argparse.Namespace:
@@ -181,6 +193,7 @@ def read_options(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the sample")
     parser.add_argument("--budget", type=float, default=5.0, help="processor seconds of tests for one mutant")
     parser.add_argument("--fresh", action="store_true", help="begin the work file anew")
+    parser.add_argument("--report", action="store_true", help="try nothing, tell all that the work file holds")
     parser.add_argument("--quick", action="store_true", help="ten mutants of the losses")
     parser.add_argument("--work", type=Path, default=Path("build/mutants.jsonl"))
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON file")
@@ -198,16 +211,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         os.environ["TRITON_INTERPRET"] = "1"
     facts = describe_run(["python", "-m", "benchmarks.reliability.mutants", *given])
     work = Work(options.work, options.fresh)
-    tried: list[Mutant] = []
-    for name in options.groups:
-        group = GROUPS[name]
-        paths = [path for path in group.paths() if str(path).endswith(options.file)]
-        mutants = select(paths, options.sample, options.seed)
+    tried: set[str] = set()
+    paths = [path for name in options.groups for path in GROUPS[name].paths() if str(path).endswith(options.file)]
+    for name in () if options.report else options.groups:
+        mutants = select([path for path in paths if path in GROUPS[name].paths()], options.sample, options.seed)
         begun = time.perf_counter()
-        run_group(group, mutants, work, options.budget)
+        run_group(GROUPS[name], mutants, work, options.budget)
         print(f"{name}: {len(mutants)} mutants in {time.perf_counter() - begun:.0f} s", flush=True)
-        tried += mutants
-    summary = summarise(tried, work.read())
+        tried |= {mutant.key for mutant in mutants}
+    records = [record for record in find_current(work, paths) if options.report or record["key"] in tried]
+    totals = {str(path.relative_to(SOURCE)): sum(1 for _ in mutants_of(path)) for path in paths}
+    summary = summarise(records, totals)
     print(show(summary))
     for survivor in summary["survivors"]:
         if not survivor["why"]:
