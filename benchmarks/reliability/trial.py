@@ -43,6 +43,8 @@ OPTIONS = [
     "--tb=short",
 ]
 OURS = ("mixora", "tests", "benchmarks", "__main__")
+Living = dict[tuple[str, str, int], list[FunctionType]]
+Tell = Callable[[Mutant, str, float], None]
 IN_PLACE_IMPOSSIBLE = "impossible in place"
 
 
@@ -210,9 +212,6 @@ def _tracing(wanted: dict[str, str]) -> Iterator[dict[str, set[int]]]:
         sys.settrace(None)
 
 
-Tell = Callable[[Mutant, str, float], None]
-
-
 def try_in_place(
     tests: Sequence[str], mutants: Sequence[Mutant], choose: Callable[[Mutant], list[str]], limit: Callable, tell: Tell
 ) -> str:
@@ -230,9 +229,6 @@ def try_in_place(
         return "done"
 
     return with_tests(tests, work)
-
-
-Living = dict[tuple[str, str, int], list[FunctionType]]
 
 
 def _living(paths: set[str]) -> Living:
