@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 import mixora
@@ -122,6 +123,8 @@ def test_an_exact_merge(tmp_path):
     torch.testing.assert_close(tensors[f"base_model.model.{Q_0}.lora_A.weight"], served["A"].detach())
     torch.testing.assert_close(tensors[f"base_model.model.{Q_0}.lora_B.weight"], served["B"].detach().T)
     assert len(tensors) == 4
+    with safe_open(tmp_path / "out" / "adapter_model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}
 
 
 def test_a_fitted_merge_counts_its_batches(tmp_path):
