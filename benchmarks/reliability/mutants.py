@@ -136,17 +136,18 @@ def explain(record: dict[str, Any]) -> str | None:
 def summarise(records: Iterable[dict[str, Any]], totals: dict[str, int]) -> dict[str, Any]:
     """Figures for each file and package, and the survivors with what is known of them."""
     records = list(records)
-    rows = {file: Counter(mutants=total, tried=0, killed=0, explained=0) for file, total in totals.items()}
+    names = [*totals, *(str(Path(file).parent) for file in totals)]
+    rows = {name: Counter(mutants=totals.get(name, 0), tried=0, killed=0, explained=0) for name in names}
     survivors = []
     for record in records:
         why = None
         if not is_killed(record["outcome"]):
             why = explain(record)
             survivors.append({**{name: record[name] for name in ("file", "line", "operator", "diff")}, "why": why})
-        for row in (rows[record["file"]], rows.setdefault(str(Path(record["file"]).parent), Counter())):
+        for row in (rows[record["file"]], rows[str(Path(record["file"]).parent)]):
             row.update(tried=1, killed=is_killed(record["outcome"]), explained=why is not None)
     for file, total in totals.items():
-        rows.setdefault(str(Path(file).parent), Counter()).update(mutants=total)
+        rows[str(Path(file).parent)].update(mutants=total)
     return {
         "rows": [
             {"file": file, **row, "killed_95": interval(row["killed"], row["tried"])} for file, row in rows.items()
