@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup quickstart test test-matrix works-with lint format docs audit clean
+.PHONY: help setup quickstart test test-matrix works-with lint format docs audit mutants clean
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ -/'
 
@@ -41,6 +41,13 @@ test-matrix: $(PEFTS:%=build/peft/%)  ## the tests of what PEFT gives, with each
 	for version in $(PEFTS); do echo "PEFT $$version"; \
 	  PYTHONPATH=$(CURDIR)/build/peft/$$version:$(CURDIR)/src OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(MATRIX) || exit; \
 	done
+
+build/mutation/.ready: pyproject.toml constraints.txt | $(READY)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group mutation
+	@mkdir -p $(@D) && touch $@
+
+mutants: build/mutation/.ready  ## mutation testing of routers, kernels, losses, plan and merging; hours on one core
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.reliability.mutants $(MUTANTS)
 
 lint: $(READY)   ## format, lint and types: all clean
 	$(BIN)/ruff format --check .

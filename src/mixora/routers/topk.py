@@ -88,7 +88,7 @@ class TopK(LinearRouter):
         """Top-k routing with expert dropout and capacity; padding is never routed."""
         config = self.config
         probs_TE = softmax(z_TC)
-        kept_TE = F.dropout(probs_TE, config.expert_dropout, training) if training else probs_TE
+        kept_TE = F.dropout(probs_TE, config.expert_dropout, training)
         priority_TK, experts_TK = kept_TE.topk(self.top_k, dim=-1)
         # a slot whose probability was dropped is no choice: weight 0, and it takes no place
         # not "> 0": what is not a number must show
