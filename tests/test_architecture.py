@@ -7,7 +7,7 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "mixora"
 ORDER = [
-    {"errors", "short_names", "stages"},
+    {"errors", "short_names", "stages", "documents"},
     {"draws", "completion"},
     {"routing", "config", "folders", "low_rank", "fused_loss", "activations", "host"},
     {"contracts", "passes", "depth"},

@@ -33,6 +33,7 @@ from transformers import (
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from mixora.config import did_you_mean
+from mixora.documents import show
 from mixora.errors import ModelError
 from mixora.short_names import SHORT_NAMES
 
@@ -46,6 +47,9 @@ TASK_TYPES: dict[Task, str] = {
 }
 
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
+
+# of layers, or experts of a layer
+MOST_PARTS = 10_000
 
 # Arguments that say where on the hub a file lies; the configuration and the tokenizer need them as the weights do.
 _HUB_ARGUMENTS = ("cache_dir", "local_files_only", "revision", "subfolder", "token", "trust_remote_code")
@@ -86,7 +90,7 @@ def load_base(
     precision = _read_dtype(dtype)
     source = resolve_base(name)
     hub = {key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs}
-    config = _read(AutoConfig, source, name, hub)
+    config = _read_config(source, name, hub)
     _check_fit(config, name, task)
     tokenizer = read_tokenizer(name, **hub)
     labels = {} if num_labels is None else {"num_labels": num_labels}
@@ -105,7 +109,7 @@ def load_base(
 
 def read_base_config(name: str | Path) -> PreTrainedConfig:
     """The configuration of what `load_base` would load; no weights are read. Raises `ModelError`."""
-    return _read(AutoConfig, resolve_base(name), name, {})
+    return _read_config(resolve_base(name), name, {})
 
 
 def read_tokenizer(name: str | Path, **hub: Any) -> PreTrainedTokenizerBase:
@@ -141,7 +145,15 @@ def resolve_base(name: str | Path) -> Path | str:
     A GGUF file, given or packaged, becomes its cached folder of safetensors; the first call unpacks it (about 20 s
     for 135 million weights), later ones read the file once to know it by its content. Raises `ModelError`.
     """
-    path = _find_packaged(name) if isinstance(name, str) and name in SHORT_NAMES else Path(name).expanduser()
+    try:
+        path = _find_packaged(name) if isinstance(name, str) and name in SHORT_NAMES else Path(name).expanduser()
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError, RuntimeError) as error:
+        # too long, not for us, half a character, no home
+        reason = getattr(error, "strerror", None) or error
+        raise ModelError(f"{show(str(name))}: is no path: {reason}; valid: a folder, .gguf file or hub id") from None
     if path.is_file():
         return _unpack_gguf(path)
     if path.is_dir():
@@ -236,6 +248,21 @@ def _read(auto: Any, source: Path | str, name: str | Path, arguments: dict[str, 
         raise ModelError(f"{name}: {auto.__name__} cannot read it{known}; reason: {reason[:300]}") from error
 
 
+def _read_config(source: Path | str, name: str | Path, arguments: dict[str, Any]) -> PreTrainedConfig:
+    config: PreTrainedConfig = _read(AutoConfig, source, name, arguments)
+    check_sizes(config, name)
+    return config
+
+
+def check_sizes(config: PreTrainedConfig, name: str | Path) -> None:
+    """`ModelError` for more layers or experts than any model has, before a module is made for each."""
+    for part in (config, config.get_text_config()):
+        for field, value in vars(part).items():
+            counts = "layers" in field or "experts" in field or field in ("n_layer", "depth")
+            if counts and isinstance(value, int) and value > MOST_PARTS:
+                raise ModelError(f"{name}: config.json: {field}: got {value}; valid: at most {MOST_PARTS}")
+
+
 def _unpack_gguf(file: Path) -> Path:
     """The folder of safetensors and tokenizer made from a GGUF file, known by the file's content.
 
@@ -271,9 +298,12 @@ def _convert(file: Path, folder: Path) -> None:
     source = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
     try:
         # Without `dequantize` the model keeps a quantizer that refuses to be saved.
+        check_sizes(AutoConfig.from_pretrained(**source), file)
         unpacked = GgufConfig(dequantize=True)
         model = AutoModelForCausalLM.from_pretrained(**source, quantization_config=unpacked, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(**source)
+    except ModelError:
+        raise
     except Exception as error:
         # as damaged files make it
         raise ModelError(

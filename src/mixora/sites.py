@@ -6,15 +6,19 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import regex  # type: ignore[import-untyped]
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from mixora.config import did_you_mean
+from mixora.documents import show
 from mixora.errors import ConfigError
 from mixora.passes import Stream
 
 GROUPS = ("attention", "query-value", "feed-forward", "all-linear")
+# for one path
+MOST_SECONDS = 1.0
 # the group of whole feed-forward modules, for experts that stand behind a module
 WHOLE = "ffn"
 # the module of a block that gives the output of its feed-forward part, before dropout, residual and norm. BERT, OPT and
@@ -204,13 +208,20 @@ def names_by_group(targets: str | tuple[str, ...], linear: Linear) -> bool:
 
 
 def _match_expression(pattern: str, linears: list[Linear], model: nn.Module, where: str) -> list[Linear]:
+    # by a library that can be stopped: an expression such as (a+)+$ may take for ever, and adapters bring theirs
     try:
-        hits = [linear for linear in linears if re.fullmatch(pattern, linear.path)]
-    except re.error as error:
-        raise ConfigError(f"{where}: got {pattern!r}, which is no regular expression: {error}") from None
+        compiled = regex.compile(pattern)
+        hits = [linear for linear in linears if compiled.fullmatch(linear.path, timeout=MOST_SECONDS)]
+    except TimeoutError:
+        raise ConfigError(
+            f"{where}: the expression {show(pattern)} takes more than {MOST_SECONDS:g} s for one path; valid: one "
+            "without repetitions inside of repetitions"
+        ) from None
+    except (regex.error, RecursionError, OverflowError) as error:
+        raise ConfigError(f"{where}: got {show(pattern)}, which is no regular expression: {error}") from None
     if not hits:
         raise ConfigError(
-            f"{where}: the expression {pattern!r} matches no linear module{_tell_fused(model)}; one string is matched "
+            f"{where}: the expression {show(pattern)} matches no linear module{_tell_fused(model)}; one string is matched "
             f"against whole paths such as {linears[0].path!r}; valid too: a list of path endings"
         )
     return hits

@@ -9,7 +9,6 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,6 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from mixora.bases import check_sizes
+from mixora.config import Strict, parse
 from mixora.conversion.tensors import (
     Shapes,
     check_shapes,
@@ -26,7 +27,8 @@ from mixora.conversion.tensors import (
     shapes_of,
     write_adapter,
 )
-from mixora.errors import CheckpointError
+from mixora.depth import Count
+from mixora.errors import CheckpointError, ModelError
 from mixora.plan import Plan
 from mixora.stages import Advance, Stage, count
 from mixora.tuner import MixoraConfig, plan, recipe
@@ -42,18 +44,17 @@ _BUFFER = re.compile(r".*rotary_emb\.inv_freq")
 _COMPANIONS = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_*")
 
 
-@dataclass(frozen=True)
-class Sizes:
+class Sizes(Strict):
     """What a released configuration says of its experts: E, K, R and s."""
 
-    num_experts: int
-    top_k: int
-    rank: int
-    scale: float
+    num_experts: Count
+    topk: Count
+    adapter_dim: Count
+    moe_scaling: float
 
     def config(self) -> MixoraConfig:
         """The recipe `pesc` of these sizes, without LoRA: released checkpoints hold it merged into the base."""
-        made = recipe("pesc", num_experts=self.num_experts, top_k=self.top_k, rank=self.rank, scale=self.scale)
+        made = recipe("pesc", num_experts=self.num_experts, top_k=self.topk, rank=self.adapter_dim, scale=self.moe_scaling)
         rules = {"ffn": {**made.rules["ffn"], "targets": ["mlp"]}}
         return MixoraConfig(recipe="pesc", rules=rules, losses=made.losses, task_type="CAUSAL_LM", inference_mode=True)
 
@@ -64,8 +65,8 @@ class Sizes:
             prefix = f"model.layers.{layer}.mlp.moe_adapter."
             found[prefix + "router.weight"] = (self.num_experts, config.hidden_size)
             for expert in range(self.num_experts):
-                found[f"{prefix}experts.{expert}.adapter_down.weight"] = (self.rank, config.hidden_size)
-                found[f"{prefix}experts.{expert}.adapter_up.weight"] = (config.hidden_size, self.rank)
+                found[f"{prefix}experts.{expert}.adapter_down.weight"] = (self.adapter_dim, config.hidden_size)
+                found[f"{prefix}experts.{expert}.adapter_up.weight"] = (config.hidden_size, self.adapter_dim)
         return found
 
 
@@ -108,9 +109,17 @@ def _read_config(source: Path) -> tuple[PreTrainedConfig, Sizes]:
         known = ", ".join((*_DENSE, *_DENSE.values()))
         raise CheckpointError(f"{source}: config.json: model_type: got {data.get('model_type')!r}; valid: {known}")
     kept = {name: value for name, value in data.items() if name not in (*_THEIRS, "model_type", "architectures")}
-    config = AutoConfig.for_model(model_type, **kept)
+    try:
+        sizes = parse(Sizes, {name: data[name] for name in _SIZES})
+        config = AutoConfig.for_model(model_type, **kept)
+        check_sizes(config, source)
+    except ModelError:
+        raise
+    except Exception as error:
+        # settings of the wrong type make transformers raise anything
+        raise CheckpointError(f"{source}: config.json: {error}") from None
     config.architectures = [{"llama": "Llama", "qwen2": "Qwen2", "mistral": "Mistral"}[model_type] + "ForCausalLM"]
-    return config, Sizes(data["num_experts"], data["topk"], data["adapter_dim"], data["moe_scaling"])
+    return config, sizes
 
 
 def _find_shards(source: Path) -> list[Path]:
@@ -118,7 +127,7 @@ def _find_shards(source: Path) -> list[Path]:
     for name in ("model.safetensors", "pytorch_model.bin"):
         index = source / f"{name}.index.json"
         if index.is_file():
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            names = _read_names(index)
             missing = [shard for shard in names if not (source / shard).is_file()]
             if missing:
                 raise CheckpointError(f"{source}: {index.name} names files that are not there: {', '.join(missing)}")
@@ -126,6 +135,13 @@ def _find_shards(source: Path) -> list[Path]:
         if (source / name).is_file():
             return [source / name]
     raise CheckpointError(f"{source}: holds no weights; valid: model.safetensors or pytorch_model.bin, or their shards")
+
+
+def _read_names(index: Path) -> list[str]:
+    table = read_json(index).get("weight_map")
+    if not isinstance(table, dict) or not all(isinstance(name, str) for name in table.values()):
+        raise CheckpointError(f"{index}: has no table of tensors and files; valid: weight_map, with a name for each")
+    return sorted(set(table.values()))
 
 
 def _check(found: Shapes, dense: PreTrainedModel, of_experts: Shapes, source: Path) -> None:

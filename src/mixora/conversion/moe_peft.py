@@ -41,7 +41,7 @@ class _Lora(Strict):
 
     bias: Literal["none"] = "none"
     r: Count
-    lora_alpha: Annotated[int, Field(gt=0)]
+    lora_alpha: Count
     lora_dropout: Annotated[float, Field(ge=0, lt=1)]
     use_dora: Literal[False] = False
     use_rslora: bool = False

@@ -1,6 +1,5 @@
 """Rows from a file, a folder of splits, or the hub; every bad row is reported, none is dropped."""
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -13,6 +12,7 @@ from mixora.config import did_you_mean
 from mixora.data.files import READERS, Fault, Record, read_records
 from mixora.data.formats import FORMS, Row, detect_form, fitting_forms, form_named, problem_of
 from mixora.data.labels import check_class_names, name_classes, number_label
+from mixora.documents import read_json
 from mixora.errors import DataError
 
 USUAL_SPLITS = ("train", "validation", "test")
@@ -209,11 +209,9 @@ def _declared_classes(meta: Path) -> tuple[str, ...] | None:
     if not meta.exists():
         return None
     try:
-        content = json.loads(meta.read_text(encoding="utf-8"))
+        content = read_json(meta)
     except (OSError, ValueError) as error:
         raise DataError(f"{meta}: not readable as JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise DataError(f"{meta}: holds a {type(content).__name__}; valid: an object, perhaps with 'labels'")
     return check_class_names(content.get("labels"), str(meta))
 
 

@@ -4,9 +4,9 @@ import json
 import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Required
+from typing import Annotated, Any, Required
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import AfterValidator, ConfigDict, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
 from mixora.errors import CheckpointError
@@ -83,6 +83,12 @@ class Similar:
     correlation: float | None
 
 
+def _with_steps(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    if any(row.get("step", 0) is None for row in rows):
+        raise ValueError("got a step that is null; valid: a number")
+    return rows
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunRecord:
     """All a report tells, as plain values that survive JSON; a number that is not finite becomes None on disk."""
@@ -113,7 +119,7 @@ class RunRecord:
     """The same after training."""
     reloaded: Scores | None = None
     """The same for the adapter read back from disk, if that was tried."""
-    history: list[dict[str, int | float | None]] = field(default_factory=list)
+    history: Annotated[list[dict[str, int | float | None]], AfterValidator(_with_steps)] = field(default_factory=list)
     """Rows with `step`, `loss` (nats), auxiliary terms by name, and figures of the routers as `routing/...`."""
     load: GroupLoad | None = None
     routing: list[SiteRouting] = field(default_factory=list)
