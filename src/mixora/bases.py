@@ -33,7 +33,7 @@ from transformers import (
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from mixora.config import did_you_mean
-from mixora.documents import show
+from mixora.documents import Unreadable, find_path, show
 from mixora.errors import ModelError
 from mixora.short_names import SHORT_NAMES
 
@@ -130,8 +130,18 @@ def sketch_base(name: str | Path, *, task: Task | None = None, dtype: str | torc
     config = read_base_config(name)
     task = task or language_task_of(config)
     _check_fit(config, name, task)
-    with torch.device("meta"):
-        return _LOADERS[task].auto.from_config(config, dtype=precision)
+    return sketch(config, name, task, dtype=precision)
+
+
+def sketch(config: PreTrainedConfig, name: str | Path, task: Task = "causal-lm", **settings: Any) -> PreTrainedModel:
+    """A model of such a configuration on the meta device; `ModelError` for one that no model can be made of."""
+    try:
+        with torch.device("meta"):
+            return _LOADERS[task].auto.from_config(config, **settings)
+    except Exception as error:
+        # sizes of the wrong type or below zero make the layers raise anything
+        reason = str(error).splitlines() or [type(error).__name__]
+        raise ModelError(f"{name}: no model can be made of its configuration; reason: {reason[0][:300]}") from error
 
 
 def language_task_of(config: PreTrainedConfig) -> Task:
@@ -146,14 +156,9 @@ def resolve_base(name: str | Path) -> Path | str:
     for 135 million weights), later ones read the file once to know it by its content. Raises `ModelError`.
     """
     try:
-        path = _find_packaged(name) if isinstance(name, str) and name in SHORT_NAMES else Path(name).expanduser()
-        path.stat()
-    except (FileNotFoundError, NotADirectoryError):
-        pass
-    except (OSError, ValueError, RuntimeError) as error:
-        # too long, not for us, half a character, no home
-        reason = getattr(error, "strerror", None) or error
-        raise ModelError(f"{show(str(name))}: is no path: {reason}; valid: a folder, .gguf file or hub id") from None
+        path = _find_packaged(name) if isinstance(name, str) and name in SHORT_NAMES else find_path(os.path.expanduser(name))
+    except Unreadable as error:
+        raise ModelError(f"{show(str(name))}: {error}; valid: a folder, .gguf file or hub id") from None
     if path.is_file():
         return _unpack_gguf(path)
     if path.is_dir():

@@ -34,6 +34,18 @@ def read_bytes(path: str | os.PathLike[str], most: int) -> bytes:
     return content
 
 
+def find_path(name: str | os.PathLike[str]) -> Path:
+    """A path, whether something is there or not; `Unreadable` for what can be none, or is not for us to look at."""
+    try:
+        path = Path(name)
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return path
+    except (OSError, ValueError, RuntimeError) as error:
+        raise Unreadable(f"is no path here: {getattr(error, 'strerror', None) or error}") from None
+    return path
+
+
 def decode(content: bytes) -> str:
     """UTF-8 with or without a mark at its start."""
     try:

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
+from mixora.documents import Unreadable, find_path, show
 from mixora.errors import ConfigError
 
 MARK = ".mixora"
@@ -17,8 +18,12 @@ def check_folder(out: str | Path, overwrite: bool = False, reads: Iterable[str |
     Raises `ConfigError` if it holds something and may not be replaced, if replacing it would remove one of the paths
     in `reads`, or if it cannot be written.
     """
-    folder = Path(out)
-    if folder.is_dir() and any(folder.iterdir()):
+    try:
+        folder = find_path(out)
+        is_used = folder.is_dir() and any(folder.iterdir())
+    except (Unreadable, OSError) as error:
+        raise ConfigError(f"out: {show(str(out))} cannot be written: {error}; valid: a folder that can be") from None
+    if is_used:
         _check_replaceable(folder, overwrite, reads)
     above = folder.absolute()
     while not above.exists() and not above.is_symlink():

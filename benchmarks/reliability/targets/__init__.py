@@ -31,7 +31,7 @@ TARGETS = {
     "parquet": Target(rows.read_parquet, 6_000),
     "folder": Target(rows.read_folder, 4_000),
     "text": Target(rows.encode_text, 4_000),
-    "template": Target(rows.render_template, 3_000, lambda: [text.encode() for text in rows.ODD_TEMPLATES]),
+    "template": Target(rows.render_template, 1_500, lambda: [text.encode() for text in rows.ODD_TEMPLATES]),
     "adapter-config": Target(adapters.read_config, 4_000),
     "adapter-header": Target(adapters.read_header, 4_000),
     "adapter-tensors": Target(adapters.read_tensors, 2_000),

@@ -53,15 +53,21 @@ def read_header(data: bytes) -> None:
 
 def _tensors(content: bytes) -> dict[str, Any]:
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-    return {name: entry for name, entry in header.items() if name != "__metadata__"}
+    # other words in a header mean nothing
+    return {
+        name: [entry[word] for word in ("dtype", "shape", "data_offsets")]
+        for name, entry in header.items()
+        if name != "__metadata__"
+    }
 
 
 def read_tensors(data: bytes) -> None:
     """Tensors that are missing, unexpected, of another shape or type, or not finite: one error that names all."""
     draw, whole = Draw(data), safetensors.torch.load(adapter_files()[WEIGHTS])
     tensors, damaged = dict(whole), []
+    mildness = draw.pick((16, 64, 255))
     for name in sorted(whole):
-        action = draw.below(16)
+        action = draw.below(mildness)
         if action < 6:
             damaged.append(name)
         if action == 0:

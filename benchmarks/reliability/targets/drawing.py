@@ -105,7 +105,11 @@ class Draw:
             if action == 1:
                 return here[:place] + [here[place]] + here[place:]
             return [self._damage_once(value) if n == place else value for n, value in enumerate(here)]
-        return self.value()
+        if self.byte() % 2:
+            return self.value()
+        if isinstance(here, str):
+            return self.text()
+        return self.pick(NUMBERS) if isinstance(here, int) else self.pick(FLOATS)
 
     def alter(self, content: bytes) -> bytes:
         """`content` with bits turned, pieces cut out, put in or repeated."""

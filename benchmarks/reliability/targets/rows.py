@@ -13,7 +13,7 @@ from benchmarks.reliability.targets.drawing import Draw
 from benchmarks.reliability.targets.material import CHAT, ROWS, fresh, make_tokenizer
 from mixora.data import EncodingConfig, Rows, encode, read_rows, splits_of, templates
 
-TEMPLATE_SECONDS = 2.0
+TEMPLATE_SECONDS = 0.5
 ODD_LINES = (
     b'{"prompt": "a", "prompt": "b", "completion": "c"}',
     b'{"prompt": "\\ud800", "completion": "c"}',

@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from mixora.bases import check_sizes
+from mixora.bases import check_sizes, sketch
 from mixora.config import Strict, parse
 from mixora.conversion.tensors import (
     Shapes,
@@ -78,8 +78,7 @@ def convert_crafted(source: Path, claim: Callable[[], Path] | None, progress: St
     """
     config, sizes = _read_config(source)
     shards = _find_shards(source)
-    with torch.device("meta"):
-        dense = AutoModelForCausalLM.from_config(config)
+    dense = sketch(config, source)
     _check(read_shapes(shards), dense, sizes.shapes(config), source)
     settings = sizes.config()
     table = plan(dense, settings)

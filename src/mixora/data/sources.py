@@ -12,7 +12,7 @@ from mixora.config import did_you_mean
 from mixora.data.files import READERS, Fault, Record, read_records
 from mixora.data.formats import FORMS, Row, detect_form, fitting_forms, form_named, problem_of
 from mixora.data.labels import check_class_names, name_classes, number_label
-from mixora.documents import read_json
+from mixora.documents import Unreadable, find_path, read_json, show
 from mixora.errors import DataError
 
 USUAL_SPLITS = ("train", "validation", "test")
@@ -150,7 +150,7 @@ def splits_of(source: str | Path) -> tuple[str, ...]:
     Raises:
         DataError: there is no such source, or the folder holds no file that can be read.
     """
-    path = Path(source)
+    path = _find_path(source)
     if path.is_dir():
         return tuple(_split_files(path))
     if path.is_file() or _looks_local(source):
@@ -160,7 +160,7 @@ def splits_of(source: str | Path) -> tuple[str, ...]:
 
 
 def _find_split(source: str | Path, split: str) -> _Split:
-    path = Path(source)
+    path = _find_path(source)
     if not path.exists() and not _looks_local(source):
         return _hub_split(source, split)
     known = splits_of(source)
@@ -171,6 +171,13 @@ def _find_split(source: str | Path, split: str) -> _Split:
         classes = _declared_classes(path / "meta.json")
         path = _split_files(path)[split]
     return _Split(str(path), classes, lambda: read_records(path))
+
+
+def _find_path(source: str | Path) -> Path:
+    try:
+        return find_path(source)
+    except Unreadable as error:
+        raise DataError(f"{show(str(source))}: {error}; valid: a file, a folder or a hub id") from None
 
 
 def _looks_local(source: str | Path) -> bool:
