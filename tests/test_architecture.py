@@ -9,8 +9,8 @@ SOURCE = Path(__file__).parents[1] / "src" / "mixora"
 ORDER = [
     {"errors", "short_names", "stages", "documents"},
     {"draws", "completion"},
-    {"routing", "config", "folders", "low_rank", "fused_loss", "activations", "host"},
-    {"contracts", "passes", "depth"},
+    {"routing", "config", "folders", "low_rank", "fused_loss", "activations", "host", "base_limits"},
+    {"contracts", "passes", "depth", "gguf_files"},
     {"experts", "routers", "kernels", "losses", "allocators", "slots", "parts", "plan", "entrances"},
     {"method", "sites", "joining", "folding"},
     {"decoding"},

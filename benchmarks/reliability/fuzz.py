@@ -7,19 +7,22 @@ started again after a crash or a hang.
 """
 
 import argparse
+import importlib
 import importlib.util
 import json
 import os
-import subprocess
+import signal
 import sys
 import tempfile
 import time
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.recording import RESULTS, describe_run, write_results
+from benchmarks.reliability import fuzz_worker
 
 QUICK = 20
 MOST_FINDINGS = 20
@@ -45,14 +48,16 @@ def read_options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     options = read_options(arguments)
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
     given = list(sys.argv[1:] if arguments is None else arguments)
     facts = describe_run(["python", "-m", "benchmarks.reliability.fuzz", *given])
-    engine = options.engine or ("atheris" if importlib.util.find_spec("atheris") else "mutation")
-    if engine == "mutation":
+    has_atheris = importlib.util.find_spec("atheris") is not None
+    engine = options.engine or ("atheris" if has_atheris else "mutation")
+    if not has_atheris:
         print("inputs by mutation alone: atheris is not installed (pip install --group fuzz)")
     found: dict[str, Any] = {**facts, "engine": engine, "limits": {}, "targets": {}}
     found |= {"seed": options.seed, "limits": {"seconds": options.seconds, "memory_mib": options.memory}}
-    for name, inputs in _choose(options).items():
+    for name, inputs in _choose(options, engine).items():
         found["targets"][name] = tally = run_target(name, inputs, engine, options)
         kinds = ", ".join(f"{kind} {count:,}" for kind, count in sorted(tally["outcomes"].items()))
         print(f"{name:16} {tally['inputs']:7,} in {tally['seconds']:6.1f} s: {kinds}", flush=True)
@@ -65,14 +70,22 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     return found
 
 
-def _choose(options: argparse.Namespace) -> dict[str, int]:
-    from benchmarks.reliability.targets import TARGETS
-
-    unknown = [name for name in options.targets if name not in TARGETS]
+def _choose(options: argparse.Namespace, engine: str) -> dict[str, int]:
+    targets = _import_targets(engine)
+    unknown = [name for name in options.targets if name not in targets]
     if unknown:
-        sys.exit(f"got {unknown[0]!r}; valid: {', '.join(TARGETS)}")
+        sys.exit(f"got {unknown[0]!r}; valid: {', '.join(targets)}")
     inputs = QUICK if options.quick else options.inputs
-    return {name: inputs or TARGETS[name].inputs for name in options.targets or TARGETS}
+    return {name: inputs or targets[name].inputs for name in options.targets or targets}
+
+
+def _import_targets(engine: str) -> dict[str, Any]:
+    if engine == "mutation":
+        return importlib.import_module("benchmarks.reliability.targets").TARGETS
+    import atheris
+
+    with atheris.instrument_imports(include=["mixora"]):
+        return importlib.import_module("benchmarks.reliability.targets").TARGETS
 
 
 def run_target(name: str, inputs: int, engine: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -93,23 +106,27 @@ def run_target(name: str, inputs: int, engine: str, options: argparse.Namespace)
 
 
 def _run_process(asked: dict[str, Any], place: Path) -> str | None:
-    """Run a worker to its end; why it had to be ended, or failed."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "MIXORA_CACHE": str(place / "cache")}
-    command = [sys.executable, "-m", "benchmarks.reliability.fuzz_worker", json.dumps(asked)]
-    with (place / "log").open("wb") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
-        seen, since = "", time.monotonic()
-        while process.poll() is None:
-            time.sleep(0.2)
-            now = (place / "count").read_text() if (place / "count").exists() else ""
-            if now != seen:
-                seen, since = now, time.monotonic()
-            # the worker stops Python code by itself; what lies deeper is stopped here
-            if time.monotonic() - since > 2 * asked["seconds"] + PATIENCE:
-                process.kill()
-                process.wait()
-                return "hang"
-    return None if process.returncode == 0 else f"exit code {process.returncode}"
+    """Run a worker to its end; why it had to be ended, or failed. Forked, since the imports take longer than most."""
+    with warnings.catch_warnings():
+        # of threads, which a worker does not need
+        warnings.simplefilter("ignore", DeprecationWarning)
+        process = os.fork()
+    if process == 0:
+        fuzz_worker.work(asked, _import_targets(asked["engine"])[asked["target"]])
+    seen, since, status = "", time.monotonic(), None
+    while status is None:
+        time.sleep(0.1)
+        ended, code = os.waitpid(process, os.WNOHANG)
+        status = code if ended else None
+        now = (place / "count").read_text() if (place / "count").exists() else ""
+        if now != seen:
+            seen, since = now, time.monotonic()
+        # the worker stops Python code by itself; what lies deeper is stopped here
+        if time.monotonic() - since > 2 * asked["seconds"] + PATIENCE:
+            os.kill(process, signal.SIGKILL)
+            os.waitpid(process, 0)
+            return "hang"
+    return None if status == 0 else f"ended with {os.waitstatus_to_exitcode(status)}"
 
 
 def _add(total: dict[str, Any], tally: dict[str, Any], ended: str | None, place: Path) -> None:
@@ -122,8 +139,7 @@ def _add(total: dict[str, Any], tally: dict[str, Any], ended: str | None, place:
     if ended:
         total["restarts"] += 1
         last = (place / "current").read_bytes() if (place / "current").exists() else b""
-        log = (place / "log").read_text(errors="replace")[-600:]
-        total["findings"].append({"kind": ended, "text": log, "input": last[:2000].hex()})
+        total["findings"].append({"kind": ended, "input": last[:2000].hex()})
 
 
 if __name__ == "__main__":

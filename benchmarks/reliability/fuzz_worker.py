@@ -1,4 +1,4 @@
-"""One process of `benchmarks.reliability.fuzz`: gives a target inputs under its limits and counts what comes of them."""
+"""A process of `benchmarks.reliability.fuzz`: gives a target inputs under limits and counts what comes of them."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 NOTE_EVERY = 50
 MOST_BYTES = 4096
@@ -66,9 +66,7 @@ class Worker:
         return "result"
 
     def _find(self, outcome: str, error: BaseException, data: bytes) -> str:
-        places = [
-            f"{Path(frame.filename).name}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)
-        ]
+        places = [f"{Path(frame.filename).name}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)]
         ours = [place for place in places if not place.startswith(("fuzz_worker", "pathlib"))]
         kind = f"{outcome}: {type(error).__name__}"
         finding = {"kind": kind, "text": str(error)[:500], "at": " ".join(ours[-6:]), "input": data[:2000].hex()}
@@ -114,7 +112,7 @@ def mutations(seeds: list[bytes], seed: int) -> Iterator[bytes]:
         yield bytes(found)
 
 
-def limit_memory(more: int) -> None:
+def _limit_memory(more: int) -> None:
     """Of this process: what it has and so many MiB."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     size = pages * resource.getpagesize() + more * 2**20
@@ -122,51 +120,47 @@ def limit_memory(more: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (size, hard))
 
 
-def quieten() -> None:
+def _quieten(folder: Path) -> None:
+    """No words of libraries; what they keep goes into the folder."""
     import transformers
 
     from mixora.data import encoding
 
+    os.environ["MIXORA_CACHE"] = str(folder / "cache")
+    log = os.open(folder / "log", os.O_WRONLY | os.O_CREAT)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     encoding.logger.disabled = True
 
 
-def stop(number: int, frame: FrameType | None) -> None:
+def _stop(number: int, frame: FrameType | None) -> None:
     raise TooSlow("an input takes too long")
 
 
-def main() -> None:
-    asked = json.loads(sys.argv[1])
-    if asked["engine"] == "atheris":
-        import atheris
-
-        with atheris.instrument_imports(include=["mixora"]):
-            from benchmarks.reliability.targets import TARGETS
-    else:
-        from benchmarks.reliability.targets import TARGETS
+def work(asked: dict[str, Any], target: Any) -> NoReturn:
+    """Give `target` inputs until this process ends."""
     from mixora.errors import MixoraError
 
-    quieten()
-    target = TARGETS[asked["target"]]
+    _quieten(Path(asked["folder"]))
     worker, seeds = Worker(asked, target.run, MixoraError), target.seeds()
-    signal.signal(signal.SIGALRM, stop)
+    signal.signal(signal.SIGALRM, _stop)
     # what is made once is made before memory counts
     worker._try(b"")
-    limit_memory(asked["memory"])
+    _limit_memory(asked["memory"])
     if asked["engine"] == "mutation":
         for data in mutations(seeds, asked["seed"]):
             worker.give(data)
+    import atheris
+
     corpus = worker.folder / "corpus"
     corpus.mkdir()
     for number, content in enumerate(seeds):
         (corpus / str(number)).write_bytes(content[:MOST_BYTES])
-    flags = [f"-seed={asked['seed'] + 1}", f"-max_len={MOST_BYTES if seeds else 256}", "-verbosity=0"]
+    flags = [f"-seed={asked['seed'] + 1}", f"-max_len={MOST_BYTES}", "-verbosity=0"]
     flags += ["-handle_alrm=0", "-timeout=100000", "-rss_limit_mb=0", "-len_control=0", "-detect_leaks=0"]
     atheris.Setup([sys.argv[0], *flags, str(corpus)], worker.give)
     atheris.Fuzz()
-
-
-if __name__ == "__main__":
-    main()
+    os._exit(0)

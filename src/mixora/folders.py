@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from mixora.documents import Unreadable, find_path, show
+from mixora.documents import UnreadableError, find_path, show
 from mixora.errors import ConfigError
 
 MARK = ".mixora"
@@ -21,7 +21,7 @@ def check_folder(out: str | Path, overwrite: bool = False, reads: Iterable[str |
     try:
         folder = find_path(out)
         is_used = folder.is_dir() and any(folder.iterdir())
-    except (Unreadable, OSError) as error:
+    except (UnreadableError, OSError) as error:
         raise ConfigError(f"out: {show(str(out))} cannot be written: {error}; valid: a folder that can be") from None
     if is_used:
         _check_replaceable(folder, overwrite, reads)

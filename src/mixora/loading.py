@@ -38,8 +38,8 @@ def from_pretrained(
 
     `base` is a model, or what `mixora.bases.load_base` takes (which also gets `for_base`: `dtype`, `num_labels`, ...).
     `adapter` is a folder written by `save_pretrained`, or a hub id. Weights that are missing, unexpected or of the
-    wrong shape, numbers of another kind than floats or not finite, and a model that does not fit the adapter's plan, are
-    a `CheckpointError` that names all of them.
+    wrong shape, numbers that are no floats or not finite, and a model that does not fit the adapter's plan, are a
+    `CheckpointError` that names all of them.
     """
     folder = Path(adapter)
     if folder.exists():

@@ -221,8 +221,8 @@ def _match_expression(pattern: str, linears: list[Linear], model: nn.Module, whe
         raise ConfigError(f"{where}: got {show(pattern)}, which is no regular expression: {error}") from None
     if not hits:
         raise ConfigError(
-            f"{where}: the expression {show(pattern)} matches no linear module{_tell_fused(model)}; one string is matched "
-            f"against whole paths such as {linears[0].path!r}; valid too: a list of path endings"
+            f"{where}: the expression {show(pattern)} matches no linear module{_tell_fused(model)}; one string is "
+            f"matched against whole paths such as {linears[0].path!r}; valid too: a list of path endings"
         )
     return hits
 

@@ -116,5 +116,3 @@ def flip_bits(data: bytes) -> None:
     model = _load({**adapter_files(), WEIGHTS: bytes(whole)})
     assert _tensors(bytes(whole)) == _tensors(adapter_files()[WEIGHTS])
     assert all(tensor.isfinite().all() for tensor in mixora_state(model).values())
-
-

@@ -103,7 +103,7 @@ class Draw:
             if action == 0:
                 return here[:place] + here[place + 1 :]
             if action == 1:
-                return here[:place] + [here[place]] + here[place:]
+                return [*here[:place], here[place], *here[place:]]
             return [self._damage_once(value) if n == place else value for n, value in enumerate(here)]
         if self.byte() % 2:
             return self.value()

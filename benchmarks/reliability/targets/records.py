@@ -161,5 +161,3 @@ def reopen_run(data: bytes) -> None:
         write_files(folder, adapter_files() if draw.byte() % 4 == 0 else {})
         changes = draw.value()
         read_resumed(folder, changes if isinstance(changes, dict) else {})
-
-

@@ -46,9 +46,9 @@ ODD_TABLES = (
 )
 ODD_TEMPLATES = (
     CHAT,
-    "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}x{% endfor %}{% endfor %}{% endfor %}",
+    "{% for a in range(99999) %}{% for b in range(99999) %}x{% endfor %}{% endfor %}",
     "{{ 'a' * 10**11 }}",
-    "{{ 9**9**9 }}",
+    "{{ 9**(9**9) }}",
     "{% set n = namespace(x='aaaaaaaa') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}{{ n.x }}",
     "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
     "{{ range(10**9) }}",
@@ -195,5 +195,3 @@ def seed_lines() -> list[bytes]:
 
 def seed_lists() -> list[bytes]:
     return [json.dumps([row, row]).encode() for row in ROWS] + [b"[" + line + b"]" for line in ODD_LINES]
-
-

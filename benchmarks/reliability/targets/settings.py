@@ -31,9 +31,9 @@ BOMB = "a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
 ODD_YAML = (
     BOMB,
     "a: &a [*a]",
-    "a: {" * 300,
-    "[" * 5000,
-    "- " * 3000,
+    "a: {" * 120,
+    "[" * 300,
+    "- " * 300,
     "title: 2024-13-99",
     "title: !!binary x",
     "title: !!python/object:os.system {}",
@@ -41,7 +41,7 @@ ODD_YAML = (
     "a: 1\na: 2",
     "<<: {a: 1}\na: 2",
     "title: " + "9" * 5000,
-    "title: " + "1:" * 3000 + "1",
+    "title: " + "1:" * 200 + "1",
     "title: .nan",
     "\ufefftitle: x",
     "title: \x00",
@@ -91,7 +91,7 @@ def read_words(data: bytes) -> None:
 def compare(data: bytes) -> None:
     """The settings of a comparison with damages."""
     comparison = read_comparison(Draw(data).damage(COMPARISON))
-    assert 1 <= len(comparison.seed_list)
+    assert len(comparison.seed_list) >= 1
     assert parse(type(comparison), comparison.model_dump(mode="json")) == comparison
 
 

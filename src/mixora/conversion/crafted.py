@@ -6,17 +6,20 @@ a softmax over the kept logits, or by a softmax over all of them renormalised ov
 """
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from mixora.bases import check_sizes, sketch
+from mixora.base_limits import check_sizes
+from mixora.bases import sketch
 from mixora.config import Strict, parse
 from mixora.conversion.tensors import (
     Shapes,
@@ -54,7 +57,9 @@ class Sizes(Strict):
 
     def config(self) -> MixoraConfig:
         """The recipe `pesc` of these sizes, without LoRA: released checkpoints hold it merged into the base."""
-        made = recipe("pesc", num_experts=self.num_experts, top_k=self.topk, rank=self.adapter_dim, scale=self.moe_scaling)
+        made = recipe(
+            "pesc", num_experts=self.num_experts, top_k=self.topk, rank=self.adapter_dim, scale=self.moe_scaling
+        )
         rules = {"ffn": {**made.rules["ffn"], "targets": ["mlp"]}}
         return MixoraConfig(recipe="pesc", rules=rules, losses=made.losses, task_type="CAUSAL_LM", inference_mode=True)
 
@@ -138,9 +143,13 @@ def _find_shards(source: Path) -> list[Path]:
 
 def _read_names(index: Path) -> list[str]:
     table = read_json(index).get("weight_map")
-    if not isinstance(table, dict) or not all(isinstance(name, str) for name in table.values()):
+    if not isinstance(table, dict) or not all(map(_is_file_name, table.values())):
         raise CheckpointError(f"{index}: has no table of tensors and files; valid: weight_map, with a name for each")
     return sorted(set(table.values()))
+
+
+def _is_file_name(name: Any) -> bool:
+    return isinstance(name, str) and name == Path(name).name and 0 < len(os.fsencode(name)) < 256 and "\0" not in name
 
 
 def _check(found: Shapes, dense: PreTrainedModel, of_experts: Shapes, source: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow  # type: ignore[import-untyped]
 import pyarrow.parquet  # type: ignore[import-untyped]
 
-from mixora.documents import MOST_DIGITS, Unreadable, decode, parse_json
+from mixora.documents import MOST_DIGITS, UnreadableError, decode, parse_json
 from mixora.errors import DataError
 
 
@@ -54,14 +54,14 @@ def _parse_line(line: bytes) -> Any:
         return parse_json(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         return Fault(f"is not UTF-8 (byte {error.start + 1} of the line)")
-    except Unreadable as error:
+    except UnreadableError as error:
         return Fault(str(error))
 
 
 def _read_json(path: Path) -> Iterator[Record]:
     try:
         rows = parse_json(decode(path.read_bytes()))
-    except Unreadable as error:
+    except UnreadableError as error:
         raise DataError(f"{path}: {error}") from None
     if not isinstance(rows, list):
         raise DataError(f"{path}: holds one {type(rows).__name__}; valid: a list of objects, or JSONL")
@@ -71,7 +71,7 @@ def _read_json(path: Path) -> Iterator[Record]:
 def _read_csv(path: Path) -> Iterator[Record]:
     try:
         reader = csv.DictReader(io.StringIO(decode(path.read_bytes()), newline=""), strict=True)
-    except Unreadable as error:
+    except UnreadableError as error:
         raise DataError(f"{path}: {error}") from None
     try:
         names = list(reader.fieldnames or ())

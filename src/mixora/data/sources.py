@@ -12,7 +12,7 @@ from mixora.config import did_you_mean
 from mixora.data.files import READERS, Fault, Record, read_records
 from mixora.data.formats import FORMS, Row, detect_form, fitting_forms, form_named, problem_of
 from mixora.data.labels import check_class_names, name_classes, number_label
-from mixora.documents import Unreadable, find_path, read_json, show
+from mixora.documents import UnreadableError, find_path, read_json, show
 from mixora.errors import DataError
 
 USUAL_SPLITS = ("train", "validation", "test")
@@ -176,7 +176,7 @@ def _find_split(source: str | Path, split: str) -> _Split:
 def _find_path(source: str | Path) -> Path:
     try:
         return find_path(source)
-    except Unreadable as error:
+    except UnreadableError as error:
         raise DataError(f"{show(str(source))}: {error}; valid: a file, a folder or a hub id") from None
 
 

@@ -2,9 +2,8 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import Field
 from transformers import PreTrainedTokenizerBase
 
 from mixora.config import Strict, Whole, did_you_mean
