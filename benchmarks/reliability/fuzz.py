@@ -63,10 +63,11 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         print(f"{name:16} {tally['inputs']:7,} in {tally['seconds']:6.1f} s: {kinds}", flush=True)
         for finding in tally["findings"]:
             print(f"  FINDING {json.dumps(finding)[:1500]}", flush=True)
-    found["inputs"] = sum(tally["inputs"] for tally in found["targets"].values())
-    found["findings"] = sum(len(tally["findings"]) for tally in found["targets"].values())
-    print(f"{found['inputs']:,} inputs, {found['findings']} findings")
-    print(write_results("reliability-fuzz", found, options.out))
+        found["inputs"] = sum(tally["inputs"] for tally in found["targets"].values())
+        found["findings"] = sum(len(tally["findings"]) for tally in found["targets"].values())
+        # a run that is stopped leaves what it knows
+        path = write_results("reliability-fuzz", found, options.out)
+    print(f"{found['inputs']:,} inputs, {found['findings']} findings\n{path}")
     return found
 
 
