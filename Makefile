@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup quickstart test test-matrix works-with lint format docs audit mutants clean
+.PHONY: help setup quickstart test fuzz test-matrix works-with lint format docs audit mutants clean
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ -/'
 
@@ -23,6 +23,10 @@ quickstart: $(READY)  ## fine-tune a real language model, evaluate, generate, sa
 
 test: $(READY)   ## all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal  # a thread for each of the two
+
+fuzz: $(READY)   ## a hundred thousand bad inputs, guided by coverage; an hour on one busy core
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group fuzz
+	$(BIN)/python -m benchmarks.reliability.fuzz
 
 works-with: $(READY) ## the tests of what mixora works with; writes their table, docs/guide/works_with.md
 	OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python -m pytest -m works_with -p tests.compatibility.table

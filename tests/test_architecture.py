@@ -7,10 +7,10 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "mixora"
 ORDER = [
-    {"errors", "short_names", "stages", "console", "world"},
+    {"errors", "short_names", "stages", "console", "world", "documents"},
     {"draws", "completion", "asides", "devices"},
-    {"routing", "config", "folders", "low_rank", "fused_loss", "activations", "host", "sharding"},
-    {"contracts", "passes", "depth", "outside"},
+    {"routing", "config", "folders", "low_rank", "fused_loss", "activations", "host", "sharding", "base_limits"},
+    {"contracts", "passes", "depth", "outside", "gguf_files"},
     {"experts", "routers", "kernels", "losses", "allocators", "slots", "parts", "plan", "entrances"},
     {"method", "sites", "joining", "folding", "injection"},
     {"decoding"},

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, LlamaModel
 
-from mixora import bases
+from mixora import gguf_files
 from mixora.bases import load_base, resolve_base
 from mixora.errors import ModelError
 from mixora.short_names import SHORT_NAMES, Packaged
@@ -65,7 +65,7 @@ def smollm(smollm_cache):
 
 @needs(SMOLLM)
 def test_second_load_is_bit_for_bit_the_first_and_unpacks_nothing(smollm, smollm_cache, monkeypatch):
-    monkeypatch.setattr(bases, "_convert", None)
+    monkeypatch.setattr(gguf_files, "_convert", None)
     again, _ = load_base(SMOLLM)
     first = smollm[0].state_dict()
     assert all(torch.equal(weight, first[key]) for key, weight in again.state_dict().items())
@@ -158,7 +158,7 @@ def test_one_of_two_unpackings_at_once_wins(tmp_path, monkeypatch):
         (rival / "config.json").write_text("theirs")
 
     digest = hashlib.sha256(b"GGUF and more").hexdigest()[:16]
-    monkeypatch.setattr(bases, "_convert", convert)
+    monkeypatch.setattr(gguf_files, "_convert", convert)
     assert (resolve_base(file) / "config.json").read_text() == "theirs"
     assert len(list((tmp_path / "cache").iterdir())) == 1
 

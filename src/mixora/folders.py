@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from mixora.asides import ASIDE
+from mixora.documents import UnreadableError, find_path, show
 from mixora.errors import ConfigError
 
 MARK = ".mixora"
@@ -18,8 +19,12 @@ def check_folder(out: str | Path, overwrite: bool = False, reads: Iterable[str |
     Raises `ConfigError` if it holds something and may not be replaced, if replacing it would remove one of the paths
     in `reads`, or if it cannot be written.
     """
-    folder = Path(out)
-    if _holds_something(folder):
+    try:
+        folder = find_path(out)
+        is_used = _holds_something(folder)
+    except (UnreadableError, OSError) as error:
+        raise ConfigError(f"out: {show(str(out))} cannot be written: {error}; valid: a folder that can be") from None
+    if is_used:
         _check_replaceable(folder, overwrite, reads)
     above = folder.absolute()
     while not above.exists() and not above.is_symlink():

@@ -1,6 +1,7 @@
 """A saved adapter back on its base model, checked tensor by tensor."""
 
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,17 @@ from peft import PeftConfig, PeftModel
 from peft.utils import get_peft_model_state_dict
 from peft.utils.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from mixora.bases import TASK_TYPES, Task, load_base
-from mixora.errors import CheckpointError, ConfigError
+from mixora.documents import read_json
+from mixora.errors import MOST_NAMED, CheckpointError, ConfigError
 from mixora.host import MIXORA
+
+FLOATS = ("F16", "BF16", "F32", "F64")
+Headers = dict[str, tuple[tuple[int, ...], str]]
+"""Shape and type of each tensor in a file, by name."""
 
 
 def task_of(config: PeftConfig) -> Task:
@@ -33,7 +40,8 @@ def from_pretrained(
 
     `base` is a model, or what `mixora.bases.load_base` takes (which also gets `for_base`: `dtype`, `num_labels`, ...).
     `adapter` is a folder written by `save_pretrained`, or a hub id. Weights that are missing, unexpected or of the
-    wrong shape, and a model that does not fit the adapter's plan, are a `CheckpointError` that names all of them.
+    wrong shape, numbers that are no floats or not finite, and a model that does not fit the adapter's plan, are a
+    `CheckpointError` that names all of them.
     """
     folder = find_adapter(adapter)
     check_files(folder)
@@ -46,10 +54,11 @@ def from_pretrained(
         model = PeftModel.from_pretrained(
             base, str(folder), adapter_name=adapter_name, is_trainable=is_trainable, ignore_mismatched_sizes=True
         )
-    problems = _compare(model, adapter_name, _shapes_on_disk(folder))
+    problems = _compare(model, adapter_name, _read_headers(folder))
     if problems:
         model.unload()
-        shown = "\n  ".join(problems[:20])
+        more = [f"and {len(problems) - MOST_NAMED} more"] if len(problems) > MOST_NAMED else []
+        shown = "\n  ".join([*problems[:MOST_NAMED], *more])
         raise CheckpointError(f"{adapter}: {len(problems)} tensors do not fit the model:\n  {shown}")
     return model
 
@@ -70,13 +79,17 @@ def find_adapter(adapter: str | Path) -> Path:
 
 def read_adapter_config(adapter: str | Path) -> PeftConfig:
     """The configuration of an adapter of ours in a folder; `CheckpointError` for others and damaged ones."""
+    file = Path(adapter) / CONFIG_NAME
     try:
+        if file.exists():
+            # PEFT's own reader takes the last of equal keys, NaN, and any depth
+            read_json(file)
         kind = PeftConfig._get_peft_type(str(adapter))
         if kind == MIXORA:
             return PeftConfig.from_pretrained(str(adapter))
     except ConfigError as error:
         raise CheckpointError(f"{adapter}: {CONFIG_NAME}: {error}") from None
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, OSError) as error:
         raise CheckpointError(f"{adapter}: its {CONFIG_NAME} is damaged or not there: {error}") from None
     raise CheckpointError(f"{adapter}: is an adapter of type {kind}; valid: {MIXORA.value}")
 
@@ -88,25 +101,36 @@ def check_files(folder: Path) -> None:
         raise CheckpointError(
             f"{folder}: has no {' and no '.join(missing)}; valid: a folder that save_pretrained wrote"
         )
-    _shapes_on_disk(folder)
+    _read_headers(folder)
 
 
-def _shapes_on_disk(folder: Path) -> dict[str, tuple[int, ...]]:
+def _read_headers(folder: Path) -> Headers:
     path = folder / SAFETENSORS_WEIGHTS_NAME
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            return {name: (tuple(found.get_shape()), found.get_dtype()) for name, found in slices.items()}
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: is damaged: {error}") from None
 
 
-def _compare(model: PeftModel, adapter: str, on_disk: dict[str, tuple[int, ...]]) -> list[str]:
+def _compare(model: PeftModel, adapter: str, on_disk: Headers) -> list[str]:
     # embeddings are not ours to save, and looking for them would ask the hub for the base
     state = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
-    expected = {name: tuple(t.shape) for name, t in state.items()}
-    problems = [f"{name}: missing, expected {list(expected[name])}" for name in sorted(expected.keys() - on_disk)]
-    problems += [f"{name}: unexpected" for name in sorted(on_disk.keys() - expected)]
-    for name in sorted(expected.keys() & on_disk):
-        if expected[name] != on_disk[name]:
-            problems.append(f"{name}: got {list(on_disk[name])}, expected {list(expected[name])}")
+    problems = [f"{name}: missing, expected {list(state[name].shape)}" for name in sorted(state.keys() - on_disk)]
+    problems += [f"{name}: unexpected" for name in sorted(on_disk.keys() - state)]
+    for name in sorted(state.keys() & on_disk):
+        problems += [f"{name}: {problem}" for problem in _problems_of(state[name], *on_disk[name])]
     return problems
+
+
+def _problems_of(loaded: Tensor, shape: tuple[int, ...], dtype: str) -> Iterator[str]:
+    """What is wrong with a tensor of this shape and type on disk, which is `loaded` where the shapes are equal."""
+    if tuple(loaded.shape) != shape:
+        yield f"got {list(shape)}, expected {list(loaded.shape)}"
+    if loaded.is_floating_point() and dtype not in FLOATS:
+        yield f"got numbers of type {dtype}, expected one of {', '.join(FLOATS)}"
+    elif loaded.is_floating_point() and tuple(loaded.shape) == shape:
+        wrong = loaded.numel() - int(loaded.isfinite().sum())
+        if wrong:
+            yield f"{wrong} of {loaded.numel()} numbers are not finite"

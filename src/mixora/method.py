@@ -64,7 +64,7 @@ class Rule(Strict):
     that read a module's output can adapt modules of any kind, and the group `ffn` (whole feed-forward modules).
     """
 
-    targets: Annotated[str, Field(min_length=1)] | Annotated[tuple[str, ...], Field(min_length=1)]
+    targets: Annotated[str, Field(min_length=1, max_length=1000)] | Annotated[tuple[str, ...], Field(min_length=1)]
     expert: AnyExpert
     router: AnyRouter
     kernel: AnyKernel = "auto"

@@ -1,17 +1,19 @@
 """The plan of a method on a model: the table of sites, printed before training and stored with the adapter."""
 
 import io
+import json
 import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from mixora.console import Console
 from mixora.contracts import Shape
-from mixora.errors import CheckpointError
+from mixora.errors import MOST_NAMED, CheckpointError
 from mixora.passes import Stream
 
 
@@ -23,12 +25,14 @@ class Site:
     `role`: place in the feed-forward part, where experts go through all of it.
     """
 
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
+
     path: str
     rule: str
     in_features: int
     out_features: int
     expert: str
-    ranks: tuple[int, ...]
+    ranks: Annotated[tuple[int, ...], Field(min_length=1)]
     router: str
     num_experts: int
     top_k: int
@@ -44,6 +48,9 @@ class Site:
     def shape(self) -> Shape:
         """Widths and ranks."""
         return Shape(self.in_features, self.out_features, self.ranks)
+
+
+_STORED = TypeAdapter(list[Site])
 
 
 @dataclass(frozen=True)
@@ -112,8 +119,11 @@ class Plan:
     def from_list(cls, stored: Iterable[dict[str, Any]]) -> "Plan":
         """The plan that `to_list` made plain data of; `CheckpointError` where that is damaged."""
         try:
-            return cls(tuple(Site(**{**record, "ranks": tuple(record["ranks"])}) for record in stored))
-        except (TypeError, KeyError) as error:
+            return cls(tuple(_STORED.validate_json(json.dumps(list(stored), allow_nan=False))))
+        except ValidationError as error:
+            faults = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors(include_url=False)]
+            raise CheckpointError(f"the adapter's stored plan is damaged: {'; '.join(faults[:5])}") from None
+        except (TypeError, ValueError) as error:
             raise CheckpointError(f"the adapter's stored plan is damaged: {error}") from None
 
     def check_against(self, stored: Iterable[dict[str, Any]]) -> None:
@@ -131,7 +141,7 @@ class Plan:
                 if was != now and name != "kernel"
             ]
         if problems:
-            shown = "\n  ".join(sorted(problems)[:20])
+            shown = "\n  ".join(sorted(problems)[:MOST_NAMED])
             raise CheckpointError(
                 f"the adapter was trained under another plan, {len(problems)} differences:\n  {shown}"
             )

@@ -12,17 +12,19 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from mixora.config import did_you_mean
+from mixora.documents import show
 from mixora.errors import ConfigError
 from mixora.passes import Stream
 
 GROUPS = ("attention", "query-value", "feed-forward", "all-linear")
+# for one path
+MOST_SECONDS = 1.0
 # the group of whole feed-forward modules, for experts that stand behind a module
 WHOLE = "ffn"
 # the module of a block that gives the output of its feed-forward part, before dropout, residual and norm. BERT, OPT and
 # BART have no module of their own for this part: there it is its last linear.
 _FEED_FORWARD = re.compile(r"\.\d+\.(mlp|ffn|feed_forward|DenseReluDense|output\.dense|fc2)$")
 _QUERY_VALUE = {"q_proj", "v_proj", "query", "value", "q", "v", "q_lin", "v_lin"}
-SECONDS_TO_MATCH = 1.0
 # linears of one block that read the same hidden states, by the names that transformers gives them
 SIBLINGS = (
     {"q_proj", "k_proj", "v_proj"},
@@ -206,21 +208,21 @@ def names_by_group(targets: str | tuple[str, ...], linear: Linear) -> bool:
 
 
 def _match_expression(pattern: str, linears: list[Linear], model: nn.Module, where: str) -> list[Linear]:
+    # by a library that can be stopped: an expression such as (a+)+$ may take for ever, and adapters bring theirs
     try:
-        expression = regex.compile(pattern)
-        hits = [linear for linear in linears if expression.fullmatch(linear.path, timeout=SECONDS_TO_MATCH)]
+        compiled = regex.compile(pattern)
+        hits = [linear for linear in linears if compiled.fullmatch(linear.path, timeout=MOST_SECONDS)]
     except TimeoutError:
-        # expressions come along with adapters, and there are some that take longer than a life
         raise ConfigError(
-            f"{where}: the expression {pattern!r} takes more than {SECONDS_TO_MATCH:g} s for one path; valid: one "
-            "without repeated groups inside of repeated groups"
+            f"{where}: the expression {show(pattern)} takes more than {MOST_SECONDS:g} s for one path; valid: one "
+            "without repetitions inside of repetitions"
         ) from None
-    except (regex.error, RecursionError) as error:
-        raise ConfigError(f"{where}: got {pattern!r}, which is no regular expression: {error}") from None
+    except (regex.error, RecursionError, OverflowError) as error:
+        raise ConfigError(f"{where}: got {show(pattern)}, which is no regular expression: {error}") from None
     if not hits:
         raise ConfigError(
-            f"{where}: the expression {pattern!r} matches no linear module{_tell_fused(model)}; one string is matched "
-            f"against whole paths such as {linears[0].path!r}; valid too: a list of path endings"
+            f"{where}: the expression {show(pattern)} matches no linear module{_tell_fused(model)}; one string is "
+            f"matched against whole paths such as {linears[0].path!r}; valid too: a list of path endings"
         )
     return hits
 

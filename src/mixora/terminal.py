@@ -1,6 +1,7 @@
 """What all commands share: options, settings as key=value words, errors with their exit codes, JSON."""
 
 import errno
+import io
 import json
 import logging
 import os
@@ -125,6 +126,10 @@ def _is_echo(text: str) -> bool:
 
 def _quieten_libraries() -> None:
     """Our own progress and errors say what matters. Imports none of them, so that mistakes are told at once."""
+    # names of files may hold what no encoding has
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     for name in ("bitsandbytes", "torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
     for module in ("peft", "transformers"):

@@ -1,6 +1,7 @@
 """The PEFT face: a tuner of type MIXORA, registered from outside, so that all of PEFT's entry points know it."""
 
 import copy
+import os
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields
@@ -13,6 +14,7 @@ from mixora import entrances, host, keys
 from mixora.allocation import Batches, Report, choose_ranks, is_settled
 from mixora.assembly import make_plan, parts_of
 from mixora.config import did_you_mean, override, parse
+from mixora.documents import show
 from mixora.errors import ConfigError, MixoraError
 from mixora.method import Method
 from mixora.mixture import PREFIX, Mixture, mixtures_of
@@ -53,6 +55,9 @@ class MixoraConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = host.MIXORA
+        names: Any = self.modules_to_save
+        if names is not None and not (isinstance(names, list | tuple | set) and all(isinstance(n, str) for n in names)):
+            raise ConfigError(f"modules_to_save: got {show(names)}; valid: a list of names of modules, or none")
         given = {part: getattr(self, part) for part in Method.model_fields}
         self.method = parse(Method, {part: value for part, value in given.items() if value is not None})
         for part, value in self.method.model_dump(mode="json").items():
@@ -128,6 +133,7 @@ class MixoraModel(host.Tuner):
         self._plan = new_plan
         self._kin: dict[tuple[str, ...], list[Mixture]] = {}
         _check_saved_modules(new_plan, config.modules_to_save or ())
+        _check_room(model, new_plan)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         # PEFT's export to LoRA reads it
         config.target_modules = {site.path for site in new_plan.sites}
@@ -268,6 +274,20 @@ def _check_saved_modules(plan: Plan, names: Iterable[str]) -> None:
         both = [s.path for s in plan.sites if s.path == name or s.path.endswith("." + name)]
         if both:
             raise ConfigError(f"{both[0]}: is adapted by a rule and trained whole by modules_to_save {name!r}")
+
+
+def _check_room(model: nn.Module, plan: Plan) -> None:
+    """`ConfigError` for an adapter that this machine cannot hold, before any of it is made."""
+    frozen = next(model.parameters(), None)
+    if frozen is None or frozen.device.type != "cpu" or not hasattr(os, "sysconf"):
+        return
+    # experts have the dtype of the base, routers fp32, so this is the least that it can be
+    needed, there = plan.parameters * frozen.element_size(), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        raise ConfigError(
+            f"the adapter takes {needed / 2**30:,.0f} GiB, and this machine has {there / 2**30:,.0f} GiB of memory; "
+            "valid: fewer experts or a lower rank"
+        )
 
 
 def _group_by_root(model: nn.Module, plan: Plan) -> dict[str, list[Site]]:

@@ -127,7 +127,7 @@ BAD = [
     (MESSAGES | {"messages": MESSAGES["messages"][:1]}, "end with the assistant's answer"),
     ({"text": "a", "label": True}, "'label' is true or false; valid: a class name"),
     ({"text": "a", "label": ""}, "'label' is empty"),
-    ({"text": "a", "label": float("nan")}, "'label' is nan; valid: a finite number"),
+    ({"text": "a", "label": float("nan")}, "is not JSON: NaN is no number there"),
     (CHOICE | {"answer": 2}, "'answer' is 2; valid: 0 to 1"),
     (CHOICE | {"answer": -1}, "'answer' is -1; valid: 0 to 1"),
     (CHOICE | {"answer": "b"}, "'answer' is text; valid: the index"),
@@ -169,7 +169,7 @@ def test_rows_of_another_form_are_not_taken_along(write):
         (b"\n\n", r"has no rows"),
         (b'{"text": "a"}\n{"text": \n', "line 2: is not JSON: Expecting value at column"),
         (b'{"text": "a"}\n{"text": "\xff"}\n', r"line 2: is not UTF-8 \(byte 11 of the line\)"),
-        (b"[" * 200_000 + b"\n" + b'{"text": "a"}', "line 1: is not usable JSON: nested too deeply"),
+        (b"[" * 200_000 + b"\n" + b'{"text": "a"}', "line 1: is nested too deeply; valid: at most 100 levels"),
         (b'{"a": 1}\n', "fields a fit no form; valid: completion: prompt, completion; messages"),
         (b'{"text": "a", "prompt": "a", "completion": "b"}\n', r"fit several forms \(completion, text\)"),
         (b'{"text": "a", "label": "x"}\n{"text": "a", "label": 1}\n', r"labels mix names \('x'\) and numbers \(1\)"),
@@ -186,8 +186,8 @@ def test_unusable_jsonl(write, content, message):
     ("name", "content", "message"),
     [
         ("rows.json", b'{"text": "a"}', "holds one dict; valid: a list of objects, or JSONL"),
-        ("rows.json", b'[{"text": "a"},\n{]', "line 2: is not JSON"),
-        ("rows.json", b'[{"text":\n "\xff"}]', "line 2: is not UTF-8"),
+        ("rows.json", b'[{"text": "a"},\n{]', "is not JSON: Expecting property name .* at line 2"),
+        ("rows.json", b'[{"text":\n "\xff"}]', "line 2 is not UTF-8"),
         ("rows.csv", b"text\na,b\n", "line 2: has more cells than the header has names"),
         ("rows.csv", b'text\n"a', "line 2: is not CSV"),
         ("rows.csv", b'question,choices,answer\nq,"[1",0\n', "line 2: the cell 'choices' is not JSON"),
@@ -225,7 +225,7 @@ def test_missing_things_are_named_with_a_suggestion(write, tmp_path):
     [
         ({"labels": ["a", "a"]}, "'labels' is .* valid: a list of distinct class names"),
         ({"labels": "a"}, "'labels' is 'a'"),
-        ([], "holds a list; valid: an object"),
+        ([], "got list; valid: an object of settings"),
         (b"{", "not readable as JSON"),
     ],
 )

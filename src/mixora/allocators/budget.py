@@ -15,7 +15,7 @@ class BudgetConfig(Strict):
     `budget_of`: all that are `trainable`, or those that are `active` for one token.
     """
 
-    budget: Annotated[int, Field(ge=1)] | None = None
+    budget: Annotated[int, Field(ge=1, le=10**15)] | None = None
     budget_of: Literal["trainable", "active"] = "trainable"
 
 

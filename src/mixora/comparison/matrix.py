@@ -5,11 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from mixora.bases import Task, sketch_base
 from mixora.comparison.matching import Matched, match_methods
 from mixora.comparison.settings import Comparison
+from mixora.config import read_yaml
 from mixora.diagnostics.record import RunRecord, read_record
 from mixora.errors import CheckpointError, ConfigError
 from mixora.evaluate import METRICS
@@ -50,8 +49,8 @@ class Run:
     def changes(self) -> list[str]:
         """In which settings the run in its folder differs from this one."""
         try:
-            made = yaml.safe_load((self.folder / RUN_FILE).read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError):
+            made = read_yaml(self.folder / RUN_FILE)
+        except ConfigError:
             return [f"{RUN_FILE} cannot be read"]
         was, now = dict(_leaves(made)), dict(_leaves(self.config.model_dump(mode="json")))
         names = [name for name in {**was, **now} if name.split(".")[0] not in LEFT_OUT]

@@ -7,11 +7,11 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from mixora.config import Strict, did_you_mean, parse
-from mixora.depth import Count
 from mixora.errors import ConfigError
 from mixora.training.run_config import AdapterSection, DataSection, EvaluateSection, ModelSection, TrainSection
 
 Parameters = Literal["trainable", "active"]
+Seeds = Annotated[int, Field(ge=1, le=1000)]
 # each is the name of a folder
 Name = Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
 
@@ -62,7 +62,7 @@ class Comparison(Strict):
     model: ModelSection
     data: Annotated[dict[Name, DataSection], Field(min_length=1)]
     methods: tuple[MethodEntry, ...]
-    seeds: Count | Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = 3
+    seeds: Seeds | Annotated[tuple[Annotated[int, Field(ge=0, lt=2**32)], ...], Field(min_length=1)] = 3
     match: Match | None = Match()
     train: TrainSection = TrainSection()
     evaluate: EvaluateSection = EvaluateSection()
@@ -116,7 +116,7 @@ class Comparison(Strict):
 
 def read_comparison(tree: Mapping[str, Any]) -> Comparison:
     """The settings of a comparison; `ConfigError` with every mistake, those of the methods' overrides included."""
-    data = tree.get("data")
+    data = tree.get("data") if isinstance(tree, Mapping) else None
     if isinstance(data, Mapping) and data.keys() & DataSection.model_fields.keys():
         tree = {**tree, "data": {Path(str(data.get("source", ""))).stem or "data": data}}
     comparison = parse(Comparison, tree)

@@ -6,17 +6,21 @@ a softmax over the kept logits, or by a softmax over all of them renormalised ov
 """
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
+from mixora.base_limits import check_sizes
+from mixora.bases import sketch
+from mixora.config import Strict, parse
 from mixora.conversion.tensors import (
     Shapes,
     check_shapes,
@@ -26,7 +30,8 @@ from mixora.conversion.tensors import (
     shapes_of,
     write_adapter,
 )
-from mixora.errors import CheckpointError
+from mixora.depth import Count
+from mixora.errors import CheckpointError, ModelError
 from mixora.plan import Plan
 from mixora.stages import Advance, Stage, count
 from mixora.tuner import MixoraConfig, plan, recipe
@@ -42,18 +47,19 @@ _BUFFER = re.compile(r".*rotary_emb\.inv_freq")
 _COMPANIONS = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_*")
 
 
-@dataclass(frozen=True)
-class Sizes:
+class Sizes(Strict):
     """What a released configuration says of its experts: E, K, R and s."""
 
-    num_experts: int
-    top_k: int
-    rank: int
-    scale: float
+    num_experts: Count
+    topk: Count
+    adapter_dim: Count
+    moe_scaling: float
 
     def config(self) -> MixoraConfig:
         """The recipe `pesc` of these sizes, without LoRA: released checkpoints hold it merged into the base."""
-        made = recipe("pesc", num_experts=self.num_experts, top_k=self.top_k, rank=self.rank, scale=self.scale)
+        made = recipe(
+            "pesc", num_experts=self.num_experts, top_k=self.topk, rank=self.adapter_dim, scale=self.moe_scaling
+        )
         rules = {"ffn": {**made.rules["ffn"], "targets": ["mlp"]}}
         return MixoraConfig(recipe="pesc", rules=rules, losses=made.losses, task_type="CAUSAL_LM", inference_mode=True)
 
@@ -64,8 +70,8 @@ class Sizes:
             prefix = f"model.layers.{layer}.mlp.moe_adapter."
             found[prefix + "router.weight"] = (self.num_experts, config.hidden_size)
             for expert in range(self.num_experts):
-                found[f"{prefix}experts.{expert}.adapter_down.weight"] = (self.rank, config.hidden_size)
-                found[f"{prefix}experts.{expert}.adapter_up.weight"] = (config.hidden_size, self.rank)
+                found[f"{prefix}experts.{expert}.adapter_down.weight"] = (self.adapter_dim, config.hidden_size)
+                found[f"{prefix}experts.{expert}.adapter_up.weight"] = (config.hidden_size, self.adapter_dim)
         return found
 
 
@@ -77,8 +83,7 @@ def convert_crafted(source: Path, claim: Callable[[], Path] | None, progress: St
     """
     config, sizes = _read_config(source)
     shards = _find_shards(source)
-    with torch.device("meta"):
-        dense = AutoModelForCausalLM.from_config(config)
+    dense = sketch(config, source)
     _check(read_shapes(shards), dense, sizes.shapes(config), source)
     settings = sizes.config()
     table = plan(dense, settings)
@@ -108,9 +113,17 @@ def _read_config(source: Path) -> tuple[PreTrainedConfig, Sizes]:
         known = ", ".join((*_DENSE, *_DENSE.values()))
         raise CheckpointError(f"{source}: config.json: model_type: got {data.get('model_type')!r}; valid: {known}")
     kept = {name: value for name, value in data.items() if name not in (*_THEIRS, "model_type", "architectures")}
-    config = AutoConfig.for_model(model_type, **kept)
+    try:
+        sizes = parse(Sizes, {name: data[name] for name in _SIZES})
+        config = AutoConfig.for_model(model_type, **kept)
+        check_sizes(config, source)
+    except ModelError:
+        raise
+    except Exception as error:
+        # settings of the wrong type make transformers raise anything
+        raise CheckpointError(f"{source}: config.json: {error}") from None
     config.architectures = [{"llama": "Llama", "qwen2": "Qwen2", "mistral": "Mistral"}[model_type] + "ForCausalLM"]
-    return config, Sizes(data["num_experts"], data["topk"], data["adapter_dim"], data["moe_scaling"])
+    return config, sizes
 
 
 def _find_shards(source: Path) -> list[Path]:
@@ -118,7 +131,7 @@ def _find_shards(source: Path) -> list[Path]:
     for name in ("model.safetensors", "pytorch_model.bin"):
         index = source / f"{name}.index.json"
         if index.is_file():
-            names = _read_index(index)
+            names = _read_names(index)
             missing = [shard for shard in names if not (source / shard).is_file()]
             if missing:
                 raise CheckpointError(f"{source}: {index.name} names files that are not there: {', '.join(missing)}")
@@ -128,13 +141,16 @@ def _find_shards(source: Path) -> list[Path]:
     raise CheckpointError(f"{source}: holds no weights; valid: model.safetensors or pytorch_model.bin, or their shards")
 
 
-def _read_index(index: Path) -> list[str]:
+def _read_names(index: Path) -> list[str]:
     """The files that an index names, all of them beside it."""
-    placed = read_json(index).get("weight_map")
-    names = set(placed.values()) if isinstance(placed, dict) else set()
-    if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
-        raise CheckpointError(f"{index}: weight_map: got {str(placed)[:200]}; valid: names of files in the same folder")
-    return sorted(names)
+    table = read_json(index).get("weight_map")
+    if not isinstance(table, dict) or not all(map(_is_file_name, table.values())):
+        raise CheckpointError(f"{index}: weight_map: got {str(table)[:200]}; valid: names of files in the same folder")
+    return sorted(set(table.values()))
+
+
+def _is_file_name(name: Any) -> bool:
+    return isinstance(name, str) and name == Path(name).name and 0 < len(os.fsencode(name)) < 256 and "\0" not in name
 
 
 def _check(found: Shapes, dense: PreTrainedModel, of_experts: Shapes, source: Path) -> None:

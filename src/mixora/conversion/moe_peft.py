@@ -19,9 +19,9 @@ import torch
 from peft.utils.constants import CONFIG_NAME
 from pydantic import Field, field_validator
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from mixora.bases import read_base_config
+from mixora.bases import read_base_config, sketch
 from mixora.config import Strict, parse
 from mixora.conversion.tensors import Shapes, check_shapes, read_json, read_tensors, shapes_of, write_adapter
 from mixora.depth import Count
@@ -41,7 +41,7 @@ class _Lora(Strict):
 
     bias: Literal["none"] = "none"
     r: Count
-    lora_alpha: Annotated[int, Field(gt=0)]
+    lora_alpha: Count
     lora_dropout: Annotated[float, Field(ge=0, lt=1)]
     use_dora: Literal[False] = False
     use_rslora: bool = False
@@ -191,8 +191,7 @@ def _make_dense(base: str, source: Path) -> PreTrainedModel:
         raise ModelError(f"{error}; {source} needs its base's configuration: `model` (--model) can name it") from None
     if config.model_type not in _MODEL_TYPES:
         raise ModelError(f"{base}: got a {config.model_type} model; valid for {source}: {', '.join(_MODEL_TYPES)}")
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+    return sketch(config, base)
 
 
 def _make_config(theirs: _Adapter, base: PreTrainedConfig, source: Path) -> MixoraConfig:

@@ -1,6 +1,5 @@
 """Tensors on disk: read without running any code, compared by name and shape, written as an adapter."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from mixora import documents
 from mixora.errors import CheckpointError
 from mixora.tuner import MixoraConfig
 
@@ -21,12 +21,9 @@ Shapes = dict[str, tuple[int, ...]]
 def read_json(file: Path) -> dict[str, Any]:
     """The object in a configuration file."""
     try:
-        data = json.loads(file.read_text(encoding="utf-8"))
+        return documents.read_json(file)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{file.parent}: has no readable {file.name}: {error}") from None
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{file}: got {type(data).__name__}; valid: an object of settings")
-    return data
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 import pyarrow  # type: ignore[import-untyped]
 import pyarrow.parquet  # type: ignore[import-untyped]
 
+from mixora.documents import MOST_DIGITS, UnreadableError, decode, parse_json
 from mixora.errors import DataError
 
 
@@ -51,37 +51,33 @@ def _read_jsonl(path: Path) -> Iterator[Record]:
 
 def _parse_line(line: bytes) -> Any:
     try:
-        return json.loads(line.decode("utf-8"))
+        return parse_json(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         return Fault(f"is not UTF-8 (byte {error.start + 1} of the line)")
-    except json.JSONDecodeError as error:
-        return Fault(f"is not JSON: {error.msg} at column {error.colno}")
-    except RecursionError:
-        return Fault("is not usable JSON: nested too deeply")
+    except UnreadableError as error:
+        return Fault(str(error))
 
 
 def _read_json(path: Path) -> Iterator[Record]:
     try:
-        rows = json.loads(_text_of(path))
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}, line {error.lineno}: is not JSON: {error.msg}") from None
+        rows = parse_json(decode(path.read_bytes()))
+    except UnreadableError as error:
+        raise DataError(f"{path}: {error}") from None
     if not isinstance(rows, list):
         raise DataError(f"{path}: holds one {type(rows).__name__}; valid: a list of objects, or JSONL")
     yield from ((f"row {number}", row) for number, row in enumerate(rows, 1))
 
 
-def _text_of(path: Path) -> str:
-    content = path.read_bytes()
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content[: error.start].count(b"\n") + 1
-        raise DataError(f"{path}, line {line}: is not UTF-8") from None
-
-
 def _read_csv(path: Path) -> Iterator[Record]:
-    reader = csv.DictReader(io.StringIO(_text_of(path), newline=""), strict=True)
     try:
+        reader = csv.DictReader(io.StringIO(decode(path.read_bytes()), newline=""), strict=True)
+    except UnreadableError as error:
+        raise DataError(f"{path}: {error}") from None
+    try:
+        names = list(reader.fieldnames or ())
+        twice = [name for name in names if names.count(name) > 1]
+        if twice:
+            raise DataError(f"{path}, line 1: has the column {twice[0]!r} twice; valid: a name for each column")
         for row in reader:
             yield f"line {reader.line_num}", _typed(row)
     except csv.Error as error:
@@ -95,6 +91,8 @@ def _typed(row: dict[Any, Any]) -> dict[str, Any] | Fault:
     for name in ("label", "answer"):
         if isinstance(row.get(name), str) and _NUMBER.fullmatch(row[name].strip()):
             cell = row[name].strip()
+            if len(cell) > MOST_DIGITS:
+                return Fault(f"the cell {name!r} holds a number of more than {MOST_DIGITS} digits")
             row[name] = int(cell) if cell.lstrip("+-").isdigit() else float(cell)
     for name in ("messages", "choices", "references"):
         if row.get(name) == "":

@@ -4,11 +4,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from jinja2 import TemplateError
 from pydantic import Field
 from transformers import PreTrainedTokenizerBase
 
 from mixora.config import Strict
+from mixora.data.templates import render
 from mixora.errors import DataError
 
 ModelKind = Literal["decoder", "encoder", "encoder-decoder"]
@@ -23,7 +23,7 @@ class EncodingConfig(Strict):
     train_on: the answers only, or every token.
     """
 
-    max_length: Annotated[int, Field(ge=2)] = 512
+    max_length: Annotated[int, Field(ge=2, le=2**31 - 1)] = 512
     packing: bool = False
     prompt_format: Literal["auto", "chat", "plain"] = "auto"
     train_on: Literal["completion", "all"] = "completion"
@@ -75,8 +75,8 @@ def segment_conversation(messages: Sequence[Message], tokenizer: PreTrainedToken
     for place, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        prompt = _render(messages[:place], tokenizer, asks=True)
-        whole = _render(messages[: place + 1], tokenizer, asks=False)
+        prompt = render(messages[:place], tokenizer, asks=True)
+        whole = render(messages[: place + 1], tokenizer, asks=False)
         _check_prefix(done, prompt, place)
         _check_prefix(prompt, whole, place + 1)
         if whole == prompt:
@@ -84,7 +84,7 @@ def segment_conversation(messages: Sequence[Message], tokenizer: PreTrainedToken
         segments += [Segment(prompt[len(done) :], False), Segment(whole[len(prompt) :], True)]
         done = whole
     if messages[-1]["role"] != "assistant":
-        prompt = _render(messages, tokenizer, asks=True)
+        prompt = render(messages, tokenizer, asks=True)
         _check_prefix(done, prompt, len(messages))
         segments.append(Segment(prompt[len(done) :], False))
     return segments
@@ -95,13 +95,6 @@ def _segment_plainly(messages: Sequence[Message]) -> list[Segment]:
         raise DataError("messages of several turns or roles need a chat template, and none is in use")
     prompt, *answers = [m["content"] for m in messages]
     return [Segment(prompt + "\n", False), *(Segment(answer, True) for answer in answers)]
-
-
-def _render(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, asks: bool) -> str:
-    try:
-        return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=asks)
-    except TemplateError as error:
-        raise DataError(f"the chat template refuses the messages: {error}") from None
 
 
 def _check_prefix(start: str, whole: str, count: int) -> None:

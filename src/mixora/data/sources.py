@@ -1,6 +1,5 @@
 """Rows from a file, a folder of splits, or the hub; every bad row is reported, none is dropped."""
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -13,6 +12,7 @@ from mixora.config import did_you_mean
 from mixora.data.files import READERS, Fault, Record, read_records
 from mixora.data.formats import FORMS, Row, detect_form, fitting_forms, form_named, problem_of
 from mixora.data.labels import check_class_names, name_classes, number_label
+from mixora.documents import UnreadableError, find_path, read_json, show
 from mixora.errors import DataError
 
 USUAL_SPLITS = ("train", "validation", "test")
@@ -150,7 +150,7 @@ def splits_of(source: str | Path) -> tuple[str, ...]:
     Raises:
         DataError: there is no such source, or the folder holds no file that can be read.
     """
-    path = Path(source)
+    path = _find_path(source)
     if path.is_dir():
         return tuple(_split_files(path))
     if path.is_file() or _looks_local(source):
@@ -160,7 +160,7 @@ def splits_of(source: str | Path) -> tuple[str, ...]:
 
 
 def _find_split(source: str | Path, split: str) -> _Split:
-    path = Path(source)
+    path = _find_path(source)
     if not path.exists() and not _looks_local(source):
         return _hub_split(source, split)
     known = splits_of(source)
@@ -171,6 +171,13 @@ def _find_split(source: str | Path, split: str) -> _Split:
         classes = _declared_classes(path / "meta.json")
         path = _split_files(path)[split]
     return _Split(str(path), classes, lambda: read_records(path))
+
+
+def _find_path(source: str | Path) -> Path:
+    try:
+        return find_path(source)
+    except UnreadableError as error:
+        raise DataError(f"{show(str(source))}: {error}; valid: a file, a folder or a hub id") from None
 
 
 def _looks_local(source: str | Path) -> bool:
@@ -209,11 +216,9 @@ def _declared_classes(meta: Path) -> tuple[str, ...] | None:
     if not meta.exists():
         return None
     try:
-        content = json.loads(meta.read_text(encoding="utf-8"))
+        content = read_json(meta)
     except (OSError, ValueError) as error:
         raise DataError(f"{meta}: not readable as JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise DataError(f"{meta}: holds a {type(content).__name__}; valid: an object, perhaps with 'labels'")
     return check_class_names(content.get("labels"), str(meta))
 
 

@@ -1,6 +1,5 @@
 """A record from what a trainer of transformers leaves behind: its log, and the adapter's configuration beside it."""
 
-import json
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 from mixora.diagnostics.page import is_number
 from mixora.diagnostics.record import RECORD, RunRecord, read_record
+from mixora.documents import read_json
 from mixora.errors import CheckpointError
 from mixora.plan import Plan
 
@@ -50,6 +50,10 @@ def _is_bookkeeping(name: str) -> bool:
     return name in NO_SCORES or name.startswith("train_")
 
 
+def _is_step(line: Mapping[str, Any]) -> bool:
+    return "step" not in line or is_number(line["step"])
+
+
 def _own_loss(line: Mapping[str, Any]) -> float | None:
     loss, auxiliary = _number(line["loss"]), _number(line.get("auxiliary_loss", 0.0))
     return None if loss is None or auxiliary is None else loss - auxiliary
@@ -64,6 +68,9 @@ def _read_checkpoint(folder: Path) -> RunRecord:
     if (folder / ADAPTER).is_file():
         adapter = _read_json(folder / ADAPTER)
     plan = Plan.from_list(adapter.get("plan") or ())
+    log = state.get("log_history", [])
+    if not isinstance(log, list) or not all(isinstance(line, dict) and _is_step(line) for line in log):
+        raise CheckpointError(f"{folder / STATE}: log_history is damaged; valid: a list of lines with numbers of steps")
     changed = datetime.fromtimestamp((folder / STATE).stat().st_mtime, UTC)
     return RunRecord(
         title=f"Checkpoint {folder.name} of {folder.resolve().parent.name}",
@@ -75,16 +82,13 @@ def _read_checkpoint(folder: Path) -> RunRecord:
         next_command="",
         plan=plan.rows(full=True),
         parameters={"trainable": plan.parameters, "active": plan.active_parameters} if plan.sites else {},
-        history=history_of(line for line in state.get("log_history", ()) if isinstance(line, dict) and "step" in line),
+        history=history_of(line for line in log if "step" in line),
         notes=[NOTE],
     )
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_bytes())
+        return read_json(path)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: not readable as JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path}: got {type(found).__name__}; valid: a mapping")
-    return found

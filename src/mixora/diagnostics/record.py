@@ -4,9 +4,9 @@ import json
 import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Required
+from typing import Annotated, Any, Required
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import AfterValidator, ConfigDict, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
 from mixora.asides import writing
@@ -84,6 +84,28 @@ class Similar:
     correlation: float | None
 
 
+def _with_steps(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    if any(row.get("step", 0) is None for row in rows):
+        raise ValueError("got a step that is null; valid: a number")
+    return rows
+
+
+def _with_scores(tasks: dict[str, Row]) -> dict[str, Row]:
+    if not all(isinstance(task.get(when), dict) for task in tasks.values() for when in ("before", "after")):
+        raise ValueError("got a task without scores; valid: before and after of each")
+    return tasks
+
+
+def _with_all_shares(load: GroupLoad | None) -> GroupLoad | None:
+    if load is not None:
+        sizes = [len(load["sites"]), *[len(load["groups"])] * len(load["load"])]
+        if sizes != [len(load["load"]), *map(len, load["load"])]:
+            raise ValueError("got a table of another size than sites and groups have; valid: [site][group][expert]")
+        if any(len({len(shares) for shares in groups}) > 1 for groups in load["load"]):
+            raise ValueError("got groups with unequal numbers of experts; valid: one number at a site")
+    return load
+
+
 @dataclass(frozen=True, kw_only=True)
 class BadStep:
     """A step of the optimiser that was left out, since its loss or gradients were not finite: where this began.
@@ -129,9 +151,9 @@ class RunRecord:
     """The same after training."""
     reloaded: Scores | None = None
     """The same for the adapter read back from disk, if that was tried."""
-    history: list[dict[str, int | float | None]] = field(default_factory=list)
+    history: Annotated[list[dict[str, int | float | None]], AfterValidator(_with_steps)] = field(default_factory=list)
     """Rows with `step`, `loss` (nats), auxiliary terms by name, and figures of the routers as `routing/...`."""
-    load: GroupLoad | None = None
+    load: Annotated[GroupLoad | None, AfterValidator(_with_all_shares)] = None
     routing: list[SiteRouting] = field(default_factory=list)
     """One row per routed site."""
     similar: list[Similar] = field(default_factory=list)
@@ -146,7 +168,7 @@ class RunRecord:
     """Versions, device, times, ..., by name."""
     notes: list[str] = field(default_factory=list)
     """Sentences that the reader should know, such as what was left out."""
-    tasks: dict[str, Row] = field(default_factory=dict)
+    tasks: Annotated[dict[str, Row], AfterValidator(_with_scores)] = field(default_factory=dict)
     """Of each of several tasks: rows, share, drawn, held_out, and its scores `before`, `after` and `reloaded`. The
     scores of the run are their means then."""
     bad_steps: list[BadStep] = field(default_factory=list)

@@ -2,12 +2,11 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import Field
 from transformers import PreTrainedTokenizerBase
 
-from mixora.config import Strict, did_you_mean
+from mixora.config import Strict, Whole, did_you_mean
 from mixora.errors import ConfigError, DataError
 from mixora.evaluate.choice import choose
 from mixora.evaluate.classification import classification_scores, predict, regression_scores
@@ -39,9 +38,9 @@ class EvaluationConfig(Strict):
     metrics: names from `METRICS`; those of `default_metrics` when not given.
     """
 
-    batch_size: Annotated[int, Field(ge=1)] = 8
-    max_new_tokens: Annotated[int, Field(ge=1)] = 64
-    limit: Annotated[int, Field(ge=1)] | None = None
+    batch_size: Whole = 8
+    max_new_tokens: Whole = 64
+    limit: Whole | None = None
     metrics: tuple[str, ...] | None = None
 
 

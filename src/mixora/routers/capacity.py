@@ -23,7 +23,7 @@ class CapacityConfig(Strict):
     """
 
     capacity_factor: Annotated[float, Field(gt=0)] | None = None
-    min_capacity: Annotated[int, Field(ge=0)] = 4
+    min_capacity: Annotated[int, Field(ge=0, le=2**31 - 1)] = 4
     count_slots: bool = True
     group: Literal["sequence", "batch"] = "sequence"
     admission: Order = "token"

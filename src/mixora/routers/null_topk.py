@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mixora.config import Strict
 from mixora.contracts import Parameters
+from mixora.depth import Count
 from mixora.routers.linear import LinearRouter, softmax
 from mixora.routing import Routing, Tokens
 
@@ -25,9 +26,9 @@ class NullTopKConfig(Strict):
     """
 
     kind: Literal["null_topk"] = "null_topk"
-    num_experts: Annotated[int, Field(ge=1)] = 8
-    null_experts: Annotated[int, Field(ge=1)] = 8
-    top_k: Annotated[int, Field(ge=2)] = 4
+    num_experts: Count = 8
+    null_experts: Count = 8
+    top_k: Annotated[int, Field(ge=2, le=2**16)] = 4
     share_router: bool = False
     init_std: Annotated[float, Field(gt=0)] = 0.02
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mixora.config import Strict
 from mixora.contracts import Parameters
+from mixora.depth import Count
 from mixora.routers.linear import LinearRouter, softmax
 from mixora.routing import Routing, Tokens
 
@@ -23,7 +24,7 @@ class SoftConfig(Strict):
     """
 
     kind: Literal["soft"] = "soft"
-    num_experts: Annotated[int, Field(ge=1)] = 8
+    num_experts: Count = 8
     share_router: bool = False
     init_std: Annotated[float, Field(gt=0)] = 0.02
 

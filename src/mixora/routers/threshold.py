@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mixora.config import Strict
 from mixora.contracts import Parameters
+from mixora.depth import Count
 from mixora.routers.linear import LinearRouter, softmax
 from mixora.routing import Routing, Tokens
 
@@ -24,7 +25,7 @@ class ThresholdConfig(Strict):
     """
 
     kind: Literal["threshold"] = "threshold"
-    num_experts: Annotated[int, Field(ge=1)] = 8
+    num_experts: Count = 8
     share_router: bool = False
     init_std: Annotated[float, Field(gt=0)] = 0.02
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import ConfigDict, Field, model_validator
 
-from mixora.config import Strict, did_you_mean, parse, read_yaml
+from mixora.config import Strict, Whole, did_you_mean, parse, read_yaml
 from mixora.data import EncodingConfig
 from mixora.depth import is_line
 from mixora.errors import ConfigError
@@ -54,7 +54,7 @@ class TaskSection(Strict):
 
     source: str
     form: str | None = None
-    train_rows: Annotated[int, Field(ge=1)] | None = None
+    train_rows: Whole | None = None
     evaluation_split: str | None = None
     weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
 
@@ -63,7 +63,7 @@ class MixingSection(Strict):
     """How often each task is drawn, where none has a weight: in proportion to min(rows, limit)^(1/temperature)."""
 
     temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
-    limit: Annotated[int, Field(ge=1)] | None = None
+    limit: Whole | None = None
 
 
 class DataSection(EncodingConfig):
@@ -79,7 +79,7 @@ class DataSection(EncodingConfig):
     tasks: dict[str, TaskSection] | None = None
     mixing: MixingSection | None = None
     form: str | None = None
-    train_rows: Annotated[int, Field(ge=1)] | None = None
+    train_rows: Whole | None = None
     evaluation_split: str = "validation"
     group_by: str | None = None
 
@@ -127,16 +127,16 @@ class TrainSection(Strict):
     operators that give the same bits each time, or an error.
     """
 
-    steps: Annotated[int, Field(ge=1)] | None = None
-    epochs: Annotated[float, Field(gt=0)] = 1.0
-    batch_size: Annotated[int, Field(ge=1)] = 8
-    gradient_accumulation: Annotated[int, Field(ge=1)] = 1
+    steps: Whole | None = None
+    epochs: Annotated[float, Field(gt=0, le=1e6)] = 1.0
+    batch_size: Whole = 8
+    gradient_accumulation: Whole = 1
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
     schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    warmup_steps: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    log_every: Annotated[int, Field(ge=1)] = 1
-    save_every: Annotated[int, Field(ge=1)] | None = None
+    log_every: Whole = 1
+    save_every: Whole | None = None
     keep_checkpoints: bool = False
     fused_loss: bool = True
     skip_bad_steps: Annotated[int, Field(ge=0)] = 0
@@ -150,7 +150,7 @@ class EvaluateSection(EvaluationConfig):
     `served_by`: what serves where routes are drawn; see `mixora.served_by`.
     """
 
-    generations: Annotated[int, Field(ge=0)] = 3
+    generations: Annotated[int, Field(ge=0, le=1000)] = 3
     served_by: Served = "merged"
 
 
