@@ -8,15 +8,15 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "mixora"
 ORDER = [
     {"errors", "short_names", "stages", "console", "world", "documents"},
-    {"draws", "completion", "asides", "devices"},
-    {"routing", "config", "folders", "low_rank", "fused_loss", "activations", "host", "sharding", "base_limits"},
+    {"draws", "completion", "asides", "devices", "base_limits", "inputs"},
+    {"routing", "config", "folders", "low_rank", "fused_loss", "activations", "host", "sharding"},
     {"contracts", "passes", "depth", "outside", "gguf_files"},
     {"experts", "routers", "kernels", "losses", "allocators", "slots", "parts", "plan", "entrances"},
     {"method", "sites", "joining", "folding", "injection"},
     {"decoding"},
     {"recipes", "mixture", "assignment", "feed_forward"},
     {"assembly", "keys"},
-    {"allocation"},
+    {"allocation", "admission"},
     {"tuner", "footprint", "serving"},
     {"diagnostics", "bases", "environment"},
     {"data", "evaluate", "loading", "crafting", "conversion"},

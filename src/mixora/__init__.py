@@ -16,9 +16,10 @@ if TYPE_CHECKING:
     from mixora.recipes import recipe_names
     from mixora.serving import served_by
     from mixora.training.batch_loss import compute_loss
+    from mixora.training.foreign import AuxiliaryLossCallback
     from mixora.training.gradient_check import check_router_gradient
     from mixora.training.sft import SFTTrainer
-    from mixora.training.trainers import AuxiliaryLossCallback, Trainer
+    from mixora.training.trainers import Trainer
     from mixora.tuner import MixoraConfig, allocate, plan, recipe
 
 __version__ = "0.1.0"
@@ -57,7 +58,7 @@ _AT_ONCE = {
 # what pulls in trainers is imported when first asked for
 _LATER = {
     "Approximation": "mixora.merging",
-    "AuxiliaryLossCallback": "mixora.training.trainers",
+    "AuxiliaryLossCallback": "mixora.training.foreign",
     "SFTTrainer": "mixora.training.sft",
     "Trainer": "mixora.training.trainers",
     "check_router_gradient": "mixora.training.gradient_check",

@@ -19,11 +19,12 @@ from transformers.pytorch_utils import Conv1D
 
 from mixora.contracts import Parameters
 from mixora.draws import Serving
+from mixora.inputs import Input
 from mixora.joining import find_members
 from mixora.kernels.sorting import cast_as_autocast
 from mixora.kernels.stacked import segments_ER
 from mixora.parts import Parts
-from mixora.passes import Input, Pass
+from mixora.passes import Pass
 from mixora.routers.linear import LinearRouter
 
 # on a CPU, products of fewer tokens than this take longer in low precision than in fp32

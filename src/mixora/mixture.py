@@ -24,6 +24,7 @@ from mixora.draws import MEAN, Draw
 from mixora.errors import ModelError, TrainingError
 from mixora.folding import Foldable
 from mixora.host import device_and_dtype_of
+from mixora.inputs import Input
 from mixora.parts import Parts
 from mixora.routers.linear import LinearRouter
 from mixora.routing import Routing
@@ -263,7 +264,7 @@ class Mixture(nn.Module, Foldable):
                 assert isinstance(parts.router, LinearRouter)
                 z_TC = z_TC.to(torch.promote_types(z_TC.dtype, torch.float32))
                 routing = parts.router.decide(z_TC, parameters, tokens, self.training)
-            shared = here.shared[adapter] = passes.Shared(leader.path, passes.Input.of(x, wrapped=True), routing)
+            shared = here.shared[adapter] = passes.Shared(leader.path, Input.of(x, wrapped=True), routing)
         shared.readers.add(self.path)
         return shared.routing
 

@@ -1,8 +1,6 @@
 """The PEFT face: a tuner of type MIXORA, registered from outside, so that all of PEFT's entry points know it."""
 
 import copy
-import os
-from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -11,6 +9,7 @@ from peft import PeftConfig
 from torch import nn
 
 from mixora import entrances, host, keys
+from mixora.admission import check_name, check_room, check_saved_modules
 from mixora.allocation import Batches, Report, choose_ranks, is_settled
 from mixora.assembly import make_plan, parts_of
 from mixora.config import did_you_mean, override, parse
@@ -112,7 +111,7 @@ class MixoraModel(host.Tuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Plan, compare with the stored plan where there is one, wrap the sites, hook the model's entrances."""
-        _check_name(adapter_name, model)
+        check_name(adapter_name, model)
         # TRL makes its reference so and copies the tensors whose names hold ".default.", which none of ours does
         is_reference = adapter_name == "ref" and self.peft_config["ref"] is self.peft_config.get("default")
         # the user's config stays as it is: it may serve for another model
@@ -132,8 +131,8 @@ class MixoraModel(host.Tuner):
             )
         self._plan = new_plan
         self._kin: dict[tuple[str, ...], list[Mixture]] = {}
-        _check_saved_modules(new_plan, config.modules_to_save or ())
-        _check_room(model, new_plan)
+        check_saved_modules(new_plan, config.modules_to_save or ())
+        check_room(model, new_plan)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         # PEFT's export to LoRA reads it
         config.target_modules = {site.path for site in new_plan.sites}
@@ -251,43 +250,6 @@ class MixoraModel(host.Tuner):
         for handle in model.__dict__.pop("_mixora_hooks", ()):
             handle.remove()
         return model
-
-
-def _check_name(name: str, model: nn.Module) -> None:
-    """`ConfigError` for a name under which the tensors of an adapter cannot be kept, or not be told from others."""
-    if not name or any(sign in name for sign in "./\\") or hasattr(nn.ParameterDict(), name):
-        raise ConfigError(
-            f"adapter_name: got {name!r}; valid: a name without '.', '/' and '\\', and none that torch's dictionaries "
-            "have for themselves, such as 'keys' or 'pop'"
-        )
-    frozen = [path for path, _ in model.named_parameters() if PREFIX not in path and "modules_to_save" not in path]
-    steps = {"base_model", "model", "base_layer", "modules_to_save"}.union(*(path.split(".") for path in frozen))
-    if name in steps or name.startswith(PREFIX):
-        # PEFT leaves every tensor out of the files of other adapters that has the name anywhere in its path
-        raise ConfigError(
-            f"adapter_name: got {name!r}, a part of the paths of this model's tensors; valid: other names"
-        )
-
-
-def _check_saved_modules(plan: Plan, names: Iterable[str]) -> None:
-    for name in names:
-        both = [s.path for s in plan.sites if s.path == name or s.path.endswith("." + name)]
-        if both:
-            raise ConfigError(f"{both[0]}: is adapted by a rule and trained whole by modules_to_save {name!r}")
-
-
-def _check_room(model: nn.Module, plan: Plan) -> None:
-    """`ConfigError` for an adapter that this machine cannot hold, before any of it is made."""
-    frozen = next(model.parameters(), None)
-    if frozen is None or frozen.device.type != "cpu" or not hasattr(os, "sysconf"):
-        return
-    # experts have the dtype of the base, routers fp32, so this is the least that it can be
-    needed, there = plan.parameters * frozen.element_size(), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > there:
-        raise ConfigError(
-            f"the adapter takes {needed / 2**30:,.0f} GiB, and this machine has {there / 2**30:,.0f} GiB of memory; "
-            "valid: fewer experts or a lower rank"
-        )
 
 
 def _group_by_root(model: nn.Module, plan: Plan) -> dict[str, list[Site]]:

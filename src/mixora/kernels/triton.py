@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mixora.contracts import Shape
+from mixora.inputs import Input
 from mixora.kernels.joint import Joined, Joint, add_product
-from mixora.passes import Input
 from mixora.routing import Routing
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

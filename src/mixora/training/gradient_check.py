@@ -18,7 +18,7 @@ from mixora.errors import TrainingError
 from mixora.mixture import mixtures_of
 from mixora.passes import tracing
 from mixora.training.batch_loss import auxiliary_loss
-from mixora.training.trainers import AuxiliaryLossCallback
+from mixora.training.foreign import AuxiliaryLossCallback
 
 TOLERANCE = 1e-3
 

@@ -12,6 +12,7 @@ from mixora.bases import TASK_TYPES
 from mixora.folders import check_folder
 from mixora.footprint import Memory
 from mixora.plan import Plan
+from mixora.training.arguments import make_arguments
 from mixora.training.checkpoints import find_checkpoint
 from mixora.training.material import (
     Material,
@@ -23,7 +24,6 @@ from mixora.training.material import (
 )
 from mixora.training.planning import longest_row, weigh
 from mixora.training.processes import count_asked
-from mixora.training.run import make_arguments
 from mixora.training.run_config import RunConfig
 from mixora.training.run_folder import paths_read
 from mixora.tuner import MixoraConfig, plan

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Mapping
-from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,6 @@ from typing import Any
 import torch
 import transformers
 from peft import PeftModel, get_peft_model
-from transformers import TrainingArguments
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from mixora.asides import writing
@@ -24,6 +22,7 @@ from mixora.folders import check_folder
 from mixora.loading import from_pretrained
 from mixora.plan import Plan
 from mixora.serving import served_by
+from mixora.training.arguments import make_arguments
 from mixora.training.beginning import begin
 from mixora.training.checkpoints import finish, read_state, resumable
 from mixora.training.costs import Clock, describe_costs
@@ -47,7 +46,7 @@ from mixora.training.material import (
 from mixora.training.processes import agree, check_processes, count_asked, is_first, wait_for_all
 from mixora.training.progress import Progress, StepProgress
 from mixora.training.run_config import RunConfig
-from mixora.training.run_folder import CHECKPOINTS, open_folder, paths_read, write_settings
+from mixora.training.run_folder import open_folder, paths_read, write_settings
 from mixora.training.start import Start, write_start
 from mixora.training.tasks import mixture_table, with_loss
 from mixora.training.trainers import Trainer
@@ -193,62 +192,6 @@ def _show_plan(table: Plan, rows: TrainingSet, progress: Progress) -> None:
         progress.say(f"note: {note}")
     if rows.tasks:
         progress.show(mixture_table(rows.tasks))
-
-
-def make_arguments(config: RunConfig) -> TrainingArguments:
-    """The trainer's arguments as `config` says; `ConfigError` for those that transformers refuses."""
-    settings = config.train
-    defaults: dict[str, Any] = {
-        "output_dir": str(Path(config.out) / CHECKPOINTS),
-        "max_steps": settings.steps or -1,
-        # what is drawn from tasks is as long as the run and in its order
-        "num_train_epochs": settings.epochs if config.data.tasks is None else 1,
-        "train_sampling_strategy": "random" if config.data.tasks is None else "sequential",
-        "per_device_train_batch_size": settings.batch_size,
-        "gradient_accumulation_steps": settings.gradient_accumulation,
-        "learning_rate": settings.learning_rate,
-        "lr_scheduler_type": settings.schedule,
-        "warmup_steps": settings.warmup_steps,
-        "seed": settings.seed,
-        "logging_steps": settings.log_every,
-        "save_strategy": "steps" if settings.save_every else "no",
-        "save_steps": settings.save_every or 1,
-        "save_total_limit": None if settings.keep_checkpoints else 2,
-        "report_to": [],
-        "disable_tqdm": True,
-        "dataloader_pin_memory": torch.cuda.is_available(),
-        "label_names": ["labels"],
-        # packed rows come without a mask
-        "include_num_input_tokens_seen": "all" if config.data.packing else "non_padding",
-        # without a GPU, several processes find together only where a CPU is asked for
-        "use_cpu": count_asked() > 1 and not torch.accelerator.is_available(),
-        # every adapter has a gradient in every pass, but where routes are drawn, which the trainer knows
-        "ddp_find_unused_parameters": False,
-    }
-    _check_types(settings.arguments)
-    try:
-        arguments = TrainingArguments(**{**defaults, **settings.arguments})
-    except Exception as error:
-        # each argument has a check of its own
-        raise ConfigError(f"train.arguments: {error}") from None
-    if arguments.eval_strategy != "no":
-        raise ConfigError(
-            f"train.arguments.eval_strategy: got {arguments.eval_strategy.value!r}; valid: 'no', "
-            "since a run is evaluated before and after training"
-        )
-    if arguments.save_only_model:
-        raise ConfigError(
-            "train.arguments.save_only_model: got True; valid: False, since a run could not go on from there"
-        )
-    return arguments
-
-
-def _check_types(arguments: Mapping[str, Any]) -> None:
-    """`ConfigError` for text in place of a number, which `TrainingArguments` would take and fail on later."""
-    for field in fields(TrainingArguments):
-        given = arguments.get(field.name)
-        if isinstance(given, str) and isinstance(field.default, int | float):
-            raise ConfigError(f"train.arguments.{field.name}: got {given!r}; valid: a number, such as {field.default}")
 
 
 def make_trainer(model: PeftModel, material: Material, rows: TrainingSet, config: RunConfig) -> Trainer:

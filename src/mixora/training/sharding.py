@@ -14,6 +14,7 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from mixora.errors import TrainingError
 from mixora.keys import adapter_state
@@ -132,3 +133,16 @@ def _check_trained(trainer: Any, model: nn.Module) -> None:
             f"{whole[0]} and {len(whole) - 1} more trained parameters were added after the model was sharded, so "
             "their gradients stay on their process; valid: add adapters first, then shard"
         )
+
+
+class ShardingCheck(TrainerCallback):
+    """Refuses, before the first step, a training that was asked to shard and does not."""
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """When the model is prepared."""
+        check_sharding(self._trainer)

@@ -1,13 +1,9 @@
-"""How the auxiliary losses reach the routers: in the loss of our trainers, by injection with any other.
+"""Our trainers: they open a trace that owns the auxiliary losses and add their sum to the task's loss.
 
-A trainer of ours opens a trace that owns the losses and adds their sum to the task's loss. Under a foreign trainer
-the adapted layers add the gradient themselves; `AuxiliaryLossCallback` tells them its weight and logs the terms. Never
-both.
+Under a foreign trainer the adapted layers add the gradient themselves (`foreign`). Never both.
 """
 
-import inspect
 import logging
-from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,9 +11,7 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import CallbackHandler
+from torch import nn
 
 from mixora.mixture import mixtures_of
 from mixora.training.bad_steps import FiniteSteps
@@ -26,36 +20,11 @@ from mixora.training.fused_head import FusedHead, why_not_fused
 from mixora.training.processes import OwnDraws, check_processes
 from mixora.training.processes import average as average_over_processes
 from mixora.training.routing_figures import CollapseAlarm, RoutingFigures, average
-from mixora.training.sharding import check_sharding, save_adapter, shard_on_cpu
+from mixora.training.sharding import ShardingCheck, save_adapter, shard_on_cpu
+from mixora.training.terms import Terms
 from mixora.training.whole_checkpoints import WholeCheckpoints
 
 logger = logging.getLogger("mixora")
-
-
-class Terms:
-    """Means of the auxiliary terms since they were last read."""
-
-    def __init__(self) -> None:
-        self._seen: dict[str, list[Tensor]] = defaultdict(list)
-
-    def add(self, terms: dict[str, Tensor]) -> None:
-        """One micro-batch's terms."""
-        for name, value in terms.items():
-            self._seen[name].append(value)
-
-    def take(self) -> dict[str, float]:
-        """The means, for a log; starts anew."""
-        means = {name: torch.stack(values).float().mean().item() for name, values in self._seen.items()}
-        self._seen.clear()
-        return means
-
-    def state(self) -> dict[str, list[Tensor]]:
-        """What a checkpoint keeps."""
-        return dict(self._seen)
-
-    def restore(self, state: dict[str, list[Tensor]]) -> None:
-        """Go on from there."""
-        self._seen = defaultdict(list, state)
 
 
 class AuxiliaryLossMixin(FiniteSteps):
@@ -81,7 +50,7 @@ class AuxiliaryLossMixin(FiniteSteps):
             trainer.accelerator.ddp_handler.find_unused_parameters = True
         self.fused_loss = fused_loss
         self._terms, self.figures, self.alarm = Terms(), RoutingFigures(), CollapseAlarm()
-        trainer.add_callback(_ShardingCheck(self))
+        trainer.add_callback(ShardingCheck(self))
 
     def create_accelerator_and_postprocess(self) -> None:
         """As the trainer does; FSDP2 shards on a CPU too."""
@@ -238,83 +207,3 @@ def _draws_routes(model: nn.Module) -> bool:
 
 class Trainer(WholeCheckpoints, AuxiliaryLossMixin, transformers.Trainer):
     """`transformers.Trainer` for models with mixture adapters; takes the same arguments."""
-
-
-class _ShardingCheck(TrainerCallback):
-    """Refuses, before the first step, a training that was asked to shard and does not."""
-
-    def __init__(self, trainer: AuxiliaryLossMixin) -> None:
-        self._trainer = trainer
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """When the model is prepared."""
-        check_sharding(self._trainer)
-
-
-class AuxiliaryLossCallback(TrainerCallback):
-    """For foreign trainers: weighs the injected auxiliary gradient (accumulation, fp16 loss scale), logs each term.
-
-    The last step of an epoch may accumulate fewer micro-batches than `gradient_accumulation_steps`; its auxiliary
-    gradient is then weighted by the full number. `mixora.Trainer` is exact there too.
-    """
-
-    def __init__(self) -> None:
-        self._terms = Terms()
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Step before the trackers of `report_to`, which write down a log line as they find it."""
-        # the trainer puts its own callbacks first, and no argument leads to their list
-        frame = inspect.currentframe()
-        handler = frame and frame.f_back and frame.f_back.f_locals.get("self")
-        if isinstance(handler, CallbackHandler):
-            handler.callbacks.remove(self)
-            handler.callbacks.insert(0, self)
-
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Set the weight of each micro-batch of this step."""
-        scale = 1.0 / args.gradient_accumulation_steps
-        scaler = getattr(kwargs.get("optimizer"), "scaler", None)
-        if scaler is not None:
-            scale *= scaler.get_scale()
-        for layer in mixtures_of(kwargs["model"]):
-            layer.auxiliary_scale = scale
-
-    def on_substep_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Note the terms of one micro-batch."""
-        readings = defaultdict(list)
-        for layer in mixtures_of(kwargs["model"]):
-            for adapter in layer.active_adapters:
-                for name, value in layer.readings.get(adapter, {}).items():
-                    readings[name].append(value)
-        self._terms.add({name: torch.stack(values).mean() for name, values in readings.items()})
-
-    on_step_end = on_substep_end
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Add the means to the log line and to the history."""
-        if logs is not None and "loss" in logs:
-            means = self._terms.take()
-            logs.update(means)
-            state.log_history[-1].update(means)
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Back to weight 1, for loops written by hand."""
-        for layer in mixtures_of(kwargs["model"]):
-            layer.auxiliary_scale = 1.0
