@@ -24,7 +24,7 @@ quickstart: $(READY)  ## fine-tune a real language model, evaluate, generate, sa
 test: $(READY)   ## all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal  # a thread for each of the two
 
-fuzz: $(READY)   ## a hundred thousand bad inputs, guided by coverage; an hour on one busy core
+fuzz: $(READY)   ## a hundred thousand bad inputs, guided by coverage; some minutes on one core
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group fuzz
 	$(BIN)/python -m benchmarks.reliability.fuzz
 

@@ -32,8 +32,8 @@ from mixora.errors import CheckpointError, ConfigError, DataError, MixoraError, 
 from mixora.training.run_config import RunConfig
 from tests.models import tiny_llama
 
-# others take more than 10 ms for an input; the program gives them theirs
-QUICK_TARGETS = [name for name in TARGETS if name not in ("template", "gguf", "command", "record", "text")]
+# others take more than 10 ms for an input, or ask the hub; the program gives them theirs
+QUICK_TARGETS = [name for name in TARGETS if name not in ("template", "gguf", "command", "record", "text", "names")]
 
 
 @pytest.mark.parametrize("name", QUICK_TARGETS)
@@ -284,3 +284,10 @@ def test_templates_are_bounded(template, message, monkeypatch):
 def test_odd_names_at_the_command_line(name):
     result = CliRunner().invoke(app, ["plan", "--model", name])
     assert result.exit_code == 2 and "fault" not in result.output
+
+
+@pytest.mark.parametrize("step", [None, 1e308, "x", 10**400])
+def test_a_trainers_log_with_a_step_that_is_none(step, tmp_path):
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": [{"step": step, "loss": 1.0}]}))
+    result = CliRunner().invoke(app, ["report", str(tmp_path)])
+    assert result.exit_code == 2 and "log_history is damaged" in result.output

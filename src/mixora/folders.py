@@ -23,7 +23,9 @@ def check_folder(out: str | Path, overwrite: bool = False, reads: Iterable[str |
         folder = find_path(out)
         is_used = _holds_something(folder)
     except (UnreadableError, OSError) as error:
-        raise ConfigError(f"out: {show(str(out))} cannot be written: {error}; valid: a folder that can be") from None
+        raise ConfigError(
+            f"out: {show(str(out), 5000)} cannot be written: {error}; valid: a folder that can be"
+        ) from None
     if is_used:
         _check_replaceable(folder, overwrite, reads)
     above = folder.absolute()

@@ -7,7 +7,6 @@ anything, so a page opens anywhere and tells nobody.
 import base64
 import math
 import re
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from importlib.resources import files
@@ -101,8 +100,8 @@ def format_value(value: Any, name: str = "") -> str:
 
 
 def is_number(value: Any) -> TypeGuard[float]:
-    """Whether `value` is a finite number."""
-    return isinstance(value, int | float) and -sys.float_info.max <= value <= sys.float_info.max
+    """Whether `value` is a finite number, and far enough from infinity to be drawn and subtracted."""
+    return isinstance(value, int | float) and -1e300 <= value <= 1e300
 
 
 def is_named(name: str, words: Iterable[str]) -> bool:

@@ -85,8 +85,9 @@ class Similar:
 
 
 def _with_steps(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    if any(row.get("step", 0) is None for row in rows):
-        raise ValueError("got a step that is null; valid: a number")
+    steps = [row["step"] for row in rows if "step" in row]
+    if not all(step is not None and 0 <= step < 2**63 for step in steps):
+        raise ValueError("got a step that is none; valid: a number from 0")
     return rows
 
 
