@@ -1,4 +1,4 @@
-"""What an adapter must be before it is made on a model: its name can be kept, apart from others; it is not too large."""
+"""What an adapter must be before it is made on a model: of a name that can be kept, apart from others, not too big."""
 
 import os
 from collections.abc import Iterable

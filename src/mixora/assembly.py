@@ -55,8 +55,6 @@ def _make_site(
     choice: Choice,
 ) -> Site:
     router, expert = ROUTERS[rule.router.kind](rule.router), EXPERTS[rule.expert.kind](rule.expert)
-    if router.num_experts > MOST_EXPERTS:
-        raise ConfigError(f"rules.{name}.router.num_experts: got {router.num_experts}; valid: 1 to {MOST_EXPERTS}")
     _check_site(linear, name, rule, expert, router, ranks)
     shape = Shape(linear.in_features, linear.out_features, ranks)
     leader = _find_leader(linear, name, rule, leaders, role)
@@ -89,7 +87,9 @@ def _make_site(
 
 
 def _check_site(linear: Linear, name: str, rule: Rule, expert: Expert, router: Router, ranks: tuple[int, ...]) -> None:
-    """`ConfigError` for parts that do not go together at this place."""
+    """`ConfigError` for parts that do not go together at this place, or too many of them."""
+    if router.num_experts > MOST_EXPERTS:
+        raise ConfigError(f"rules.{name}.router.num_experts: got {router.num_experts}; valid: 1 to {MOST_EXPERTS}")
     objection = router.objection(linear.is_causal, expert)
     if objection:
         raise ConfigError(f"rules.{name}.router.{objection}")

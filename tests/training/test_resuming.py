@@ -21,6 +21,7 @@ from mixora.cli import app
 from mixora.errors import CheckpointError, ConfigError, StoppedError, UnwrittenError
 from mixora.folders import MARK
 from mixora.training import run as running
+from mixora.training.arguments import make_arguments
 from mixora.training.checkpoints import clear_leftovers, find_checkpoint, read_resumed, resumable
 from mixora.training.manifest import write_manifest
 from mixora.training.run import fit
@@ -238,7 +239,7 @@ def test_what_a_finished_run_had_not_removed_goes(keeps, tmp_path):
 def test_checkpoints_without_an_optimiser_are_refused(bases, data, tmp_path):
     config = read_run(tree_of(bases, data, tmp_path / "out", arguments={"save_only_model": True}))
     with pytest.raises(ConfigError, match=r"train\.arguments\.save_only_model: got True; valid: False"):
-        running.make_arguments(config)
+        make_arguments(config)
 
 
 def test_changed_rows_and_another_base_are_refused(bases, data, tmp_path, monkeypatch):

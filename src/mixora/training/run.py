@@ -1,7 +1,7 @@
 """The whole way of a run: load, plan, evaluate, train, evaluate again, save, read back, report."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -89,7 +89,6 @@ def _fit(config: RunConfig, progress: Progress, overwrite: bool, resume: bool) -
     torch.manual_seed(config.train.seed)
     model = get_peft_model(material.model, adapter)
     measured = {"before": measure(model, examples, config, progress, "before")} if is_first() else {}
-    make_arguments(config)  # a mistake there must cost no earlier results
     out = _claim(config, overwrite, resume, begun.start)
     with resumable(out):
         trainer = make_trainer(model, material, rows, config)
@@ -109,13 +108,7 @@ def _fit(config: RunConfig, progress: Progress, overwrite: bool, resume: bool) -
             environment=describe_environment(config, time.perf_counter() - started)
             | describe_costs(seconds, trainer.state.num_input_tokens_seen)
             | {"interruptions": begun.start.interruptions},
-            notes=[
-                *table.notes,
-                *_truncation(rows),
-                *_tell_left_out(trainer),
-                *filter(None, [trainer.alarm.note]),
-                *begun.notes,
-            ],
+            notes=[*table.notes, *_remark(rows, trainer), *begun.notes],
             bad_steps=trainer.bad_steps,
         )
         with progress.task("writing the report"):
@@ -135,6 +128,7 @@ def _meet(config: RunConfig, overwrite: bool, resume: bool) -> None:
 
 
 def _claim(config: RunConfig, overwrite: bool, resume: bool, start: Start) -> Path:
+    make_arguments(config)  # a mistake there must cost no earlier results
     if is_first():
         if not resume:
             open_folder(config, overwrite)
@@ -237,10 +231,12 @@ def save(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> 
     tokenizer.save_pretrained(str(folder))
 
 
-def _tell_left_out(trainer: Trainer) -> list[str]:
-    count = len(trainer.bad_steps)
-    return [f"{count} of {trainer.state.global_step} steps left out: their numbers were not finite."] if count else []
-
-
-def _truncation(rows: TrainingSet) -> list[str]:
-    return [f"{rows.truncated} training rows were longer than max_length and lost tokens."] if rows.truncated else []
+def _remark(rows: TrainingSet, trainer: Trainer) -> Iterator[str]:
+    if rows.truncated:
+        yield f"{rows.truncated} training rows were longer than max_length and lost tokens."
+    if trainer.bad_steps:
+        yield (
+            f"{len(trainer.bad_steps)} of {trainer.state.global_step} steps left out: their numbers were not finite."
+        )
+    if trainer.alarm.note:
+        yield trainer.alarm.note
