@@ -55,10 +55,13 @@ def decode(content: bytes) -> str:
         raise UnreadableError(f"line {line} is not UTF-8") from None
 
 
-def parse_json(text: str) -> Any:
-    """The value of a JSON text; a key that comes twice, NaN, half a surrogate pair and deep nesting are refused."""
+def parse_json(text: str, finite: bool = True) -> Any:
+    """The value of a JSON text; a key that comes twice, half a surrogate pair and deep nesting are refused.
+
+    So are NaN and Infinity, which are no JSON, if `finite`; Python writes them for what is not finite.
+    """
     try:
-        value = json.loads(text, object_pairs_hook=_collect, parse_constant=_refuse_constant)
+        value = json.loads(text, object_pairs_hook=_collect, parse_constant=_refuse_constant if finite else float)
     except json.JSONDecodeError as error:
         place = f"line {error.lineno}, column {error.colno}" if "\n" in text.rstrip() else f"column {error.colno}"
         raise UnreadableError(f"is not JSON: {error.msg} at {place}") from None
@@ -117,9 +120,9 @@ def check_characters(value: Any) -> None:
         raise UnreadableError(f"holds \\u{ord(half):04x}, half of a surrogate pair, which is no character") from None
 
 
-def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
+def read_json(path: str | os.PathLike[str], finite: bool = True) -> dict[str, Any]:
     """The object in a JSON file of at most `MOST_JSON_BYTES`. Raises `UnreadableError`, and `OSError` as files do."""
-    value = parse_json(decode(read_bytes(path, MOST_JSON_BYTES)))
+    value = parse_json(decode(read_bytes(path, MOST_JSON_BYTES)), finite)
     if not isinstance(value, dict):
         raise UnreadableError(f"got {type(value).__name__}; valid: an object of settings")
     return value

@@ -11,7 +11,7 @@
     all others    no: routed by the input   yes                          yes                        no
 
 The last column is about activation checkpointing that runs a block without gradients first: a trainer that adds the
-auxiliary loss itself is refused it. `mixlora` is also refused backward hooks on its modules.
+auxiliary loss itself is refused it.
 
 Where a recipe cannot do something, its user gets one error, which the tests ask for in place of the result.
 """
@@ -52,7 +52,6 @@ CAN_MERGE = ["lora", "adamix-lora"]
 for _name in CAN_MERGE:
     del CANNOT_MERGE[_name]
 CANNOT_ADD_UP = {"mixlora": "go through the whole feed-forward part"}
-CANNOT_BE_HOOKED_BACKWARD = {"mixlora": "did not all read one input"}
 CANNOT_TRAIN_BY_ONE_PASS = dict.fromkeys(["adamix", "adamix-lora"], "compares two passes over each batch")
 
 CANNOT_RECOMPUTE_REENTRANTLY = {

@@ -4,15 +4,12 @@ import copy
 import gc
 import weakref
 
-import pytest
 import torch
 from peft import get_peft_model
 
 import mixora
-from mixora.errors import MixoraError
 from mixora.mixture import mixtures_of
 from tests.behaviours.cases import (
-    CANNOT_BE_HOOKED_BACKWARD,
     IDS,
     RECIPES,
     base,
@@ -116,10 +113,6 @@ def test_backward_hooks_see_gradients(recipe):
     for layer in mixtures_of(model):
         layer.register_full_backward_hook(lambda module, grad_in, grad_out: seen.append(grad_out[0].shape))
     inputs = {"input_ids": IDS, "labels": IDS}
-    if recipe in CANNOT_BE_HOOKED_BACKWARD:
-        with pytest.raises(MixoraError, match=CANNOT_BE_HOOKED_BACKWARD[recipe]):
-            mixora.compute_loss(model.train(), inputs)
-        return
     mixora.compute_loss(model.train(), inputs)[0].backward()
     assert len(seen) >= len(mixtures_of(model))
 

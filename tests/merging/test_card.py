@@ -34,7 +34,7 @@ def test_the_whole_card(tmp_path):
     assert (
         found
         == f"""---
-base_model: org/base
+base_model: "org/base"
 library_name: peft
 tags: [lora, mixora]
 ---

@@ -9,6 +9,7 @@ from transformers import TrainerCallback
 
 from mixora.errors import StoppedError
 from mixora.training import run as running
+from mixora.training.checkpoints import find_checkpoint
 from mixora.training.processes import check_resumable
 from mixora.training.run_config import read_run
 from tests.training.test_run import quiet, settings
@@ -52,7 +53,7 @@ def find(folder):
     parts = read_run(tree_of(folder, folder / "parts", 2))
     message = stop(parts)
     assert "after step 2 of 4" in message, message
-    checkpoint = running.find_checkpoint(folder / "parts")
+    checkpoint, _ = find_checkpoint(folder / "parts")
     check_resumable(checkpoint)
     running.fit(parts, quiet(), resume=True)
     assert (whole is not None) == (dist.get_rank() == 0)

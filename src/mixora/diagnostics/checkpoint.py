@@ -89,6 +89,7 @@ def _read_checkpoint(folder: Path) -> RunRecord:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return read_json(path)
+        # a trainer logs losses as they are
+        return read_json(path, finite=False)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: not readable as JSON: {error}") from None

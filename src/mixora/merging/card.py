@@ -34,8 +34,14 @@ def write_companions(merged: Merged, task_type: str | None, tokenizer: PreTraine
 def _lines(merged: Merged, task_type: str | None) -> Iterator[str]:
     library = "transformers" if merged.form == "dense" else "peft"
     # a name may come with the adapter that was merged, so each stands as the language around it quotes text
-    base_model = json.dumps(merged.base)
-    yield from ("---", f"base_model: {base_model}", f"library_name: {library}", "tags: [lora, mixora]", "---", "")
+    yield from (
+        "---",
+        f"base_model: {_literal(merged.base)}",
+        f"library_name: {library}",
+        "tags: [lora, mixora]",
+        "---",
+        "",
+    )
     recipe = f"recipe {_quote(merged.recipe)}" if merged.recipe else "rules of its own"
     what = _FORMS[merged.form]
     yield f"# {what}, merged from a mixture of adapters"
@@ -85,18 +91,23 @@ def _loading(merged: Merged, task_type: str | None) -> Iterator[str]:
     auto = _CLASSES.get(str(task_type), "AutoModelForCausalLM")
     yield f"from transformers import {auto}"
     if merged.form == "dense":
-        yield from ("", f"model = {auto}.from_pretrained({str(merged.out)!r})")
+        yield from ("", f"model = {auto}.from_pretrained({_literal(str(merged.out))})")
         return
     if merged.form == "mixture":
         yield from ("import mixora", "")
-        yield f"base = {auto}.from_pretrained({merged.base!r})"
-        yield f"model = mixora.from_pretrained(base, {str(merged.out)!r})"
+        yield f"base = {auto}.from_pretrained({_literal(merged.base)})"
+        yield f"model = mixora.from_pretrained(base, {_literal(str(merged.out))})"
         return
     yield from ("from peft import PeftModel", "")
-    yield f"base = {auto}.from_pretrained({merged.base!r})"
-    yield f"model = PeftModel.from_pretrained(base, {str(merged.out)!r})"
+    yield f"base = {auto}.from_pretrained({_literal(merged.base)})"
+    yield f"model = PeftModel.from_pretrained(base, {_literal(str(merged.out))})"
 
 
 def _quote(name: str) -> str:
     """As code in Markdown, on one line."""
     return "`" + " ".join(name.replace("`", "'").split()) + "`"
+
+
+def _literal(text: str) -> str:
+    """A string of YAML and of Python, on one line."""
+    return json.dumps(text, ensure_ascii=False)
