@@ -1,9 +1,8 @@
 """Numbers that go wrong, and numbers that are the same twice.
 
 Puts numbers out of order at each place x recipe x way to train: is the place named rightly, are the weights unchanged?
-Makes a whole run of
-each recipe in two processes, in deterministic mode, without it, and with two threads: are weights, losses and records
-equal?
+Makes whole runs of each recipe, every one in a process of its own, in deterministic mode twice, without it twice, and
+with two threads: are weights, losses and records equal?
 """
 
 import argparse

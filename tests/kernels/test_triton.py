@@ -115,6 +115,25 @@ def test_gradients_where_only_some_outputs_are_used(felt):
     assert_near("more experts than the fewest columns", torch.float32, True, felt)
 
 
+@needs_triton
+@pytest.mark.parametrize("renormalise", [True, False])
+# numpy, which the interpreter computes with
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_a_number_shows_in_its_token_alone(bad, renormalise):
+    x_TI, valid_T, terms = make("unequal ranks of two sites", torch.float32)
+    token = int(valid_T.nonzero()[3])
+    x_TI[token, 5] = bad
+    rows = [term.w_EI.requires_grad_() for term in terms]
+    joined = shrink(x_TI, x_TI, terms, valid_T, renormalise)
+    for routing in joined.routings.values():
+        assert torch.equal(routing.assigned_TK, valid_T[:, None].expand_as(routing.assigned_TK))
+        is_bad_T = ~routing.weights_TK.isfinite().all(dim=1)
+        assert is_bad_T.nonzero().flatten().tolist() == [token]
+    total = sum(hidden.sum() for hidden in joined.hidden.values())
+    assert all(gradient.isnan().any() for gradient in torch.autograd.grad(total, rows))
+
+
 def make_model(recipe, kernel, base=tiny_llama, **changes):
     torch.manual_seed(0)
     return adapt(base(), mixora.recipe(recipe, kernel=kernel, rank=3, **changes)).to(DEVICE)

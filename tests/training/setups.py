@@ -14,6 +14,9 @@ ROWS = [
     torch.randint(3, VOCABULARY, (12,), generator=torch.Generator().manual_seed(n)).tolist()[: 12 - n % 4]
     for n in range(16)
 ]
+# in the second batch of four, and a token that stands in no other row
+RARE_ROW = 6
+RARE_TOKEN = next(t for t in ROWS[RARE_ROW] if sum(t in row for row in ROWS) == 1)
 
 
 def make_model(task_type="CAUSAL_LM", **overrides):

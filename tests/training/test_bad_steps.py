@@ -13,8 +13,7 @@ import mixora
 from mixora.errors import NonFiniteError
 from tests.models import tiny_llama
 from tests.training.poison import INF, NAN, LeftOut, PoisonedRow, PoisonedWeight, same_weights, trained
-from tests.training.setups import ROWS, make_model, make_trainer
-from tests.training.test_auxiliary_gradient import run_two_ranks
+from tests.training.setups import RARE_ROW, RARE_TOKEN, make_model, make_trainer
 
 TRAINERS = [mixora.Trainer, mixora.SFTTrainer]
 Q = "model.layers.1.self_attn.q_proj"
@@ -26,9 +25,6 @@ WEIGHTS = {
     "layers.0.mlp.up_proj": (INF, r"the output of the frozen module model\.layers\.0\.mlp\.up_proj: .*its weight"),
     "lm_head": (NAN, r"the logits of the head: .*its weight before"),
 }
-# rows 4 to 7 are those of the second batch of four; this token stands in one of the 16 rows
-ROW = 6
-TOKEN = next(t for t in ROWS[ROW] if sum(t in row for row in ROWS) == 1)
 
 
 def train(folder, trainer_class=mixora.Trainer, callbacks=(), skip=0, **changes):
@@ -58,10 +54,10 @@ def test_a_poisoned_weight_is_named_and_nothing_changes(part, trainer_class, tmp
 
 @pytest.mark.parametrize("trainer_class", TRAINERS)
 def test_a_bad_row_is_named_with_its_micro_batch_and_its_place_in_the_data(trainer_class, tmp_path):
-    poison = PoisonedRow(TOKEN, {1})
+    poison = PoisonedRow(RARE_TOKEN, {1})
     trainer, error = train(tmp_path, trainer_class, [poison], gradient_accumulation_steps=2)
     assert error.startswith("step 1: the output of the frozen module model.embed_tokens: ")
-    assert f", micro-batch 2 of 2, row {ROW} of the training data; no weight" in error
+    assert f", micro-batch 2 of 2, row {RARE_ROW} of the training data; no weight" in error
     assert same_weights(trained(trainer.model), poison.weights)
 
 
@@ -80,7 +76,7 @@ def test_a_loss_whose_gradients_are_finite_is_seen_too(tmp_path):
 
 
 def test_an_auxiliary_loss_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr("mixora.losses.load_balance.LoadBalance.of_site", lambda self, r: r.probs_TE.sum() * NAN)
+    monkeypatch.setattr("mixora.losses.load_balance.LoadBalance.conclude", lambda self, *sums: sums[1].sum() * NAN)
     _, error = train(tmp_path)
     assert error.startswith("step 1: the loss (losses.load_balance): 1 NaN")
 
@@ -130,20 +126,17 @@ def make_noisy(recipe):
     return get_peft_model(tiny_llama(), mixora.recipe(recipe, dropout=0.1, task_type="CAUSAL_LM"))
 
 
-@pytest.mark.parametrize(
-    ("recipe", "trainer_class"),
-    [("sira", mixora.Trainer), ("adamix-lora", mixora.SFTTrainer), ("mixlora", mixora.Trainer)],
-)
+@pytest.mark.parametrize(("recipe", "trainer_class"), [("sira", mixora.Trainer), ("adamix-lora", mixora.SFTTrainer)])
 def test_a_step_that_is_left_out_is_as_if_its_update_had_not_been(recipe, trainer_class, tmp_path):
     """Weights, moments of the optimiser, schedule and the losses of all later steps, bit for bit."""
     # with two micro-batches of four a step, the row comes in steps 1 and 3
     changes = {"gradient_accumulation_steps": 2, "max_steps": 4}
     runs = [
         train(tmp_path, trainer_class, [callback], skip=skip, model=make_noisy(recipe), **changes)[0]
-        for skip, callback in ((0, LeftOut({3})), (1, PoisonedRow(TOKEN, {3})))
+        for skip, callback in ((0, LeftOut({3})), (1, PoisonedRow(RARE_TOKEN, {3})))
     ]
     expected, found = runs
-    assert [(bad.step, bad.micro_batch, bad.rows) for bad in found.bad_steps] == [(3, 2, [ROW])]
+    assert [(bad.step, bad.micro_batch, bad.rows) for bad in found.bad_steps] == [(3, 2, [RARE_ROW])]
     assert same_weights(trained(found.model), trained(expected.model))
     for one, other in zip(*(run.optimizer.state_dict()["state"].values() for run in runs), strict=True):
         assert all(torch.equal(one[name], other[name]) for name in other)
@@ -155,7 +148,7 @@ def test_a_step_that_is_left_out_is_as_if_its_update_had_not_been(recipe, traine
 
 
 def test_one_more_than_allowed_stops(tmp_path):
-    poison = PoisonedRow(TOKEN, {1, 3, 5})
+    poison = PoisonedRow(RARE_TOKEN, {1, 3, 5})
     trainer, error = train(tmp_path, callbacks=[poison], skip=2, gradient_accumulation_steps=2, max_steps=6)
     assert error.startswith("step 5: ")
     assert [bad.step for bad in trainer.bad_steps] == [1, 3]
@@ -163,19 +156,19 @@ def test_one_more_than_allowed_stops(tmp_path):
     assert same_weights(trained(trainer.model), poison.weights)
 
 
-@pytest.mark.parametrize("filters", [True, False])
-def test_no_number_of_a_step_that_is_left_out_reaches_the_log(filters, tmp_path):
+def test_no_number_of_a_step_that_is_left_out_reaches_the_log(tmp_path):
     """transformers puts the mean of earlier losses in the place of NaN, or 0 where there are none."""
-    logging = {"logging_steps": 2, "logging_nan_inf_filter": filters}
-    bad, _ = train(tmp_path, callbacks=[PoisonedRow(TOKEN, {2})], skip=1, **logging)
-    good, _ = train(tmp_path, callbacks=[LeftOut({2})], **{**logging, "logging_steps": 1})
-    losses = [line["loss"] for line in bad.state.log_history if "loss" in line]
+    good, _ = train(tmp_path, callbacks=[LeftOut({2})], logging_steps=1)
     each = [line["loss"] for line in good.state.log_history if "loss" in line]
-    assert losses == pytest.approx([each[0], (each[2] + each[3]) / 2], rel=1e-6)
-    final = bad.state.log_history[-1]["train_loss"]
-    assert final == pytest.approx((each[0] + each[2] + each[3]) / 3, rel=1e-6)
-    terms = [value for line in bad.state.log_history for name, value in line.items() if name != "grad_norm"]
-    assert all(math.isfinite(value) for value in terms if isinstance(value, float))
+    for filters in (True, False):
+        logging = {"logging_steps": 2, "logging_nan_inf_filter": filters}
+        bad, _ = train(tmp_path, callbacks=[PoisonedRow(RARE_TOKEN, {2})], skip=1, **logging)
+        losses = [line["loss"] for line in bad.state.log_history if "loss" in line]
+        assert losses == pytest.approx([each[0], (each[2] + each[3]) / 2], rel=1e-6)
+        final = bad.state.log_history[-1]["train_loss"]
+        assert final == pytest.approx((each[0] + each[2] + each[3]) / 3, rel=1e-6)
+        terms = [value for line in bad.state.log_history for name, value in line.items() if name != "grad_norm"]
+        assert all(math.isfinite(value) for value in terms if isinstance(value, float))
 
 
 class Scaled(TrainerCallback):
@@ -232,24 +225,23 @@ def test_an_overflow_that_no_scale_helps_is_an_error_in_the_end(tmp_path):
 
 @pytest.mark.parametrize("skip", [0, 1])
 def test_a_loss_that_is_not_finite_is_no_matter_of_the_scale(skip, tmp_path):
-    trainer, _ = train_scaled(tmp_path, 1024.0, [PoisonedRow(TOKEN, {2})], skip=skip, max_grad_norm=1.0)
+    trainer, _ = train_scaled(tmp_path, 1024.0, [PoisonedRow(RARE_TOKEN, {2})], skip=skip, max_grad_norm=1.0)
     if skip:
         trainer.train()
         assert [bad.step for bad in trainer.bad_steps] == [2]
     else:
-        with pytest.raises(NonFiniteError, match=f"^step 2: .*row {ROW} of"):
+        with pytest.raises(NonFiniteError, match=f"^step 2: .*row {RARE_ROW} of"):
             trainer.train()
 
 
 @pytest.mark.works_with(
     "distribution", "DDP on two ranks (gloo): NaN on one of them stops both, or leaves the step out"
 )
-def test_two_ranks_decide_alike(tmp_path):
-    found = run_two_ranks("tests/training/two_ranks_bad_step.py", tmp_path)
-    stopped, skipped, left_out = found
+def test_two_ranks_decide_alike(two_ranks):
+    stopped, skipped, left_out = (two_ranks["bad step"][name] for name in ("stopped", "skipped", "left out"))
     # rank 1 holds the row in its half of step 1
     assert stopped["errors"][0] == stopped["errors"][1]
-    assert re.match(rf"step 1: the output of the frozen .*, process 1, row {ROW} of", stopped["errors"][0])
+    assert re.match(rf"step 1: the output of the frozen .*, process 1, row {RARE_ROW} of", stopped["errors"][0])
     assert skipped["errors"] == ["", ""] and skipped["steps"] == [[1], [1]]
     for found in (skipped, left_out):
         assert same_weights(found["weights"][0], found["weights"][1])

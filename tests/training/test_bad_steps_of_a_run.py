@@ -42,37 +42,35 @@ def tree_of(bases, data, out, **changes):
     return tree
 
 
-# of the training, of an epoch, of neither the first
-@pytest.mark.parametrize("step", [1, 5, 3])
-def test_going_on_without_the_step_ends_as_leaving_it_out_at_once(step, poison, bases, data, tmp_path):
-    poison(step)
-    whole = fit(read_run(tree_of(bases, data, tmp_path / "whole", skip_bad_steps=1)), quiet())
+def test_going_on_without_steps_ends_as_leaving_them_out_at_once(poison, bases, data, tmp_path):
+    """The first of the training, one that is first of nothing, the first of an epoch."""
+    steps = (1, 3, 5)
+    poison(*steps)
+    whole = fit(read_run(tree_of(bases, data, tmp_path / "whole", skip_bad_steps=3)), quiet())
     out = tmp_path / "parts"
-    with pytest.raises(NonFiniteError, match=f"^step {step}: the output of the frozen module") as caught:
-        fit(read_run(tree_of(bases, data, out)), quiet())
-    assert f"The state after step {step - 1} is saved" in str(caught.value)
-    assert f"mixora train --resume {out} --skip-bad-steps 1" in str(caught.value)
-    assert read_state(find_checkpoint(out)[0]).global_step == step - 1
-    resumed = fit(read_resumed(out, {"train": {"skip_bad_steps": 1}}), quiet(), resume=True)
+    for skipped, step in enumerate(steps):
+        with pytest.raises(NonFiniteError, match=f"^step {step}: the output of the frozen module") as caught:
+            go_on(tree_of(bases, data, out), out, skipped)
+        assert f"The state after step {step - 1} is saved" in str(caught.value)
+        assert str(caught.value).endswith(f"mixora train --resume {out} --skip-bad-steps {skipped + 1}")
+        assert read_state(find_checkpoint(out)[0]).global_step == step - 1
+    resumed = go_on(tree_of(bases, data, out), out, 3)
     expected, found = weights_of(tmp_path / "whole"), weights_of(out)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert (resumed.history, resumed.after, resumed.bad_steps) == (whole.history, whole.after, whole.bad_steps)
-    assert resumed.notes == ["1 of 6 steps left out: their numbers were not finite."]
-    (bad,) = read_record(out).bad_steps
-    assert bad.step == step and len(bad.rows) == 4 and bad.place.startswith("the output of the frozen module")
+    assert resumed.notes == ["3 of 6 steps left out: their numbers were not finite."]
+    bad = read_record(out).bad_steps
+    assert [each.step for each in bad] == list(steps) and {len(each.rows) for each in bad} == {4}
+    assert bad[0].place.startswith("the output of the frozen module")
     page = (out / "report.html").read_text()
-    assert "Steps left out" in page and bad.place in page
-    assert [line["step"] for line in resumed.history if line["loss"] is None] == [step]
+    assert "Steps left out" in page and bad[0].place in page
+    assert [line["step"] for line in resumed.history if line["loss"] is None] == list(steps)
 
 
-def test_steps_left_out_before_are_counted_when_a_run_goes_on(poison, bases, data, tmp_path):
-    poison(2, 3, 5)
-    out = tmp_path / "out"
-    with pytest.raises(NonFiniteError, match=r"(?s)^step 3: .*--skip-bad-steps 2$"):
-        fit(read_run(tree_of(bases, data, out, skip_bad_steps=1)), quiet())
-    with pytest.raises(NonFiniteError, match=r"(?s)^step 5: .*--skip-bad-steps 3$"):
-        fit(read_resumed(out, {"train": {"skip_bad_steps": 2}}), quiet(), resume=True)
-    assert read_state(find_checkpoint(out)[0]).global_step == 4
+def go_on(tree, out, skipped):
+    if not skipped:
+        return fit(read_run(tree), quiet())
+    return fit(read_resumed(out, {"train": {"skip_bad_steps": skipped}}), quiet(), resume=True)
 
 
 def test_a_checkpoint_of_the_step_before_stays_as_it_was(poison, bases, data, tmp_path):

@@ -46,14 +46,13 @@ def test_an_operator_without_a_deterministic_version_is_named():
 @pytest.mark.parametrize("is_on", [False, True])
 def test_a_run_uses_it(is_on, bases, data, tmp_path, monkeypatch):
     seen = []
-    make = running.make_trainer
 
-    def make_trainer(*given):
+    def stop(*given):
         seen.append(torch.are_deterministic_algorithms_enabled())
-        return make(*given)
+        raise ValueError("seen enough")
 
-    monkeypatch.setattr(running, "make_trainer", make_trainer)
-    tree = settings(bases / "llama", data / "commands", tmp_path / "out", train__steps=1, train__deterministic=is_on)
-    tree["evaluate"] = {"limit": 1, "metrics": ["loss"], "generations": 0}
-    fit(read_run(tree), quiet())
+    monkeypatch.setattr(running, "make_trainer", stop)
+    tree = settings(bases / "llama", data / "commands", tmp_path / "out", train__deterministic=is_on)
+    with pytest.raises(ValueError, match="seen enough"):
+        fit(read_run(tree), quiet())
     assert seen == [is_on] and not torch.are_deterministic_algorithms_enabled()

@@ -165,13 +165,14 @@ def _collect(dgates_TR, experts_TK, slot_K, top_k, expert_R, expert_E):
 @triton.jit
 def _undo_gate(dgates_TE, gates_TE, p_TE, RENORMALISE: tl.constexpr):
     """The gradient of the probabilities from that of the gates."""
-    dp_TE = tl.where(gates_TE > 0.0, dgates_TE, 0.0)
+    # not "> 0": what is not a number must show
+    dp_TE = tl.where(gates_TE != 0.0, dgates_TE, 0.0)
     if RENORMALISE:
-        total_T = tl.sum(tl.where(gates_TE > 0.0, p_TE, 0.0), axis=1)
+        total_T = tl.sum(tl.where(gates_TE != 0.0, p_TE, 0.0), axis=1)
         mean_T = tl.sum(dp_TE * gates_TE, axis=1)
         # there is nothing to divide on padding
-        share_T = 1.0 / tl.where(total_T > 0.0, total_T, 1.0)
-        dp_TE = tl.where(gates_TE > 0.0, (dp_TE - mean_T[:, None]) * share_T[:, None], 0.0)
+        share_T = 1.0 / tl.where(total_T != 0.0, total_T, 1.0)
+        dp_TE = tl.where(gates_TE != 0.0, (dp_TE - mean_T[:, None]) * share_T[:, None], 0.0)
     return dp_TE
 
 

@@ -85,7 +85,8 @@ def shrink(x: Tensor, x_TI: Tensor, terms: Sequence[Term], valid_T: Tensor, reno
     paths = [term.path for term in terms]
     joined = Joined(Input.of(x), tail_TI, dict(zip(paths, hidden, strict=True)), {})
     for path, experts_TK, weights_TK, z_TE, p_TE in zip(paths, experts, weights, logits, probs, strict=True):
-        used_TK = weights_TK > 0
+        # not "> 0": what is not a number must show
+        used_TK = weights_TK != 0
         joined.routings[path] = Routing(experts_TK, weights_TK, used_TK, used_TK, valid_T, z_TE.shape[1], z_TE, p_TE)
     return joined
 

@@ -67,6 +67,11 @@ class Place:
         return f"{WORDS[self.kind].format(self.path)}: {self.numbers}{remark}"
 
     @property
+    def is_shared(self) -> bool:
+        """Whether numbers of other processes are in it: balance statistics are those of all, and so are gradients."""
+        return self.kind in ("loss", "gradient", "norm")
+
+    @property
     def advice(self) -> str:
         """What to try."""
         return "an earlier checkpoint, or another copy of the base" if _BEFORE in self.remark else ADVICE[self.kind]

@@ -169,8 +169,8 @@ class FiniteSteps:
         found = [(place, trainer.accelerator.process_index, rows)]
         if trainer.accelerator.num_processes > 1:
             found = gather_object(found)
-        first = next((each for each in found if each[0] is not None), None)
-        result = first or (look_at_sums(model), 0, rows)
+        bad = [(at.micro_batch, at.is_shared, process) for at, process, _ in found if at is not None]
+        result = found[min(bad)[2]] if bad else (look_at_sums(model), 0, rows)
         _drop_gradients(model)
         return result
 
