@@ -34,7 +34,7 @@ def test_the_whole_card(tmp_path):
     assert (
         found
         == f"""---
-base_model: org/base
+base_model: "org/base"
 library_name: peft
 tags: [lora, mixora]
 ---
@@ -72,8 +72,8 @@ Measured over 1234 held-out predictions.
 from transformers import AutoModelForCausalLM
 from peft import PeftModel
 
-base = AutoModelForCausalLM.from_pretrained("org/base")
-model = PeftModel.from_pretrained(base, "{tmp_path}")
+base = AutoModelForCausalLM.from_pretrained('org/base')
+model = PeftModel.from_pretrained(base, {str(tmp_path)!r})
 ```
 """
     )
@@ -97,8 +97,8 @@ def test_a_card_of_a_soup_of_other_sites(tmp_path):
         "from transformers import AutoModelForCausalLM",
         "import mixora",
         "",
-        'base = AutoModelForCausalLM.from_pretrained("org/base")',
-        f'model = mixora.from_pretrained(base, "{tmp_path}")',
+        "base = AutoModelForCausalLM.from_pretrained('org/base')",
+        f"model = mixora.from_pretrained(base, {str(tmp_path)!r})",
         "```",
     ]
     assert "What changed" not in "\n".join(lines)
@@ -121,7 +121,7 @@ def test_a_card_of_a_dense_model(tmp_path, task_type, auto):
         "```python",
         f"from transformers import {auto}",
         "",
-        f'model = {auto}.from_pretrained("{tmp_path}")',
+        f"model = {auto}.from_pretrained({str(tmp_path)!r})",
         "```",
     ]
 
