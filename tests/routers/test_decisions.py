@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mixora.config import parse
-from mixora.routers import ROUTERS, Soft, Uniform
+from mixora.routers import ROUTERS, Soft, TopK, Uniform
 from mixora.routers.capacity import CapacityConfig, admit
 from mixora.routers.linear import multiply, softmax
 from mixora.routers.uniform import UniformConfig
@@ -76,6 +76,15 @@ def test_of_equal_priorities_the_first_is_admitted():
     count = 4096
     found = admitted(torch.ones(count, 1), torch.zeros(count, dtype=torch.long), admission="priority")
     assert found == list(range(count // 4))
+
+
+def test_a_limit_that_is_only_observed_takes_no_weight():
+    config = TopK.Config(num_experts=2, top_k=1, capacity=CapacityConfig(capacity_factor=0.5, min_capacity=0))
+    tokens = Tokens(torch.ones(4, dtype=torch.bool), torch.zeros(4, dtype=torch.long), observed=True)
+    for training, weights in ((False, 4), (True, 1)):
+        routing = TopK(config).decide(torch.tensor([[3.0, 0.0]] * 4), {}, tokens, training)
+        assert routing.admitted_TK.sum() == 1
+        assert (routing.weights_TK > 0).sum() == weights
 
 
 def test_lines_of_many_groups_do_not_mix():
