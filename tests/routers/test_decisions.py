@@ -116,3 +116,24 @@ def test_weights_start_with_the_standard_deviation_that_is_set(kind):
         else:
             assert abs(float(tensor.std()) - 0.5) < 0.05
             assert abs(float(tensor.mean())) < 0.05
+
+
+FULL = {"capacity_factor": 0.5, "min_capacity": 0, "capacity_at_inference": True}
+CHOOSING = [
+    *((kind, {}) for kind in ("topk", "soft", "threshold", "null_topk")),
+    *(("topk", settings) for settings in ({"renormalise": True}, {"expert_dropout": 0.5}, {"capacity": FULL})),
+]
+
+
+@pytest.mark.parametrize(("kind", "settings"), CHOOSING)
+def test_what_is_chosen_is_what_is_decided_in_evaluation(kind, settings):
+    router = ROUTERS[kind](parse(ROUTERS[kind].Config, settings))
+    generator = torch.Generator().manual_seed(0)
+    shapes = router.parameter_shapes(5)
+    parameters = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    z_TC = multiply(torch.randn(9, 5, generator=generator), router.rows(parameters))
+    tokens = Tokens.all_real(9, "cpu")
+    weights_TK, experts_TK = router.choose(z_TC, parameters, tokens)
+    routing = router.decide(z_TC, parameters, tokens, False)
+    assert torch.equal(experts_TK, routing.experts_TK)
+    torch.testing.assert_close(weights_TK, routing.weights_TK)
