@@ -6,7 +6,7 @@ import pytest
 
 import mixora
 from mixora.contracts import Shape
-from mixora.errors import CheckpointError
+from mixora.errors import MOST_NAMED, CheckpointError
 from mixora.plan import Plan, Site, common_prefix
 
 
@@ -23,7 +23,7 @@ def site(path, **changes):
         top_k=1,
         kernel="sorted",
         scale=2.0,
-        stream="decoder",
+        stream="target",
         leader=None,
         parameters=1000,
         active_parameters=600,
@@ -143,9 +143,9 @@ def test_a_stored_plan_is_read_again():
 @pytest.mark.parametrize(
     ("damage", "why"),
     [
-        ({"ranks": 3}, "'int' object is not iterable"),
-        ({"strange": 1}, "Site.__init__.. got an unexpected keyword argument 'strange'"),
-        (None, "'ranks'"),
+        ({"ranks": 3}, "0.ranks: Input should be a valid array"),
+        ({"strange": 1}, "0.strange: Unexpected keyword argument"),
+        (None, "0.ranks: Field required"),
     ],
 )
 def test_a_damaged_plan_is_named(damage, why):
@@ -168,13 +168,13 @@ def test_every_difference_from_the_stored_plan_is_told():
     ]
 
 
-def test_of_many_differences_twenty_are_told():
-    sites = [site(f"model.layers.{layer}.q") for layer in range(30)]
+def test_of_many_differences_the_first_are_told():
+    sites = [site(f"model.layers.{layer}.q") for layer in range(MOST_NAMED + 1)]
     with pytest.raises(CheckpointError) as caught:
         Plan(()).check_against(Plan(tuple(sites)).to_list())
     lines = str(caught.value).splitlines()
-    assert lines[0] == "the adapter was trained under another plan, 30 differences:"
-    assert len(lines) == 21
+    assert lines[0] == f"the adapter was trained under another plan, {MOST_NAMED + 1} differences:"
+    assert len(lines) == 1 + MOST_NAMED
 
 
 def test_another_kernel_is_no_difference():
