@@ -155,6 +155,24 @@ def test_a_damaged_plan_is_named(damage, why):
         Plan.from_list([record])
 
 
+def test_of_many_faults_of_a_stored_plan_five_are_told():
+    with pytest.raises(CheckpointError) as caught:
+        Plan.from_list([{}])
+    required = [f"0.{name}: Field required" for name in ("path", "rule", "in_features", "out_features", "expert")]
+    assert str(caught.value) == f"the adapter's stored plan is damaged: {'; '.join(required)}"
+
+
+def test_a_stored_plan_holds_no_nan():
+    message = "^the adapter's stored plan is damaged: Out of range float values are not JSON compliant"
+    with pytest.raises(CheckpointError, match=message):
+        Plan.from_list([{**Q[0].__dict__, "scale": float("nan")}])
+
+
+def test_a_printed_plan_ends_with_its_last_line():
+    printed = str(Plan((Q[0],), notes=("mind the gap",)))
+    assert printed.endswith("note: mind the gap")
+
+
 def test_every_difference_from_the_stored_plan_is_told():
     stored = Plan((Q[0], replace(Q[1], ranks=(2, 2), scale=1.0, kernel="loop"), K[0])).to_list()
     with pytest.raises(CheckpointError) as caught:

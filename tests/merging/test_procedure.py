@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-import mixora
+import mixora.merging
 from mixora.contracts import Shape
 from mixora.errors import CheckpointError, ConfigError, MixoraError, ModelError
 from mixora.low_rank import LowRank
@@ -219,3 +219,9 @@ def test_a_dense_model_of_weights_that_are_not_finite_is_refused(tmp_path):
         model.get_submodule(f"base_model.model.{Q_1}").parameters_of("default")["B"].fill_(float("inf"))
     with pytest.raises(MixoraError, match=f"^{Q_1}: merging gives weights that are not finite"):
         mixora.merge(model, tmp_path / "out", dense=True)
+
+
+def test_the_package_offers_what_it_names():
+    names = ["Approximation", "Comparison", "Form", "Merged", "MergedSite", "foresee", "merge"]
+    assert mixora.merging.__all__ == names
+    assert all(hasattr(mixora.merging, name) for name in names)
