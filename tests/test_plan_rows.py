@@ -145,6 +145,7 @@ def test_a_stored_plan_is_read_again():
     [
         ({"ranks": 3}, "0.ranks: Input should be a valid array"),
         ({"strange": 1}, "0.strange: Unexpected keyword argument"),
+        ({"in_features": "32"}, "0.in_features: Input should be a valid integer"),
         (None, "0.ranks: Field required"),
     ],
 )
