@@ -6,7 +6,7 @@ import pytest
 
 import mixora
 from mixora.contracts import Shape
-from mixora.errors import CheckpointError
+from mixora.errors import MOST_NAMED, CheckpointError
 from mixora.plan import Plan, Site, common_prefix
 
 
@@ -23,7 +23,7 @@ def site(path, **changes):
         top_k=1,
         kernel="sorted",
         scale=2.0,
-        stream="source",
+        stream="target",
         leader=None,
         parameters=1000,
         active_parameters=600,
@@ -145,6 +145,7 @@ def test_a_stored_plan_is_read_again():
     [
         ({"ranks": 3}, "0.ranks: Input should be a valid array"),
         ({"strange": 1}, "0.strange: Unexpected keyword argument"),
+        ({"in_features": "32"}, "0.in_features: Input should be a valid integer"),
         (None, "0.ranks: Field required"),
     ],
 )
@@ -153,6 +154,24 @@ def test_a_damaged_plan_is_named(damage, why):
     record = {key: value for key, value in record.items() if key != "ranks"} if damage is None else {**record, **damage}
     with pytest.raises(CheckpointError, match=f"^the adapter's stored plan is damaged: {why}$"):
         Plan.from_list([record])
+
+
+def test_of_many_faults_of_a_stored_plan_five_are_told():
+    with pytest.raises(CheckpointError) as caught:
+        Plan.from_list([{}])
+    required = [f"0.{name}: Field required" for name in ("path", "rule", "in_features", "out_features", "expert")]
+    assert str(caught.value) == f"the adapter's stored plan is damaged: {'; '.join(required)}"
+
+
+def test_a_stored_plan_holds_no_nan():
+    message = "^the adapter's stored plan is damaged: Out of range float values are not JSON compliant"
+    with pytest.raises(CheckpointError, match=message):
+        Plan.from_list([{**Q[0].__dict__, "scale": float("nan")}])
+
+
+def test_a_printed_plan_ends_with_its_last_line():
+    printed = str(Plan((Q[0],), notes=("mind the gap",)))
+    assert printed.endswith("note: mind the gap")
 
 
 def test_every_difference_from_the_stored_plan_is_told():
@@ -168,13 +187,13 @@ def test_every_difference_from_the_stored_plan_is_told():
     ]
 
 
-def test_of_many_differences_twenty_are_told():
-    sites = [site(f"model.layers.{layer}.q") for layer in range(30)]
+def test_of_many_differences_the_first_are_told():
+    sites = [site(f"model.layers.{layer}.q") for layer in range(MOST_NAMED + 1)]
     with pytest.raises(CheckpointError) as caught:
         Plan(()).check_against(Plan(tuple(sites)).to_list())
     lines = str(caught.value).splitlines()
-    assert lines[0] == "the adapter was trained under another plan, 30 differences:"
-    assert len(lines) == 21
+    assert lines[0] == f"the adapter was trained under another plan, {MOST_NAMED + 1} differences:"
+    assert len(lines) == 1 + MOST_NAMED
 
 
 def test_another_kernel_is_no_difference():

@@ -5,7 +5,7 @@ import torch
 
 import mixora
 from mixora.passes import tracing
-from mixora.routing import Routing, Tokens
+from mixora.routing import Routing, Tokens, Trace
 from tests.models import adapt, tiny_llama, token_ids
 
 SMALL = {"num_experts": 4, "top_k": 2, "rank": 2, "targets": ["q_proj", "o_proj"], "expert_dropout": 0.0}
@@ -108,3 +108,53 @@ def test_by_slot_each_choice_is_a_token_of_its_own():
     assert slots.valid_T.tolist() == [True, True, False] * 2
     torch.testing.assert_close(slots.gates_TE().reshape(2, 3, 3).sum(dim=0), routing.gates_TE())
     assert slots.unweighted().weights_TK[:, 0].tolist() == [1, 1, 0, 1, 1, 0]
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_what_is_made_from_nothing_stands_on_the_device_asked_for(device):
+    tokens = Tokens.all_real(3, torch.device(device))
+    even = Routing.even(tokens.valid_T, (1, 0), 2)
+    made = (tokens.valid_T, tokens.group_T, even.experts_TK, even.weights_TK, even.assigned_TK)
+    assert {tensor.device.type for tensor in made} == {device}
+
+
+@pytest.mark.parametrize(("experts", "is_soft"), [((2,), False), ((3, 1), True)])
+def test_even_routing_gives_equal_weights_in_fp32(experts, is_soft):
+    torch.set_default_dtype(torch.float64)
+    try:
+        even = Routing.even(torch.tensor([True, False, True]), experts, 4)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert even.weights_TK.dtype == torch.float32
+    assert even.weights_TK.tolist() == [[1 / len(experts)] * len(experts)] * 3
+    assert even.experts_TK.tolist() == [list(experts)] * 3
+    assert even.assigned_TK.tolist() == [[True] * len(experts), [False] * len(experts), [True] * len(experts)]
+    assert even.is_soft is is_soft
+
+
+def test_what_nobody_says_is_off():
+    ones_TK = torch.ones(1, 1, dtype=torch.bool)
+    assert Tokens(ones_TK[0], ones_TK[0].long()).observed is False
+    assert Trace().owns_losses is False
+    alone = Routing(ones_TK.long() - 1, ones_TK.float(), ones_TK, ones_TK, ones_TK[0], 2)
+    assert alone.is_soft is False
+    assert alone.load_E().tolist() == [1, 0]
+    assert alone.unweighted().weights_TK.dtype == torch.float32
+
+
+def test_null_experts_share_their_choices_evenly():
+    """In the dtype of the weights: two choices of three null experts."""
+    used_TK, weights_TK = torch.tensor([[True], [False]]), torch.tensor([[1.0], [0.0]], dtype=torch.float64)
+    probs_TE = torch.full((2, 5), 0.2, dtype=torch.float64)
+    routing = Routing(
+        used_TK.long(),
+        weights_TK,
+        used_TK,
+        used_TK,
+        torch.tensor([True, True]),
+        2,
+        probs_TE,
+        probs_TE,
+        null_slots_T=torch.tensor([0, 2]),
+    )
+    assert routing.counts_of_columns().tolist() == [0, 1, 2 / 3, 2 / 3, 2 / 3]

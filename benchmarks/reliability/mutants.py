@@ -12,7 +12,7 @@ import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import sqrt
 from pathlib import Path
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from benchmarks.recording import RESULTS, describe_run, write_results
-from benchmarks.reliability.mutation import Mutant, mutants_of, select
+from benchmarks.reliability.mutation import Mutant, select
 from benchmarks.reliability.trial import IN_PLACE_IMPOSSIBLE, attempt, find_reach, try_anew, try_in_place
 
 SOURCE = Path("src")
@@ -176,15 +176,6 @@ def show(summary: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def find_current(work: Work, paths: Iterable[Path]) -> Iterator[dict[str, Any]]:
-    """What the work file tells of these files as they are now."""
-    lines = {str(path.relative_to(SOURCE)): set(map(str.strip, path.read_text().splitlines())) for path in paths}
-    for record in work.read().values():
-        gone = [line[1:] for line in record["diff"] if line.startswith("-")]
-        if record["file"] in lines and lines[record["file"]].issuperset(gone):
-            yield record
-
-
 def read_options(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         "python -m benchmarks.reliability.mutants",
@@ -223,8 +214,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         run_group(GROUPS[name], mutants, work, options.budget)
         print(f"{name}: {len(mutants)} mutants in {time.perf_counter() - begun:.0f} s", flush=True)
         tried |= {mutant.key for mutant in mutants}
-    records = [record for record in find_current(work, paths) if options.report or record["key"] in tried]
-    totals = {str(path.relative_to(SOURCE)): sum(1 for _ in mutants_of(path)) for path in paths}
+    # what is told of earlier states of a file is passed over
+    current = {path: {mutant.key for mutant in select([path], None, 0)} for path in paths}
+    wanted = set().union(*current.values()) if options.report else tried
+    records = [record for key, record in work.read().items() if key in wanted]
+    totals = {str(path.relative_to(SOURCE)): len(keys) for path, keys in current.items()}
     summary = summarise(records, totals)
     print(show(summary))
     for survivor in summary["survivors"]:

@@ -38,4 +38,4 @@ def test_runs_are_compared_but_for_their_moment(tmp_path):
     )
     equal = {"weights": True, "losses": True, "record": True, "largest_difference": 0.0}
     assert numbers.compare("sira", one, same) == equal
-    assert numbers.compare("sira", one, other) == {name: False for name in equal} | {"largest_difference": 0.5}
+    assert numbers.compare("sira", one, other) == dict.fromkeys(equal, False) | {"largest_difference": 0.5}

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import mixora
+import mixora.kernels
 from benchmarks.kernels import find_limits
 from benchmarks.recording import RESULTS
 from mixora.contracts import Shape
@@ -100,6 +100,12 @@ def test_reasons():
         "stacked (R/K 4-16 ≤ 48, all experts in use)",
         "sorted (R/K 2048 > 48)",
     )
+    assert Choice(torch.float32, 48).explain([served("stacked", 12, 8, 2)]) == ("stacked (R/K 48 ≤ 48)",)
+
+
+def test_the_package_offers_what_it_names():
+    assert mixora.kernels.__all__ == ["KERNELS", *sorted(kernel.__name__ for kernel in KERNELS.values())]
+    assert {kernel.__name__.lower(): kernel for kernel in KERNELS.values()} == KERNELS
 
 
 def test_a_plan_tells_its_kernels_with_the_reasons():

@@ -148,6 +148,20 @@ def test_weights_of_another_dtype_follow_the_activations(kernel):
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
+def test_a_bias_of_another_dtype_follows_the_activations(kernel):
+    ranks, experts_TK, _, (x_TI, a_RI, b_RO, weights_TK) = make("rank 8, all tokens to one expert")
+    bias_R = torch.linspace(-1, 1, len(a_RI), dtype=torch.float32)
+    routing = routing_of(experts_TK, weights_TK.float(), len(ranks))
+    one = KERNELS[kernel](ranks)
+    y_TO = one.contract(one.expand(x_TI.bfloat16(), a_RI.float(), routing, bias_R), b_RO.float(), routing)
+    assert y_TO.dtype == torch.bfloat16
+    chosen = slice(ranks[0], 2 * ranks[0])
+    hidden_Tr = x_TI @ a_RI[chosen].T + bias_R[chosen].double()
+    exact_TO = (weights_TK * hidden_Tr) @ b_RO[chosen]
+    assert (y_TO.double() - exact_TO).norm() <= 0.02 * exact_TO.norm()
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_autocast_gives_low_precision_close_to_exact(kernel):
     ranks, experts_TK, _, leaves = make("rank 8")
     given = [leaf.float().requires_grad_() for leaf in leaves]

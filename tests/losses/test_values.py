@@ -89,7 +89,7 @@ def test_balance_of_real_tokens_alone():
     found = LoadBalance(LoadBalance.Config()).of_site(padded())
     p, q = shares([1.0, 0.0, -1.0]), shares([0.5, 0.25, 0.0])
     assert found.dtype == torch.float64
-    assert found.item() == pytest.approx(3 * ((p[0] + q[0]) / 2 / 3 + 2 * (p[2] + q[2]) / 2 / 3), rel=1e-7)
+    assert found.item() == pytest.approx(3 * ((p[0] + q[0]) / 2 / 3 + 2 * (p[2] + q[2]) / 2 / 3), rel=1e-12)
 
 
 def test_z_loss_of_real_tokens_alone():

@@ -2,6 +2,8 @@
 
 import json
 from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,12 +11,14 @@ from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-import mixora
-from mixora.errors import CheckpointError, ConfigError
+import mixora.merging
+from mixora.contracts import Shape
+from mixora.errors import CheckpointError, ConfigError, MixoraError, ModelError
 from mixora.low_rank import LowRank
-from mixora.merging.export import _configure, _module_names
+from mixora.merging.approximation import _group
+from mixora.merging.export import _configure, _module_names, name_base
 from mixora.merging.procedure import foresee
-from tests.models import adapt, tiny_llama, token_ids
+from tests.models import adapt, tiny_bert_classifier, tiny_llama, token_ids
 
 IDS = token_ids(2, 6)
 BATCHES = [{"input_ids": IDS, "labels": IDS}]
@@ -175,3 +179,49 @@ def test_ranks_and_alphas(pairs, rank, alpha, ranks, alphas, scaled):
 def test_names_are_those_without_adapters():
     names = list(_module_names(lora().get_base_model()))
     assert set(names) == {name for name, _ in tiny_llama().named_modules() if name}
+
+
+def test_what_is_written_names_its_base_and_asks_nobody_for_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "peft.utils.save_and_load.check_file_exists_on_hf_hub", lambda *names: pytest.fail("asks the hub")
+    )
+    model = adapt(tiny_bert_classifier(), mixora.recipe("lora", targets=["query"], task_type="SEQ_CLS"))
+    model.peft_config["default"].base_model_name_or_path = "org/base"
+    model.peft_config["default"].revision = "second"
+    mixora.merge(model, tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == ("org/base", "second")
+    assert config["task_type"] == "SEQ_CLS"
+    assert config["modules_to_save"] == list(model.peft_config["default"].modules_to_save)
+
+
+def test_names_that_only_mixora_knows_become_paths(monkeypatch):
+    def resolve(name):
+        if name == "unknown":
+            raise ModelError(name)
+        return Path("/somewhere") / name
+
+    monkeypatch.setattr("mixora.merging.export.resolve_base", resolve)
+    assert [name_base(name) for name in ("short", "unknown", None)] == [str(Path("/somewhere/short")), "unknown", None]
+
+
+@pytest.mark.parametrize(("memory", "sizes"), [(575, [1, 1, 1]), (576, [2, 1]), (863, [2, 1]), (864, [3])])
+def test_groups_of_sites_fill_the_memory_they_are_given(memory, sizes):
+    """A site of 4 inputs, 6 outputs and rank 2 takes 2 (4 + 6) + 4^2 numbers of 8 bytes."""
+    part = SimpleNamespace(shape=Shape(4, 6, (2,)))
+    readers = [[SimpleNamespace(parts={"default": part})] for _ in range(3)]
+    assert [len(group) for group in _group(readers, "default", memory)] == sizes
+
+
+def test_a_dense_model_of_weights_that_are_not_finite_is_refused(tmp_path):
+    model = lora()
+    with torch.no_grad():
+        model.get_submodule(f"base_model.model.{Q_1}").parameters_of("default")["B"].fill_(float("inf"))
+    with pytest.raises(MixoraError, match=f"^{Q_1}: merging gives weights that are not finite"):
+        mixora.merge(model, tmp_path / "out", dense=True)
+
+
+def test_the_package_offers_what_it_names():
+    names = ["Approximation", "Comparison", "Form", "Merged", "MergedSite", "foresee", "merge"]
+    assert mixora.merging.__all__ == names
+    assert all(hasattr(mixora.merging, name) for name in names)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mixora.config import parse
-from mixora.routers import ROUTERS, Soft, Uniform
+from mixora.routers import ROUTERS, Soft, TopK, Uniform
 from mixora.routers.capacity import CapacityConfig, admit
 from mixora.routers.linear import multiply, softmax
 from mixora.routers.uniform import UniformConfig
@@ -78,6 +78,15 @@ def test_of_equal_priorities_the_first_is_admitted():
     assert found == list(range(count // 4))
 
 
+def test_a_limit_that_is_only_observed_takes_no_weight():
+    config = TopK.Config(num_experts=2, top_k=1, capacity=CapacityConfig(capacity_factor=0.5, min_capacity=0))
+    tokens = Tokens(torch.ones(4, dtype=torch.bool), torch.zeros(4, dtype=torch.long), observed=True)
+    for training, weights in ((False, 4), (True, 1)):
+        routing = TopK(config).decide(torch.tensor([[3.0, 0.0]] * 4), {}, tokens, training)
+        assert routing.admitted_TK.sum() == 1
+        assert (routing.weights_TK > 0).sum() == weights
+
+
 def test_lines_of_many_groups_do_not_mix():
     """More groups than experts: each group of four tokens has one place with each of four experts."""
     group_T = torch.arange(9).repeat_interleave(4)
@@ -107,3 +116,24 @@ def test_weights_start_with_the_standard_deviation_that_is_set(kind):
         else:
             assert abs(float(tensor.std()) - 0.5) < 0.05
             assert abs(float(tensor.mean())) < 0.05
+
+
+FULL = {"capacity_factor": 0.5, "min_capacity": 0, "capacity_at_inference": True}
+CHOOSING = [
+    *((kind, {}) for kind in ("topk", "soft", "threshold", "null_topk")),
+    *(("topk", settings) for settings in ({"renormalise": True}, {"expert_dropout": 0.5}, {"capacity": FULL})),
+]
+
+
+@pytest.mark.parametrize(("kind", "settings"), CHOOSING)
+def test_what_is_chosen_is_what_is_decided_in_evaluation(kind, settings):
+    router = ROUTERS[kind](parse(ROUTERS[kind].Config, settings))
+    generator = torch.Generator().manual_seed(0)
+    shapes = router.parameter_shapes(5)
+    parameters = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    z_TC = multiply(torch.randn(9, 5, generator=generator), router.rows(parameters))
+    tokens = Tokens.all_real(9, "cpu")
+    weights_TK, experts_TK = router.choose(z_TC, parameters, tokens)
+    routing = router.decide(z_TC, parameters, tokens, False)
+    assert torch.equal(experts_TK, routing.experts_TK)
+    torch.testing.assert_close(weights_TK, routing.weights_TK)

@@ -51,12 +51,13 @@ LIMITS = [
     ("topk", "expert_dropout", 0.9, 1.0),
     ("null_topk", "null_experts", 1, 0),
     ("null_topk", "top_k", 2, 1),
+    ("null_topk", "top_k", 64, 2**16 + 1),
 ]
 
 
 @pytest.mark.parametrize(("kind", "name", "least", "refused"), LIMITS)
 def test_limits(kind, name, least, refused):
-    beside = {"top_k": 1} if (kind, name) == ("topk", "num_experts") else {}
+    beside = {("topk", "num_experts"): {"top_k": 1}, ("null_topk", "top_k"): {"null_experts": 64}}.get((kind, name), {})
     assert getattr(parse(ROUTERS[kind].Config, {name: least, **beside}), name) == least
     with pytest.raises(ConfigError, match=name):
         parse(ROUTERS[kind].Config, {name: refused, **beside})
@@ -67,6 +68,7 @@ def test_limits(kind, name, least, refused):
     [
         ("capacity_factor", 0.25, 0.0),
         ("min_capacity", 0, -1),
+        ("min_capacity", 2**31 - 1, 2**31),
         ("group", "batch", "row"),
         ("admission", "choice", "any"),
         ("admission", "priority", "Token"),

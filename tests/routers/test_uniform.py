@@ -87,6 +87,14 @@ def test_otherwise_the_mean_of_the_members_serves(share, members):
     for kind, tensor in served.items():
         chosen = [tensors.get(kind, tensors.get(f"{kind}_{m}")) for m in members or range(3)]
         torch.testing.assert_close(tensor, sum(chosen) / len(chosen))
+        assert kind not in tensors or tensor is tensors[kind]
+
+
+def test_one_expert_serves_as_it_is():
+    tensors = kept("up", experts=1)
+    served = Uniform(UniformConfig(num_experts=1)).serve(tensors, MEAN)
+    assert served["A"] is tensors["A_0"]
+    assert served["B"] is tensors["B"]
 
 
 def test_tied_experts_serve_as_the_mean_of_their_products():
@@ -106,10 +114,11 @@ def test_the_mean_of_independent_draws_is_the_product_of_means():
     torch.testing.assert_close(served["B"].T @ served["A"], sum(all_pairs) / 9)
 
 
+@pytest.mark.parametrize("key", ["11/x", "12/x", "13/x", "14/x"])
 @pytest.mark.parametrize("share", ["up", "down", "none"])
-def test_the_routing_tells_the_draw(share):
+def test_the_routing_tells_the_draw(share, key):
     router = Uniform(UniformConfig(num_experts=5, share=share))
-    valid_T, draw = torch.tensor([True, True, False]), Draw("11/x")
+    valid_T, draw = torch.tensor([True, True, False]), Draw(key)
     routing = router.route(torch.zeros(3, 2), {}, Tokens(valid_T, torch.zeros(3, dtype=torch.long), draw=draw), True)
     side = "up" if share == "down" else "down"
     assert routing.experts_TK.tolist() == [[draw.choose(side, 5)]] * 3
