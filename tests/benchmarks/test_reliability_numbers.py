@@ -2,7 +2,6 @@
 
 import json
 
-import pytest
 import torch
 from safetensors.torch import save_file
 
@@ -11,10 +10,9 @@ from benchmarks.reliability import number_cases as cases
 from benchmarks.reliability import numbers
 
 
-@pytest.mark.parametrize("trainer_class", [mixora.Trainer, mixora.SFTTrainer])
-def test_a_place_is_judged(trainer_class, tmp_path):
+def test_a_place_is_judged(tmp_path):
     case = "router, NaN"
-    said, model, poison = cases.run_trainer(trainer_class, "sira", case, tmp_path)
+    said, model, poison = cases.run_trainer(mixora.Trainer, "sira", case, tmp_path)
     found = cases.judge(case, said, model, poison)
     assert (found["is_named"], found["is_unchanged"]) == (True, True)
     assert not cases.judge("expert, NaN", said, model, poison)["is_named"]

@@ -8,7 +8,6 @@ import torch.distributed as dist
 from tests.training import (
     two_ranks_adamix,
     two_ranks_auxiliary,
-    two_ranks_bad_step,
     two_ranks_draws,
     two_ranks_fused,
     two_ranks_one_graph,
@@ -20,7 +19,6 @@ from tests.training.ranks import leave
 PARTS = {
     "adamix": two_ranks_adamix,
     "auxiliary": two_ranks_auxiliary,
-    "bad step": two_ranks_bad_step,
     "draws": two_ranks_draws,
     "fused": two_ranks_fused,
     "one graph": two_ranks_one_graph,
