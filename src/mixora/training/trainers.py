@@ -191,7 +191,9 @@ class AuxiliaryLossMixin(FiniteSteps):
     def restore_readings(self, checkpoint: str | Path) -> None:
         """Go on with the losses, figures and alarm of a checkpoint that a trainer of ours wrote."""
         trainer: Any = self
-        found = torch.load(self._readings_in(checkpoint), map_location=trainer.args.device, weights_only=True)
+        # gloo's processes call theirs cpu:0, which torch cannot load to
+        device = trainer.args.device if trainer.args.device.type != "cpu" else "cpu"
+        found = torch.load(self._readings_in(checkpoint), map_location=device, weights_only=True)
         trainer._tr_loss, trainer._globalstep_last_logged = found["loss"], found["logged_at"]
         self._terms.restore(found["terms"])
         self.figures.restore(found["figures"])
