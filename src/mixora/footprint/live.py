@@ -12,7 +12,8 @@ from torch.utils._pytree import tree_leaves
 class LiveBytes(TorchDispatchMode):
     """While on, counts the storages that operators make: `now`, all that are alive.
 
-    `known`: tensors whose storages do not count. `made`: how many were made so far. `note` is called after each operator.
+    `known`: tensors whose storages do not count. `made`: how many were made so far. `note` is called after each
+    operator.
     """
 
     def __init__(self, known: Iterable[Tensor]) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Literal
 
 Phase = Literal["forward", "backward"]
@@ -86,5 +87,5 @@ def compose(stretches: list[Stretch], alive: dict[int, int]) -> Course:
 def _changes(stretches: list[Stretch]) -> Iterator[tuple[Stretch, int, int]]:
     """By how much bytes alive and finished gradients change from the start of each block to that of the next one."""
     blocks = [s for s in stretches if s.unit]
-    for stretch, following in zip(blocks, blocks[1:], strict=False):
+    for stretch, following in pairwise(blocks):
         yield stretch, following.start - stretch.start, following.gradients - stretch.gradients
