@@ -60,7 +60,7 @@ def compose(stretches: list[Stretch], alive: dict[int, int]) -> Course:
     `alive`: storages by serial number as forward ended. What a model made and gave back later in forward (records of
     routings, say), those left out would have given back too.
     """
-    models = {(s.phase, s.kind): (s, *change) for s, *change in _changes(stretches) if s.role == "model"}
+    models = {(s.phase, s.kind): (s, grown, done) for s, grown, done in _changes(stretches) if s.role == "model"}
     moments: dict[tuple[Phase, int], Moment] = {}
     shift, given_back, kept = Shift(), 0, None
     for stretch, following in zip(stretches, [*stretches[1:], None], strict=True):
