@@ -158,6 +158,8 @@ def train_with_fsdp2(case: Case) -> Callable[[], None]:
 def train_with_deepspeed(case: Case) -> Callable[[], None]:
     import deepspeed
 
+    # else it compiles an operator of its own, which changes no figure
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     model = make_model(case)
     whole = sum(p.nbytes for p in model.parameters())
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -235,35 +237,40 @@ def compare(case: Case, processes: int, found: dict[str, Any]) -> dict[str, Any]
     return row
 
 
-def work(rank: int, processes: int, port: int, strategy: str, chosen: list[Case], out: str) -> None:
+def work(rank: int, processes: int, port: int, case: Case, out: str) -> None:
     torch.set_num_threads(1)
+    # DeepSpeed reads it though the group exists already
+    os.environ["LOCAL_RANK"] = str(rank)
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=processes)
     assert dist.get_world_size() == processes
     mixora.import_face()
-    found = [measure(case) for case in chosen]
+    found = measure(case)
     if rank == 0:
         torch.save(found, out)
     dist.destroy_process_group()
 
 
-def measure_together(strategy: str, chosen: list[Case], processes: int) -> list[dict[str, Any]]:
+def measure_together(case: Case, processes: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
         free.close()
         out = os.path.join(folder, "found.pt")
-        mp.spawn(work, (processes, port, strategy, chosen, out), processes)
-        return torch.load(out, weights_only=True)
+        # forked, so that each case has a process of its own without importing everything anew
+        mp.start_processes(work, (processes, port, case, out), processes, start_method="fork")
+        found: dict[str, Any] = torch.load(out, weights_only=True)
+        return found
 
 
 def measure_all(quick: bool, processes: int, strategies: list[str]) -> list[dict[str, Any]]:
-    rows = []
+    measured: list[tuple[Case, int, dict[str, Any]]] = []
     for strategy in strategies:
         chosen = [case for case in cases(quick) if case.strategy == strategy]
         number = 1 if strategy == "single" else processes
-        found = map(measure, chosen) if number == 1 else measure_together(strategy, chosen, number)
-        rows += [compare(case, number, of_case) for case, of_case in zip(chosen, found, strict=True)]
-    return rows
+        # before any estimate: processes are forked, which autograd's own threads would not survive
+        found = [measure_together(case, number) for case in chosen]
+        measured += [(case, number, of_case) for case, of_case in zip(chosen, found, strict=True)]
+    return [compare(*of_case) for of_case in measured]
 
 
 def main() -> None:

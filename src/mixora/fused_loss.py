@@ -4,8 +4,9 @@ Where the head is frozen, only the hidden states want a gradient. It is made bes
 there, and scaled in backward.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from mixora.devices import counts_as_cpu, is_autocast, without_autocast
 from mixora.errors import TrainingError
 
 IGNORED = -100
+Piece = TypeVar("Piece")
 CHUNK = 128
 """Tokens at a time with a head in 32 bits; of others as many bytes (benchmarks/fused_loss.py)."""
 BLOCK = 2**16
@@ -118,9 +120,14 @@ class _Sweep:
 
     def run(self) -> tuple[Tensor, Tensor]:
         """Both sums; leaves the gradients behind."""
-        sums = [of_block for rows_C in self.tokens_N.split(self.chunk) for of_block in self._run(rows_C)]
+        chunks = self._first_if_meta(self.tokens_N.split(self.chunk))
+        sums = [of_block for rows_C in chunks for of_block in self._run(rows_C)]
         task, agreement = (torch.stack(values).sum() for values in zip(*sums, strict=True))
         return task, agreement
+
+    def _first_if_meta(self, pieces: Sequence[Piece]) -> Sequence[Piece]:
+        """On the meta device nothing is computed, and the first piece takes what the others would take after it."""
+        return pieces[:1] if self.labels_T.is_meta else pieces
 
     def _run(self, rows_C: Tensor) -> list[tuple[Tensor, Tensor]]:
         passes = len(self.hidden)
@@ -128,9 +135,10 @@ class _Sweep:
         rows = [hidden_TI[rows_C] for hidden_TI in self.hidden]
         self.head.put_logits(z_PV, torch.cat(rows) if passes > 1 else rows[0])
         del rows
-        blocks = zip(*(z_CV.split(self.block) for z_CV in z_PV.chunk(passes)), strict=True)
+        of_blocks = zip(*(z_CV.split(self.block) for z_CV in z_PV.chunk(passes)), strict=True)
         labels = self.labels_T[rows_C].split(self.block)
-        sums = [self._reduce(z, labels_r) for z, labels_r in zip(blocks, labels, strict=True)]
+        blocks = self._first_if_meta(list(zip(of_blocks, labels, strict=True)))
+        sums = [self._reduce(z, labels_r) for z, labels_r in blocks]
         if self.gradients:
             for into_TI, of_CI in zip(self.gradients, (z_PV @ self.head.weight_VI).chunk(passes), strict=True):
                 into_TI[rows_C] = of_CI.to(into_TI.dtype)

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from mixora.footprint.communication import Traffic
-from mixora.footprint.step import Course, Loss, run_step
+from mixora.footprint.step import Loss, run_step
 from mixora.footprint.strategies import Single, Strategy
+from mixora.footprint.timeline import Course
 from mixora.footprint.units import split_into_units
 
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from mixora.footprint.communication import Traffic
-from mixora.footprint.step import Moment, Phase
+from mixora.footprint.timeline import Moment, Phase
 from mixora.footprint.units import Unit
 
 MOMENTS = 2
