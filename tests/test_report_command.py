@@ -106,7 +106,7 @@ def test_a_checkpoint_of_a_trainer_gives_curves_plan_and_parameters(checkpoint):
         ({}, "holds neither record.json nor trainer_state.json; valid: the folder that `mixora train` wrote"),
         ({"record.json": "{"}, "record.json: not a run record"),
         ({"trainer_state.json": "{"}, "trainer_state.json: not readable as JSON"),
-        ({"trainer_state.json": "[]"}, "trainer_state.json: not readable as JSON: got list; valid: an object of settings"),
+        ({"trainer_state.json": "[]"}, "not readable as JSON: got list; valid: an object of settings"),
         ({"trainer_state.json": "{}", "adapter_config.json": '{"plan": [{}]}'}, "stored plan is damaged"),
     ],
 )
