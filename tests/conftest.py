@@ -1,9 +1,17 @@
-"""Without a GPU, Triton's interpreter computes kernel `triton`: it has to be asked for before Triton is imported."""
+"""What libraries read when they are imported.
+
+Without a GPU, Triton's interpreter computes kernel `triton`. No test asks the hub, which would be tried again and again.
+"""
 
 import os
 
 import torch
+from hypothesis import settings
 
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# how long an example takes depends on what else the machine does
+settings.register_profile("mixora", deadline=None)
+settings.load_profile("mixora")
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 

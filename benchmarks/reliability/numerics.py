@@ -68,7 +68,7 @@ def run_all(recipes: Sequence[str], material: Path, folder: Path, deterministic:
 def start(recipes: Sequence[str], material: Path, folder: Path, mode: str) -> None:
     """`run_all` in another process."""
     deterministic, threads = MODES[mode.removesuffix(" again")]
-    words = [sys.executable, "-W", "ignore", "-m", "benchmarks.reliability.numbers", "--worker", str(folder)]
+    words = [sys.executable, "-W", "ignore", "-m", "benchmarks.reliability.numerics", "--worker", str(folder)]
     words += ["--material", str(material), *(["--deterministic"] if deterministic else [])]
     settings = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     done = subprocess.run([*words, "--recipes", *recipes], env=settings, capture_output=True, text=True)
@@ -106,7 +106,7 @@ def repeat_all(recipes: Sequence[str], material: Path, folder: Path, pairs: Sequ
 
 def read_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        "python -m benchmarks.reliability.numbers",
+        "python -m benchmarks.reliability.numerics",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -127,7 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> Path | None:
     recipes = ["sira"] if options.quick else options.recipes
     given = sys.argv[1:] if arguments is None else arguments
     torch.set_num_threads(1)
-    facts = describe_run(["python", "-m", "benchmarks.reliability.numbers", *given])
+    facts = describe_run(["python", "-m", "benchmarks.reliability.numerics", *given])
     with tempfile.TemporaryDirectory() as folder:
         material = Path(folder) / "material"
         material.mkdir()
@@ -136,7 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> Path | None:
         pairs = ["deterministic"] if options.quick else list(PAIRS)
         repeated = repeat_all(recipes, material, Path(folder), pairs)
     found = {**facts, "seed": 0, "poisoned": poisoned, "repeated": repeated}
-    path = write_results("reliability-numbers", found, options.out)
+    path = write_results("reliability-numerics", found, options.out)
     summarise(poisoned, repeated)
     print(path)
     return path

@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 
 import mixora
 from benchmarks.reliability import number_cases as cases
-from benchmarks.reliability import numbers
+from benchmarks.reliability import numerics
 
 
 def test_a_place_is_judged(tmp_path):
@@ -35,5 +35,5 @@ def test_runs_are_compared_but_for_their_moment(tmp_path):
         for name, facts in {"one": (2.0, 4.0, "now"), "same": (2.0, 4.0, "then"), "other": (2.5, 4.1, "now")}.items()
     )
     equal = {"weights": True, "losses": True, "record": True, "largest_difference": 0.0}
-    assert numbers.compare("sira", one, same) == equal
-    assert numbers.compare("sira", one, other) == dict.fromkeys(equal, False) | {"largest_difference": 0.5}
+    assert numerics.compare("sira", one, same) == equal
+    assert numerics.compare("sira", one, other) == dict.fromkeys(equal, False) | {"largest_difference": 0.5}
