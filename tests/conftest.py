@@ -1,6 +1,6 @@
 """What libraries read when they are imported.
 
-Without a GPU, Triton's interpreter computes kernel `triton`. No test asks the hub, which would be tried again and again.
+Without a GPU, Triton's interpreter computes kernel `triton`. No test asks the hub, which would be tried again.
 """
 
 import os
@@ -10,7 +10,7 @@ from hypothesis import settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # how long an example takes depends on what else the machine does
-settings.register_profile("mixora", deadline=None)
+settings.register_profile("mixora", deadline=None, max_examples=60)
 settings.load_profile("mixora")
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
