@@ -5,6 +5,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from mixora.completion import complete_recipe
@@ -24,6 +25,10 @@ from mixora.terminal import (
 
 if TYPE_CHECKING:
     from mixora.training.planning import Outlook
+
+
+HEADINGS = ("base", "adapter", "grads", "optim", "buffers", "activ", "peak", "logits", "sent")
+LARGE = 10 * 2**30
 
 
 @reports_errors
@@ -95,7 +100,7 @@ def plan(
     console = Console()
     console.print(f"base: {of.base:,} parameters, {of.active_base:,} of them for each token")
     console.print(_tabulate(outlook, batch))
-    console.print("peak: the most at once; with logits: where the loss is not fused with the head")
+    console.print("peak: the most at once; logits: where the loss is not fused with the head")
 
 
 def _as_data(outlook: "Outlook") -> dict[str, Any]:
@@ -113,13 +118,19 @@ def _as_data(outlook: "Outlook") -> dict[str, Any]:
 def _tabulate(outlook: "Outlook", batch: int) -> Table:
     """Memory by part, and what is sent, of each strategy."""
     processes = outlook.footprints[0].processes
-    table = Table(title=f"a step on {processes} process(es), each {batch} rows of {outlook.length} tokens, in MiB")
-    parts = list(vars(outlook.footprints[0].memory))
-    for column in ("strategy", *parts, *(["sent"] if processes > 1 else [])):
-        table.add_column(
-            column.removeprefix("peak_").replace("_", " "), justify="left" if column == "strategy" else "right"
-        )
-    for footprint in outlook.footprints:
-        sizes = list(vars(footprint.memory).values()) + ([footprint.traffic.total] if processes > 1 else [])
-        table.add_row(footprint.strategy, *(f"{(size or 0) / 2**20:,.0f}" for size in sizes))
+    rows = [
+        [*vars(each.memory).values(), *([each.traffic.total] if processes > 1 else [])] for each in outlook.footprints
+    ]
+    unit, size = ("GiB", 2**30) if max(max(filter(None, row)) for row in rows) >= LARGE else ("MiB", 2**20)
+    title = f"a step on {processes} process(es), each {batch} rows of {outlook.length} tokens, in {unit}"
+    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    # no wider than terminals are: what is cut off is no number
+    for name in ("by", *HEADINGS[: len(rows[0])]):
+        table.add_column(name, justify="left" if name == "by" else "right", no_wrap=True)
+    for each, row in zip(outlook.footprints, rows, strict=True):
+        table.add_row(each.strategy, *map(_write_size, ((number or 0) / size for number in row)))
     return table
+
+
+def _write_size(size: float) -> str:
+    return f"{size:,.1f}" if size < 1000 else f"{size:,.0f}"
