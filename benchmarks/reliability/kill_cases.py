@@ -4,17 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    LlamaConfig,
-    LlamaForCausalLM,
-    T5Config,
-    T5ForConditionalGeneration,
-)
-
-from tests.characters import build_tokenizer
+from tests.characters import save_bases
 
 WORDS = ("kitchen", "hall", "attic", "jazz", "folk", "soul")
 WORKERS = {"arguments": {"dataloader_num_workers": 2}}
@@ -68,19 +58,7 @@ def make_settings(recipe: str, folder: Path, out: Path, steps: int, save_every: 
 
 def write_material(folder: Path) -> None:
     """Bases of three kinds with a tokenizer of characters, and the rows of the cases."""
-    tokenizer = build_tokenizer()
-    marks = {"vocab_size": len(tokenizer), "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    width = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
-    t5 = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
-    torch.manual_seed(0)
-    models = {
-        "llama": LlamaForCausalLM(LlamaConfig(**marks, **width, num_key_value_heads=2)),
-        "bert": BertForSequenceClassification(BertConfig(**marks, **width, max_position_embeddings=128)),
-        "t5": T5ForConditionalGeneration(T5Config(**marks, **t5)),
-    }
-    for name, model in models.items():
-        model.save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
+    save_bases(folder, layers=4)
     _write_rows(folder / "commands", [{"prompt": f"go {w} {n}", "completion": f"go({w}; {n})"} for n, w in _words(40)])
     _write_rows(folder / "others", [{"prompt": f"{w}?", "completion": w[::-1]} for _, w in _words(24)])
     _write_rows(folder / "classes", [{"text": f"{w} {n}", "label": "odd" if n % 2 else "even"} for n, w in _words(36)])

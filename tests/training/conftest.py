@@ -5,17 +5,8 @@ import shutil
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
-import torch
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    LlamaConfig,
-    LlamaForCausalLM,
-    T5Config,
-    T5ForConditionalGeneration,
-)
 
-from tests.characters import build_tokenizer
+from tests.characters import save_bases
 from tests.training.ranks import run_two_ranks
 
 DOMAINS = {"lamp": ["kitchen", "hall", "attic"], "song": ["jazz", "folk", "soul"]}
@@ -35,19 +26,7 @@ def command_rows(count):
 def bases(tmp_path_factory):
     """Folders of tiny saved models of three kinds with a tokenizer of characters."""
     root = tmp_path_factory.mktemp("bases")
-    tokenizer = build_tokenizer()
-    marks = {"vocab_size": len(tokenizer), "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    width = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    t5 = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
-    torch.manual_seed(0)
-    models = {
-        "llama": LlamaForCausalLM(LlamaConfig(**marks, **width, num_key_value_heads=2)),
-        "bert": BertForSequenceClassification(BertConfig(**marks, **width, max_position_embeddings=128)),
-        "t5": T5ForConditionalGeneration(T5Config(**marks, **t5)),
-    }
-    for name, model in models.items():
-        model.save_pretrained(root / name)
-        tokenizer.save_pretrained(root / name)
+    save_bases(root)
     return root
 
 

@@ -13,11 +13,10 @@ from typing import Any
 
 import peft
 import torch
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
-from tokenizers.decoders import Fuse
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import mixora
+from tests.characters import build_tokenizer
 
 RUN: dict[str, Any] = {
     "model": {"base": "base", "dtype": "float32", "task": "auto"},
@@ -66,24 +65,14 @@ def fresh(name: str) -> Iterator[Path]:
 
 def make_tokenizer(chat: str | None = None) -> PreTrainedTokenizerFast:
     """One token per printable character of ASCII."""
-    letters = ["<pad>", "<s>", "</s>", "<unk>", "\n", *map(chr, range(32, 127))]
-    inner = Tokenizer(models.WordLevel({token: n for n, token in enumerate(letters)}, unk_token="<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.Split(Regex("[\\s\\S]"), "isolated")
-    inner.decoder = Fuse()
-    inner.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=inner,
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        chat_template=chat,
-    )
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = chat
+    return tokenizer
 
 
 def base_config(**changes: Any) -> LlamaConfig:
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
-    marks = {"vocab_size": 99, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    marks = {"vocab_size": 100, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     return LlamaConfig(**{**sizes, **marks, "max_position_embeddings": 64, **changes})
 
 

@@ -26,7 +26,7 @@ from mixora.terminal import (
 if TYPE_CHECKING:
     from mixora.training.planning import Outlook
 
-
+# of the fields of `Memory`, in their order, and of what is sent
 HEADINGS = ("base", "adapter", "grads", "optim", "buffers", "activ", "peak", "logits", "sent")
 LARGE = 10 * 2**30
 
@@ -128,9 +128,11 @@ def _tabulate(outlook: "Outlook", batch: int) -> Table:
     for name in ("by", *HEADINGS[: len(rows[0])]):
         table.add_column(name, justify="left" if name == "by" else "right", no_wrap=True)
     for each, row in zip(outlook.footprints, rows, strict=True):
-        table.add_row(each.strategy, *map(_write_size, ((number or 0) / size for number in row)))
+        table.add_row(each.strategy, *(_write_size(number, size) for number in row))
     return table
 
 
-def _write_size(size: float) -> str:
-    return f"{size:,.1f}" if size < 1000 else f"{size:,.0f}"
+def _write_size(number: int | None, unit: int) -> str:
+    if number is None:
+        return "\N{EN DASH}"
+    return f"{number / unit:,.1f}" if number < 1000 * unit else f"{number / unit:,.0f}"
