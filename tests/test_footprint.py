@@ -68,6 +68,14 @@ def test_what_each_strategy_keeps_and_sends():
     assert fsdp2.traffic == Traffic(0, whole // 2, (whole - root) // 2, trained // 2)
 
 
+def test_under_zero3_nothing_is_made_again():
+    """Its hooks hide from autograd's graph what made a tensor: act(gate) is kept, beside gate and `up`."""
+    model, tokens, width = sketch(intermediate_size=4096), 2 * 8, 4096
+    found = {f.strategy: f.memory for f in estimate(model, 2, 8, LOSSES, [STRATEGIES["fsdp2"], STRATEGIES["zero3"]], 2)}
+    layers = model.config.num_hidden_layers
+    assert found["zero3"].activations - found["fsdp2"].activations == layers * tokens * width * 4
+
+
 def test_rows_that_do_not_divide_are_filled_up():
     model = sketch()
     by_three = estimate(model, 2, 8, LOSSES, [STRATEGIES["fsdp2"]], 3)[0].memory.base_weights

@@ -2,7 +2,9 @@
 
 Each case trains a small Llama with random weights for two steps, on one process or on several that talk by gloo. Memory
 is what torch's allocator gave out on the first process at most in the second step (weights, optimiser and the workspace
-of operators included); bytes sent are those of the collectives that were called, and of the processes' own counters.
+of operators included). Under ZeRO-3 it is what storages held, without that workspace: there tensors are let go of on
+other threads too, where the allocator's record does not look. Bytes sent are those of the collectives that were called,
+and of the processes' own counters.
 """
 
 import argparse
@@ -11,7 +13,8 @@ import os
 import socket
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,6 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import mixora
+from benchmarks.measuring import LiveBytes
 from benchmarks.recording import RESULTS, describe_run, write_results
 from mixora.footprint import STRATEGIES, Single, estimate
 from mixora.training.planning import LOSSES
@@ -91,16 +95,44 @@ class AllocatedBytes:
     def __exit__(self, *error: object) -> None:
         self._profile.__exit__(*error)
 
-    def peak_within(self, name: str) -> int:
-        """The most that was out at once while the record function `name` ran."""
+    def window(self) -> torch.profiler.record_function:
+        """What is open while it counts."""
+        return torch.profiler.record_function("window")
+
+    def peak(self) -> int:
+        """The most that was out at once in the window."""
         events = sorted(self._profile.profiler.kineto_results.events(), key=lambda event: event.start_ns())
-        window = next(event for event in events if event.name() == name)
+        window = next(event for event in events if event.name() == "window")
         start, end, now, peak = window.start_ns(), window.start_ns() + window.duration_ns(), 0, 0
         for event in events:
             if event.name() == "[memory]":
                 now += event.nbytes()
                 peak = max(peak, now) if start <= event.start_ns() <= end else peak
         return peak
+
+
+class StoredBytes:
+    """The bytes of storages that were made since it was opened, until they are gone, on whatever thread."""
+
+    def __init__(self) -> None:
+        self._live = LiveBytes()
+
+    def __enter__(self) -> "StoredBytes":
+        self._live.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._live.__exit__(*error)
+
+    @contextmanager
+    def window(self) -> Iterator[None]:
+        """What is open while it counts."""
+        self._live.peak = self._live.now
+        yield
+
+    def peak(self) -> int:
+        """The most that storages held at once since the window was opened."""
+        return self._live.peak
 
 
 class Collectives(TorchDispatchMode):
@@ -194,15 +226,15 @@ TRAINERS |= dict.fromkeys(("zero2", "zero3"), train_with_deepspeed)
 def measure(case: Case) -> dict[str, Any]:
     # what an earlier case left is not to be freed in this one
     gc.collect()
-    with AllocatedBytes() as allocated:
+    with StoredBytes() if case.strategy == "zero3" else AllocatedBytes() as taken:
         step = TRAINERS[case.strategy](case)
         step()
         with Collectives() as collectives:
             before = count_sent()
-            with torch.profiler.record_function("second step"):
+            with taken.window():
                 step()
             sent = count_sent() - before
-    return {"peak": allocated.peak_within("second step"), "collectives": collectives.bytes, "sent": sent}
+    return {"peak": taken.peak(), "collectives": collectives.bytes, "sent": sent}
 
 
 def count_sent() -> int:

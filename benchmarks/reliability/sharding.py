@@ -71,8 +71,8 @@ def run(arguments: list[str] | None = None) -> Path:
     options = read_options(arguments)
     given = sys.argv[1:] if arguments is None else arguments
     facts, rows = describe_run(["python", "-m", "benchmarks.reliability.sharding", *given]), []
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
         for recipe in options.recipes:
             make_reference(recipe, options.balance, folder / recipe)
         for processes in options.processes:
@@ -81,9 +81,8 @@ def run(arguments: list[str] | None = None) -> Path:
                 rows.append({**row, "saved": saved})
                 print(rows[-1], flush=True)
     counts = "-and-".join(map(str, options.processes))
-    path = write_results(
-        f"reliability-sharding-{counts}-processes", {**facts, "balance": options.balance, "rows": rows}, options.out
-    )
+    name = f"reliability-sharding-{counts}-processes{'-balance' * options.balance}"
+    path = write_results(name, {**facts, "balance": options.balance, "rows": rows}, options.out)
     print(path)
     return path
 

@@ -36,6 +36,13 @@ def lean_activations() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def keep_all() -> Iterator[None]:
+    """While open, `lean_activations` does nothing."""
+    with torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved):
+        yield
+
+
 def find_kept(saved: Tensor) -> Tensor | Make:
     """What stands for a tensor that is saved for backward: itself, or what makes it again."""
     if type(saved) is not Tensor or saved.nbytes < SMALL_BYTES or saved.output_nr:

@@ -1,4 +1,4 @@
-"""The memory and the traffic of a training step under each strategy, from one or two counted steps."""
+"""The memory and the traffic of a training step under each strategy, from a few counted steps."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -59,12 +59,22 @@ def estimate(
     units = split_into_units(model)
     hidden_size = getattr(getattr(model, "config", None), "hidden_size", 0)
     inputs = _make_batch(model, batch, length)
-    courses = {is_fused: run_step(model, units, inputs, loss) for is_fused, loss in losses.items()}
+    wanted = {(kind.has_lean_activations, is_fused) for kind in strategies for is_fused in _losses_of(kind, losses)}
+    courses = {
+        (is_lean, is_fused): run_step(model, units, inputs, losses[is_fused], lean=is_lean)
+        for is_lean, is_fused in sorted(wanted)
+    }
     found = []
     for kind in strategies:
         strategy = kind(processes, units, hidden_size)
-        found.append(Footprint(strategy.name, processes, _add_up(strategy, courses), strategy.send()))
+        of_kind = {fused: courses[kind.has_lean_activations, fused] for fused in _losses_of(kind, losses)}
+        found.append(Footprint(strategy.name, processes, _add_up(strategy, of_kind), strategy.send()))
     return found
+
+
+def _losses_of(kind: type[Strategy], losses: Mapping[bool, Loss]) -> list[bool]:
+    """Which of the losses a strategy can have, those that are not fused always."""
+    return [is_fused for is_fused in losses if kind.fuses_loss or not is_fused] or list(losses)
 
 
 def _add_up(strategy: Strategy, courses: Mapping[bool, Course]) -> Memory:

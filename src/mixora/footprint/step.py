@@ -6,12 +6,13 @@ included; only the numbers are missing, and of blocks that are alike all but a f
 
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
+from mixora.activations import keep_all
 from mixora.footprint.alike import Kinds, describe, describe_input, may_leave_out
 from mixora.footprint.live import LiveBytes
 from mixora.footprint.stand_ins import stand_ins
@@ -23,16 +24,22 @@ Loss = Callable[[Any, dict[str, Tensor]], Tensor]
 
 
 def run_step(
-    model: nn.Module, units: Sequence[Unit], batch: dict[str, Tensor], compute_loss: Loss, *, whole: bool = False
+    model: nn.Module,
+    units: Sequence[Unit],
+    batch: dict[str, Tensor],
+    compute_loss: Loss,
+    *,
+    whole: bool = False,
+    lean: bool = True,
 ) -> Course:
     """Forward, loss and backward of `model`, which stands on the meta device and is adapted; leaves no gradients.
 
-    `whole`: run every block, also those like others.
+    `whole`: run every block, also those like others. `lean`: what can be made again in backward is not kept.
     """
     was_training = model.training
     model.train()
     leaves_out = not whole and may_leave_out(model)
-    with _Watch(model, units, batch, leaves_out) as watch, watch.listening():
+    with _Watch(model, units, batch, leaves_out) as watch, watch.listening(), nullcontext() if lean else keep_all():
         loss = compute_loss(model, batch)
         # else the routings in there would live on
         watch.kinds.seen.clear()

@@ -38,10 +38,15 @@ class Held:
 
 
 class Strategy(ABC):
-    """One way to train on N processes. `fuses_loss`: whether the head is whole, so that the loss can be fused."""
+    """One way to train on N processes.
+
+    `fuses_loss`: whether the head is whole, so that the loss can be fused. `has_lean_activations`: whether autograd's
+    graph still tells what made a tensor, so that it can be made again.
+    """
 
     name: str
     fuses_loss = True
+    has_lean_activations = True
 
     def __init__(self, processes: int, units: Sequence[Unit], hidden_size: int) -> None:
         self.processes, self.units, self.hidden_size = processes, units, hidden_size
@@ -168,11 +173,13 @@ class Zero3(Zero2):
     """DeepSpeed's stage 3: weights are in parts too, and gathered module by module.
 
     As it comes it gathers ahead, and keeps what is used again, up to a thousand million numbers
-    (`stage3_max_live_parameters`, `stage3_max_reuse_distance`). Weights in fp32 need no copy in fp32.
+    (`stage3_max_live_parameters`, `stage3_max_reuse_distance`). Weights in fp32 need no copy in fp32. Its hooks put
+    functions of their own around the results of all modules.
     """
 
     name = "zero3"
     fuses_loss = False
+    has_lean_activations = False
     live_parameters = 10**9
 
     def hold(self) -> Held:
