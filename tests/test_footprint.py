@@ -73,7 +73,9 @@ def test_under_zero3_nothing_is_made_again():
     model, tokens, width = sketch(intermediate_size=4096), 2 * 8, 4096
     found = {f.strategy: f.memory for f in estimate(model, 2, 8, LOSSES, [STRATEGIES["fsdp2"], STRATEGIES["zero3"]], 2)}
     layers = model.config.num_hidden_layers
-    assert found["zero3"].activations - found["fsdp2"].activations == layers * tokens * width * 4
+    assert found["zero3"].activations - found["fsdp2"].activations == pytest.approx(
+        layers * tokens * width * 4, rel=1e-3
+    )
 
 
 def test_rows_that_do_not_divide_are_filled_up():
