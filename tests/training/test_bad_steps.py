@@ -13,7 +13,6 @@ import mixora
 from mixora.errors import NonFiniteError
 from tests.models import tiny_llama
 from tests.training.poison import INF, NAN, LeftOut, PoisonedRow, PoisonedWeight, same_weights, trained
-from tests.training.ranks import run_two_ranks
 from tests.training.setups import RARE_ROW, RARE_TOKEN, make_model, make_trainer
 
 TRAINERS = [mixora.Trainer, mixora.SFTTrainer]
@@ -238,8 +237,8 @@ def test_a_loss_that_is_not_finite_is_no_matter_of_the_scale(skip, tmp_path):
 @pytest.mark.works_with(
     "distribution", "DDP on two ranks (gloo): NaN on one of them stops both, or leaves the step out"
 )
-def test_two_ranks_decide_alike(tmp_path):
-    found = run_two_ranks("tests/training/two_ranks_bad_step.py", tmp_path)
+def test_two_ranks_decide_alike(two_ranks):
+    found = two_ranks["bad step"]
     stopped, skipped, left_out = (found[name] for name in ("stopped", "skipped", "left out"))
     # rank 1 holds the row in its half of step 1
     assert stopped["errors"][0] == stopped["errors"][1]
