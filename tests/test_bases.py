@@ -1,6 +1,5 @@
 import hashlib
 import importlib.util
-import os
 from pathlib import Path
 
 import pytest
@@ -46,16 +45,6 @@ def save(tmp_path, tokenizer):
         return tmp_path / name
 
     return write
-
-
-@pytest.fixture(scope="module")
-def smollm_cache(tmp_path_factory):
-    """Unpacking takes 20 seconds, so tests share `$MIXORA_CACHE` if the caller has one."""
-    held = os.environ.get("MIXORA_CACHE")
-    cache = Path(held) if held else tmp_path_factory.mktemp("cache")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MIXORA_CACHE", str(cache))
-        yield cache
 
 
 @pytest.fixture(scope="module")

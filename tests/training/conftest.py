@@ -38,13 +38,12 @@ def write_rows(folder, split, rows):
 
 
 @pytest.fixture(scope="session")
-def two_ranks(bases, tmp_path_factory):
+def two_ranks(bases, shared_folder):
     """What two gloo ranks found, by part: see `two_ranks.py`. `folder` is the one they worked in.
 
     Run once, also where several processes share the tests.
     """
-    root = tmp_path_factory.getbasetemp()
-    folder = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "two_ranks"
+    folder = shared_folder / "two_ranks"
     with FileLock(f"{folder}.lock"):
         if (folder / "found.pt").exists():
             return {**torch.load(folder / "found.pt", weights_only=True), "folder": folder}
