@@ -11,9 +11,10 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 import mixora
+from mixora import completion
 from mixora.bases import SHORT_NAMES
 from mixora.cli import app
-from mixora.completion import SECTIONS, adapter_settings, complete_setting, recipes
+from mixora.completion import SECTIONS, adapter_settings, complete_run, complete_setting, recipes
 from mixora.config import Strict
 from mixora.training.run_config import AdapterSection, RunConfig
 
@@ -136,3 +137,10 @@ def _first_value(tree, name):
 def test_a_script_for_the_shell_is_offered():
     text = CliRunner().invoke(app, ["--help"]).output
     assert "--install-completion" in text
+
+
+def test_a_tree_of_many_folders_is_searched_in_part(runs, monkeypatch):
+    monkeypatch.chdir(runs)
+    assert complete_run("runs/") == ["runs/deep/er/third", "runs/first", "runs/second"]
+    monkeypatch.setattr(completion, "MOST_FOLDERS", 1)
+    assert complete_run("runs/") == ["runs/first", "runs/second"]

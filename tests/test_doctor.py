@@ -163,3 +163,9 @@ def test_gpus_are_found(monkeypatch):
     facts = SimpleNamespace(name="NVIDIA H100", total_memory=2**36, major=9, minor=0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda number: facts)
     assert machine._read_accelerators() == (Accelerator("NVIDIA H100", "cuda", 2**36, "9.0", True),) * 2
+
+
+def test_what_other_versions_of_python_need_is_left(monkeypatch):
+    lines = ["torch>=2", 'tomli>=1; python_version < "3"', 'numpy>=2; python_version >= "3"', 'ray>=2; extra == "ray"']
+    monkeypatch.setattr(metadata, "requires", lambda name: lines)
+    assert {package.name for package in read_packages() if package.is_needed} == {"torch", "numpy"}
