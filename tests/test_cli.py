@@ -2,6 +2,9 @@
 
 import errno
 import json
+import os
+import runpy
+import sys
 
 import pytest
 from typer.testing import CliRunner
@@ -173,3 +176,22 @@ def test_only_the_first_process_shows_results(call, monkeypatch):
     monkeypatch.setattr("mixora.training.run.fit", lambda *_: None)
     result = call("train", "model.base=tiny", "data.source=rows")
     assert result.exit_code == 0 and result.output == ""
+
+
+class EndedError(BaseException):
+    """In place of the end of this process."""
+
+
+def test_one_process_of_several_ends_at_once(monkeypatch):
+    def end(code):
+        raise EndedError(code)
+
+    monkeypatch.setattr(os, "_exit", end)
+    monkeypatch.setattr(sys, "argv", ["mixora", "recipes", "siar"])
+    with pytest.raises(SystemExit) as left:
+        runpy.run_module("mixora", run_name="__main__")
+    assert left.value.code == 2
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(EndedError) as ended:
+        runpy.run_module("mixora", run_name="__main__")
+    assert ended.value.args == (2,)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.compatibility import table
 from tests.compatibility.table import PAGE, Line, lines_of_page
 
 ROOT = Path(__file__).parents[2]
@@ -14,11 +15,10 @@ ROOT = Path(__file__).parents[2]
 def test_the_page_has_a_line_for_each_mark_and_no_other(tmp_path):
     files = sorted((ROOT / "tests").rglob("test_*.py"))
     marked = [str(path) for path in files if re.search(r"works_with\(|@each\(", path.read_text(encoding="utf-8"))]
-    # in this process, which has imported most of them already
-    ours = ["-p", "tests.compatibility.table", "--works-with", str(tmp_path / "page.md")]
-    # what watches over this session would watch over the inner one instead
-    apart = ["-p", "no:cacheprovider", "-p", "no:faulthandler", "-p", "no:timeout", "-o", "timeout="]
-    found = pytest.main(["--collect-only", "-qq", "-m", "works_with", "--rootdir", str(ROOT), *apart, *ours, *marked])
+    # in this process, which has imported most of them already; faults of this session are not the inner one's to watch
+    apart = ["--rootdir", str(ROOT), "-p", "no:cacheprovider", "-p", "no:faulthandler"]
+    words = ["--collect-only", "-qq", "-m", "works_with", "--works-with", str(tmp_path / "page.md")]
+    found = pytest.main([*apart, *words, *marked], plugins=[table])
     assert found == pytest.ExitCode.OK
     expected = lines_of_page((tmp_path / "page.md").read_text(encoding="utf-8"))
     assert len(expected) > 50
