@@ -4,8 +4,11 @@ Without a GPU, Triton's interpreter computes kernel `triton`. No test asks the h
 """
 
 import os
+from pathlib import Path
 
+import pytest
 import torch
+from filelock import FileLock
 from hypothesis import settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -21,3 +24,24 @@ def pytest_configure(config):
 
     for line in versions.WARNINGS:
         config.addinivalue_line("filterwarnings", line)
+
+
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory):
+    """Of all processes that share the tests."""
+    root = tmp_path_factory.getbasetemp()
+    return root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+
+
+@pytest.fixture(scope="session")
+def smollm_cache(shared_folder):
+    """Where SmolLM2 lies unpacked, which takes 20 seconds: in `$MIXORA_CACHE` if the caller has one."""
+    from mixora.bases import resolve_base
+
+    held = os.environ.get("MIXORA_CACHE")
+    cache = Path(held) if held else shared_folder / "unpacked"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MIXORA_CACHE", str(cache))
+        with FileLock(shared_folder / "unpacking.lock"):
+            resolve_base("smollm2-135m-instruct")
+        yield cache

@@ -271,3 +271,16 @@ def test_counts_of_the_paper(shape, recipe, changes, served, trained):
         base = tiny_bert_classifier(layers=24 if shape == "large" else 12, **SHAPES[shape])
     plan = mixora.plan(base, mixora.recipe(recipe, **changes))
     assert (plan.active_parameters, plan.parameters) == (served, trained)
+
+
+def test_an_ensemble_does_not_touch_passes_in_training():
+    model, plain = make(**{"losses.consistency.coefficient": 0.0}).train(), {"input_ids": IDS}
+    model.get_base_model().generation_config = None
+    torch.manual_seed(0)
+    expected = model(**plain).logits
+    with mixora.served_by(model, "ensemble", draws=3):
+        torch.manual_seed(0)
+        assert torch.equal(model(**plain).logits, expected)
+        # without labels there is no loss to take away
+        assert model.eval()(**plain).loss is None
+    assert model.get_base_model().generation_config is None

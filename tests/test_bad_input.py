@@ -84,6 +84,7 @@ def test_the_program_reports_what_it_finds(monkeypatch, tmp_path):
         ("a: !!float ''", "holds a value that is none"),
         ("a: !!bool x", "holds a value that is none"),
         ("a: !!python/object:os.system {}", "could not determine a constructor"),
+        ("[1]: 2", "unhashable"),
     ],
 )
 def test_yaml_that_is_refused(text, message):

@@ -1,6 +1,5 @@
 import hashlib
 import importlib.util
-import os
 from pathlib import Path
 
 import pytest
@@ -46,16 +45,6 @@ def save(tmp_path, tokenizer):
         return tmp_path / name
 
     return write
-
-
-@pytest.fixture(scope="module")
-def smollm_cache(tmp_path_factory):
-    """Unpacking takes 20 seconds, so tests share `$MIXORA_CACHE` if the caller has one."""
-    held = os.environ.get("MIXORA_CACHE")
-    cache = Path(held) if held else tmp_path_factory.mktemp("cache")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MIXORA_CACHE", str(cache))
-        yield cache
 
 
 @pytest.fixture(scope="module")
@@ -259,3 +248,23 @@ def test_a_damaged_folder_gives_its_reason(save):
 def test_an_unknown_hub_id_gives_the_short_names():
     with pytest.raises(ModelError, match="nobody/nothing: AutoConfig cannot read it; no such folder here, short names"):
         load_base("nobody/nothing", local_files_only=True)
+
+
+def test_a_base_without_a_padding_token_takes_the_tokenizers(save, tokenizer):
+    model = make_llama()
+    model.config.pad_token_id = None
+    found, theirs = load_base(save(model))
+    assert found.config.pad_token_id == theirs.pad_token_id == tokenizer.eos_token_id
+
+
+def test_an_unpacking_that_cannot_be_finished_leaves_nothing(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise PermissionError("no")
+
+    monkeypatch.setenv("MIXORA_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "tiny.gguf").write_bytes(b"GGUF")
+    monkeypatch.setattr(gguf_files, "_convert", lambda source, folder: None)
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(PermissionError):
+        resolve_base(tmp_path / "tiny.gguf")
+    assert not list((tmp_path / "cache").iterdir())

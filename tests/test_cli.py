@@ -1,6 +1,10 @@
 """The command line as a user meets it: results, JSON, messages and exit codes."""
 
+import errno
 import json
+import os
+import runpy
+import sys
 
 import pytest
 from typer.testing import CliRunner
@@ -134,3 +138,60 @@ def test_a_fault_is_exit_code_1_and_debug_shows_where(call, monkeypatch):
     result = call("recipes")
     assert result.exit_code == 1 and "RuntimeError: the disk is on fire" in result.output
     assert isinstance(call("recipes", "--debug").exception, RuntimeError)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "told"),
+    [
+        (
+            OSError(errno.ENOSPC, "No space left on device", "runs/a"),
+            2,
+            "error: runs/a: No space left on device",
+        ),
+        (KeyboardInterrupt(), 130, "stopped: interrupted; nothing more was written"),
+        (ValueError("odd"), 1, "fault: ValueError: odd (--debug shows where; please report it)"),
+    ],
+)
+def test_what_stops_a_command_is_told_in_one_line(call, error, code, told, monkeypatch):
+    def stop():
+        raise error
+
+    monkeypatch.setattr("mixora.recipes.recipe_names", stop)
+    result = call("recipes")
+    assert result.exit_code == code and told in " ".join(result.output.split())
+
+
+def test_other_processes_say_nothing_of_an_interrupt(call, monkeypatch):
+    def stop():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mixora.recipes.recipe_names", stop)
+    monkeypatch.setattr("mixora.terminal.SECONDS_TO_BE_ENDED", 0)
+    monkeypatch.setenv("RANK", "1")
+    result = call("recipes")
+    assert result.exit_code == 130 and result.output == ""
+
+
+def test_only_the_first_process_shows_results(call, monkeypatch):
+    monkeypatch.setattr("mixora.training.run.fit", lambda *_: None)
+    result = call("train", "model.base=tiny", "data.source=rows")
+    assert result.exit_code == 0 and result.output == ""
+
+
+class EndedError(BaseException):
+    """In place of the end of this process."""
+
+
+def test_one_process_of_several_ends_at_once(monkeypatch):
+    def end(code):
+        raise EndedError(code)
+
+    monkeypatch.setattr(os, "_exit", end)
+    monkeypatch.setattr(sys, "argv", ["mixora", "recipes", "siar"])
+    with pytest.raises(SystemExit) as left:
+        runpy.run_module("mixora", run_name="__main__")
+    assert left.value.code == 2
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(EndedError) as ended:
+        runpy.run_module("mixora", run_name="__main__")
+    assert ended.value.args == (2,)

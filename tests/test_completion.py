@@ -11,9 +11,10 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 import mixora
+from mixora import completion
 from mixora.bases import SHORT_NAMES
 from mixora.cli import app
-from mixora.completion import SECTIONS, adapter_settings, complete_setting, recipes
+from mixora.completion import SECTIONS, adapter_settings, complete_run, complete_setting, recipes
 from mixora.config import Strict
 from mixora.training.run_config import AdapterSection, RunConfig
 
@@ -90,10 +91,15 @@ def test_help_is_quick():
     assert time.perf_counter() - started < 5
 
 
-def test_python_gets_the_whole_face_at_once():
-    program = "import mixora, sys; from peft import mapping; print('MIXORA' in mapping.PEFT_TYPE_TO_CONFIG_MAPPING)"
+def test_python_gets_the_whole_face_at_once_and_nothing_that_needs_triton():
+    program = """
+import mixora, sys
+from peft import mapping
+import mixora.kernels.triton
+print("MIXORA" in mapping.PEFT_TYPE_TO_CONFIG_MAPPING, "mixora.kernels.launches" in sys.modules)
+"""
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
-    assert done.stdout == "True\n", done.stderr
+    assert done.stdout.split() == ["True", "False"], done.stderr
     assert set(mixora.__all__) <= set(dir(mixora))
     assert all(callable(getattr(mixora, name)) for name in mixora.__all__)
 
@@ -131,3 +137,10 @@ def _first_value(tree, name):
 def test_a_script_for_the_shell_is_offered():
     text = CliRunner().invoke(app, ["--help"]).output
     assert "--install-completion" in text
+
+
+def test_a_tree_of_many_folders_is_searched_in_part(runs, monkeypatch):
+    monkeypatch.chdir(runs)
+    assert complete_run("runs/") == ["runs/deep/er/third", "runs/first", "runs/second"]
+    monkeypatch.setattr(completion, "MOST_FOLDERS", 1)
+    assert complete_run("runs/") == ["runs/first", "runs/second"]

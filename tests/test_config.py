@@ -86,6 +86,9 @@ def test_put_makes_groups_and_keeps_values():
     assert tree == {"a": {"b": 1, "d": {"e": 3}}, "c": 2}
     with pytest.raises(ConfigError, match="'c' is a value"):
         put(tree, "c.x", 1)
+    deep = ".".join("abcdefgh" * 20)
+    with pytest.raises(ConfigError, match=r"is nested too deeply; valid: at most \d+ levels"):
+        put(tree, deep, 1)
 
 
 def test_yaml_files(tmp_path):

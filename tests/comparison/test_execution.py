@@ -4,10 +4,11 @@ import os
 import signal
 import stat
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from mixora.comparison import execution, local
+from mixora.comparison import execution, local, queue
 from mixora.comparison.execution import Execution, Job, execute
 from mixora.comparison.local import Local, count_cores, make_local
 from mixora.comparison.queue import work_through
@@ -134,3 +135,23 @@ def test_a_run_can_be_interrupted_where_its_parent_cannot(stand_in, tmp_path):
     run.interrupt()
     run.end()
     assert (tmp_path / "saved").exists()
+
+
+def test_a_thread_beside_the_main_one_leaves_signals_alone():
+    """Only the main one may set handlers."""
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with ThreadPoolExecutor(1) as pool:
+
+        def enter(block):
+            with block():
+                return [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+        for block in (execution.hold_signals, queue._sigterm_interrupts):
+            assert pool.submit(enter, block).result() == before
+
+
+def test_what_never_started_is_at_its_end(tmp_path):
+    run = Execution(make_jobs(tmp_path, 1)[0])
+    run.interrupt()
+    run.end()
+    assert run.poll() is None

@@ -14,7 +14,7 @@ from mixora.comparison.matrix import make_matrix
 from mixora.comparison.queue import work_through
 from mixora.comparison.settings import read_comparison
 from mixora.errors import ConfigError
-from tests.comparison.conftest import quiet
+from tests.comparison.conftest import Pretend, quiet
 from tests.training.conftest import bases, command_rows, data  # noqa: F401 - fixtures
 
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="package ray is not installed")
@@ -139,3 +139,18 @@ def test_a_users_mistake_is_one_message(tree, words, message, tmp_path, monkeypa
     file.write_text(json.dumps(tree))
     result = CliRunner().invoke(app, ["compare", str(file), *words])
     assert result.exit_code == 2 and message in " ".join(result.output.split())
+
+
+def test_the_command_makes_what_is_missing_and_tells_it(tree, tmp_path, monkeypatch):
+    file = tmp_path / "compare.json"
+    file.write_text(json.dumps({**tree, "match": None}))
+    failing = ["commands/sira/seed-0"]
+    monkeypatch.setattr("mixora.comparison.local.make_local", lambda **_: Pretend(failing))
+    told = CliRunner().invoke(app, ["compare", str(file)])
+    assert told.exit_code == 2 and f"page  {tmp_path / 'out'}" in "".join(told.output.split("\n"))
+    assert "1 of 2 runs failed: commands/sira/seed-0; their logs lie in" in " ".join(told.output.split())
+    failing.clear()
+    done = CliRunner().invoke(app, ["compare", str(file), "--json"])
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert len(found["runs"]) == 2 and found["failed"] == {} and found["missing"] == []

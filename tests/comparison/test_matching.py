@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mixora
-from mixora.comparison.matching import match_methods
+from mixora.comparison.matching import _scale, match_methods
 from mixora.comparison.settings import read_comparison
 from mixora.errors import ConfigError
 from tests.models import tiny_bert, tiny_llama
@@ -161,3 +161,11 @@ def test_what_cannot_be_matched_is_one_error_with_what_can():
     assert f"sira cannot be; it reaches as given: {LAYERS * (64 * 224 + 2048):,}" in text
     assert f"rank 1: {LAYERS * (16 * 224 + 2048):,} (+2414.3%)" in text
     assert "adamix cannot be" in text and "valid: a larger match.tolerance" in text
+
+
+def test_a_line_of_ranks_keeps_its_form_and_is_not_mixed_over_the_layers():
+    hilo = {"recipe": "hilo", "rank": {"from": 4, "to": 8}}
+    assert _scale({"from": 4, "to": 8}, 3, 2) == {"from": 6, "to": 12}
+    assert _scale([1, 3], 1, 2) == [1, 2]
+    found = match(model(), [{"recipe": "lora", "rank": 30}, hilo], tolerance=0.9)["hilo"]
+    assert "over the layers" not in found.chosen

@@ -165,3 +165,26 @@ def test_page_record_and_terminal(finish):
 )
 def test_two_digits_of_the_interval(found, metric, text):
     assert format_estimate(found, metric) == text
+
+
+def test_a_method_without_a_finite_score_stands_in_no_plot_and_on_no_front(finish):
+    def diverge(name):
+        scores, costs = measure(name)
+        return {**scores, **({"exact_match": math.nan} if "molora" in name else {})}, costs
+
+    results = finish(diverge, seeds=1, metric="exact_match")
+    assert results.standings["commands"]["molora"].scores["exact_match"].estimate is None
+    assert find_cheapest(results, "commands", "seconds") == {"lora", "sira"}
+    by_parameters = plot_front(results, "commands").axes[0]
+    assert [bars.get_label() for bars in by_parameters.containers] == ["lora", "sira"]
+    # more is better, and up
+    assert by_parameters.get_ylim()[0] < by_parameters.get_ylim()[1]
+
+
+def test_one_method_is_compared_with_nothing(finish):
+    assert list(judge(finish(methods=["lora"], seeds=1))) == []
+
+
+def test_the_page_tells_how_methods_were_matched(finish):
+    page = write_results(finish(seeds=1, match={"tolerance": 99.0}), "mixora compare").read_text()
+    assert "As many trainable parameters of the adapter as lora, within 9900.0%" in page

@@ -1,13 +1,11 @@
 """The page of what mixora works with is the one that the tests make."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.compatibility import table
 from tests.compatibility.table import PAGE, Line, lines_of_page
 
 ROOT = Path(__file__).parents[2]
@@ -17,16 +15,11 @@ ROOT = Path(__file__).parents[2]
 def test_the_page_has_a_line_for_each_mark_and_no_other(tmp_path):
     files = sorted((ROOT / "tests").rglob("test_*.py"))
     marked = [str(path) for path in files if re.search(r"works_with\(|@each\(", path.read_text(encoding="utf-8"))]
-    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "works_with", "-p", "no:cacheprovider"]
-    done = subprocess.run(
-        [*command, "-p", "tests.compatibility.table", "--works-with", str(tmp_path / "page.md"), *marked],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": f"{ROOT}/src:{ROOT}"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    # in this process, which has imported most of them already; faults of this session are not the inner one's to watch
+    apart = ["--rootdir", str(ROOT), "-p", "no:cacheprovider", "-p", "no:faulthandler"]
+    words = ["--collect-only", "-qq", "-m", "works_with", "--works-with", str(tmp_path / "page.md")]
+    found = pytest.main([*apart, *words, *marked], plugins=[table])
+    assert found == pytest.ExitCode.OK
     expected = lines_of_page((tmp_path / "page.md").read_text(encoding="utf-8"))
     assert len(expected) > 50
     assert lines_of_page(PAGE.read_text(encoding="utf-8")) == expected, "stale; `make works-with` writes it"

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 import mixora
 from mixora.cli import app
+from mixora.conversion.moe_peft import convert_moe_peft
 from mixora.errors import CheckpointError, ConfigError, ModelError
 from tests.models import tiny_gpt2
 
@@ -235,3 +236,10 @@ def test_the_command(tmp_path, method):
     assert json.loads(machine.output)["base"] is None
     again = CliRunner().invoke(app, [*words, str(tmp_path / "out")])
     assert again.exit_code == 2 and "is not empty" in again.output
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_nothing_is_written_where_nothing_is_claimed(method):
+    before = sorted(FIXTURE.rglob("*"))
+    table = convert_moe_peft(FIXTURE / method, None, BASE)
+    assert len(table.sites) > 0 and sorted(FIXTURE.rglob("*")) == before

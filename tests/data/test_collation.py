@@ -126,3 +126,9 @@ def test_trainer_takes_the_collator_and_keeps_packed_rows_apart(make_tokenizer, 
         trainer = Trainer(model=model, args=options, train_dataset=encoded.dataset, data_collator=collator)
         losses.append(trainer.train().training_loss)
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_rows_to_answer_need_no_labels(plain_tokenizer):
+    batch = Collator(plain_tokenizer, "decoder")([{"input_ids": [5, 6, 7]}, {"input_ids": [8]}])
+    assert batch.keys() == {"input_ids", "attention_mask"}
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]

@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import processors
 from tokenizers.normalizers import Prepend, Replace
 from transformers import T5Config, T5ForConditionalGeneration
 
@@ -80,6 +81,19 @@ def test_text_and_choice_rows(plain_tokenizer):
     assert learned(plain_tokenizer, choice) == "blue</s>"
     ids = render_choices(CHOICE, plain_tokenizer, PLAIN)
     assert [plain_tokenizer.decode(i) for i in ids] == ["red", "blue"]
+
+
+def test_long_encodings_are_told_of_and_ends_are_not_doubled(plain_tokenizer):
+    told = []
+    rows = rows_of("completion", *[SUM] * 250)
+    encode(rows, plain_tokenizer, PLAIN, model_kind="decoder", advance=lambda *given: told.append(given))
+    assert told[:2] == [(100, 250), (200, 250)]
+    plain = one("completion", SUM, plain_tokenizer, model_kind="encoder-decoder")["labels"]
+    end = plain_tokenizer.eos_token_id
+    assert plain[-1] == end and end not in plain[:-1]
+    ends = {"single": "$A </s>", "special_tokens": [("</s>", end)]}
+    plain_tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(**ends)
+    assert one("completion", SUM, plain_tokenizer, model_kind="encoder-decoder")["labels"].count(end) == 1
 
 
 def test_train_on_all_supervises_all_but_the_first_token(plain_tokenizer):

@@ -74,6 +74,11 @@ def test_bom_and_null_fields_are_understood(write):
     assert read_rows(path).form == "text"
 
 
+def test_an_empty_cell_of_a_list_is_no_list(write):
+    (row,) = read_rows(write("rows.csv", b"prompt,completion,references\na,b,\n"))
+    assert (row["prompt"], row["completion"], row.get("references")) == ("a", "b", None)
+
+
 def test_folder_splits_come_in_the_usual_order(write, tmp_path):
     for name in ("test.csv", "unseen.jsonl", "train.jsonl", "validation.json"):
         write(name, b'[{"text": "a"}]' if name.endswith("json") else b"text\na\n" if "csv" in name else b'{"text":"a"}')
@@ -193,6 +198,7 @@ def test_unusable_jsonl(write, content, message):
         ("rows.csv", b'question,choices,answer\nq,"[1",0\n', "line 2: the cell 'choices' is not JSON"),
         ("rows.csv", b"prompt,completion\na,b\nc\n", "line 3: lacks 'completion'"),
         ("rows.csv", b"text,label\n", "has no rows"),
+        ("rows.csv", b"text,label\na,1e999\n", "line 2: 'label' is inf; valid: a finite number"),
         ("rows.parquet", b"PAR1 no", "is not Parquet"),
         ("rows.txt", b"a", r"got a \.txt file; valid: \.jsonl, \.json, \.csv, \.parquet"),
         ("rows", b"a", "got a nameless file"),

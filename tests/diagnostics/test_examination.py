@@ -13,6 +13,7 @@ from mixora.diagnostics.examination import examine
 from mixora.diagnostics.record import Similar, Token, Typical
 from mixora.diagnostics.similarity import Correlation, choices_of, cosines_of, find_similar
 from mixora.diagnostics.typical import TokenCounts, find_strongest, score
+from mixora.errors import ModelError
 from mixora.routing import Routing
 from tests.characters import build_tokenizer
 from tests.models import adapt, fill, tiny_gpt2, tiny_llama, tiny_t5, tiny_vit, token_ids
@@ -174,3 +175,12 @@ def test_pictures_have_no_tokens():
     model = adapt(tiny_vit(), mixora.recipe("sira", num_experts=4, top_k=2, rank=2))
     found = examine(model, [{"pixel_values": torch.randn(3, 3, 8, 8)}], build_tokenizer())
     assert found.routing and found.similar and not found.typical
+
+
+def test_a_model_without_an_active_adapter_has_no_routing():
+    model, batch = adapt(tiny_llama(), mixora.recipe("lora")), {"input_ids": token_ids(1, 4)}
+    assert mixora.inspect(model, batch)
+    with model.disable_adapter(), pytest.raises(ModelError, match="no active mixture adapter was run"):
+        mixora.inspect(model, batch)
+    with pytest.raises(ModelError, match="got a model without one, or with its adapters disabled"):
+        mixora.inspect(tiny_llama(), batch)

@@ -230,6 +230,17 @@ def damage(**changes):
         (damage(colour="red"), "not a run record: colour: Unexpected keyword argument"),
         (damage(after={"loss": "low"}), r"after\.loss: Input should be a valid number"),
         (damage(history=[1]), r"history\.0: Input should be (a valid dictionary|an object)"),
+        (damage(history=[{"step": -1}]), "history: .* got a step that is none; valid: a number from 0"),
+        (damage(history=[{"step": 2**63}]), "got a step that is none"),
+        (damage(tasks={"a": {"before": {}}}), "tasks: .* got a task without scores; valid: before and after of each"),
+        (
+            damage(load={"groups": ["a"], "sites": ["q"], "load": [[[0.5], [0.5]]]}),
+            "got a table of another size than sites and groups have",
+        ),
+        (
+            damage(load={"groups": ["a", "b"], "sites": ["q"], "load": [[[1.0], [0.5, 0.5]]]}),
+            "got groups with unequal numbers of experts; valid: one number at a site",
+        ),
     ],
 )
 def test_damaged_records_say_where(content, message, tmp_path):

@@ -9,7 +9,7 @@ from peft import LoraConfig, PeftModel
 import mixora
 from mixora.errors import ConfigError, DataError
 from mixora.mixture import mixtures_of
-from tests.merging.test_export import by_plain_peft, logits, saved
+from tests.merging.test_export import logits, saved
 from tests.models import fill, tiny_bert_classifier, tiny_llama, token_ids
 
 NAMES = ("mixora_A", "mixora_B", "mixora_bias")
@@ -34,12 +34,12 @@ def make(recipe, folder, base="llama", **changes):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("base", "form"), [("llama", "up"), ("llama", "tied"), ("bert", "none")])
-def test_plain_peft_computes_the_same(base, form, tmp_path):
+def test_plain_peft_computes_the_same(base, form, by_plain_peft, tmp_path):
     model = make("adamix-lora", tmp_path, base, **FORMS[form])
     expected = logits(model)
     merged = mixora.merge(model, tmp_path / "out")
     assert {(s.method, s.rank, s.error) for s in merged.sites} == {("exact", 6 if form == "tied" else 2, 0.0)}
-    found = by_plain_peft(MODELS[base][1], tmp_path / "base", tmp_path / "out", tmp_path)
+    found = by_plain_peft(MODELS[base][1], tmp_path / "base", tmp_path / "out")
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 

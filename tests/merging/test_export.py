@@ -1,14 +1,12 @@
 """What is written: read by plain PEFT in a process that knows no mixora, with the same logits."""
 
 import json
-import subprocess
-import sys
 import warnings
 
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import mixora
@@ -18,31 +16,10 @@ from tests.models import adapt, fill, tiny_bert_classifier, tiny_gpt2, tiny_llam
 
 IDS = token_ids(2, 9)
 
-PLAIN = """
-import sys, transformers
-from peft import PeftModel
-from safetensors.torch import load_file, save_file
-auto, base, adapter, ids, out = sys.argv[1:]
-model = PeftModel.from_pretrained(getattr(transformers, auto).from_pretrained(base), adapter).eval()
-save_file({"logits": model(input_ids=load_file(ids)["ids"]).logits.detach()}, out)
-assert not [name for name in sys.modules if name.partition(".")[0] == "mixora"]
-assert {config.peft_type.value for config in model.peft_config.values()} == {"LORA"}
-"""
-
 
 def logits(model):
     with torch.no_grad():
         return model.eval()(input_ids=IDS).logits
-
-
-def by_plain_peft(auto, base, adapter, folder):
-    save_file({"ids": IDS}, folder / "ids.safetensors")
-    words = [auto, base, adapter, folder / "ids.safetensors", folder / "logits.safetensors"]
-    code = [sys.executable, "-c", PLAIN, *map(str, words)]
-    done = subprocess.run(code, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "UserWarning" not in done.stderr, done.stderr[-3000:]
-    return load_file(folder / "logits.safetensors")["logits"]
 
 
 def saved(make, folder, config, **settings):
@@ -67,7 +44,7 @@ MODELS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
-def test_plain_peft_computes_the_same(name, tmp_path):
+def test_plain_peft_computes_the_same(name, by_plain_peft, tmp_path):
     make, auto, changes = MODELS[name]
     model = saved(make, tmp_path, mixora.recipe("lora", **changes))
     if name == "bert":
@@ -75,7 +52,7 @@ def test_plain_peft_computes_the_same(name, tmp_path):
     expected = logits(model)
     merged = mixora.merge(model, tmp_path / "out")
     assert {(site.method, site.error) for site in merged.sites} == {("exact", 0.0)}
-    found = by_plain_peft(auto, tmp_path / "base", tmp_path / "out", tmp_path)
+    found = by_plain_peft(auto, tmp_path / "base", tmp_path / "out")
     assert not torch.allclose(logits(make()), expected, atol=1e-2)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
     # the model still is what it was

@@ -5,6 +5,8 @@ import shutil
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
+import torch
+from filelock import FileLock
 
 from tests.characters import save_bases
 from tests.training.ranks import run_two_ranks
@@ -36,13 +38,19 @@ def write_rows(folder, split, rows):
 
 
 @pytest.fixture(scope="session")
-def two_ranks(bases, tmp_path_factory):
-    """What two gloo ranks found, by part: see `two_ranks.py`. `folder` is the one they worked in."""
-    folder = tmp_path_factory.mktemp("two_ranks")
-    shutil.copytree(bases / "llama", folder / "base")
-    write_rows(folder / "rows", "train", command_rows(32))
-    write_rows(folder / "rows", "validation", command_rows(40)[32:])
-    return {**run_two_ranks("tests/training/two_ranks.py", folder), "folder": folder}
+def two_ranks(bases, shared_folder):
+    """What two gloo ranks found, by part: see `two_ranks.py`. `folder` is the one they worked in.
+
+    Run once, also where several processes share the tests.
+    """
+    folder = shared_folder / "two_ranks"
+    with FileLock(f"{folder}.lock"):
+        if (folder / "found.pt").exists():
+            return {**torch.load(folder / "found.pt", weights_only=True), "folder": folder}
+        shutil.copytree(bases / "llama", folder / "base", dirs_exist_ok=True)
+        write_rows(folder / "rows", "train", command_rows(32))
+        write_rows(folder / "rows", "validation", command_rows(40)[32:])
+        return {**run_two_ranks(folder), "folder": folder}
 
 
 @pytest.fixture

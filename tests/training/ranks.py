@@ -1,6 +1,7 @@
-"""How tests start scripts on two gloo ranks, and how these hand over what they found."""
+"""How tests start two gloo ranks, and how these hand over what they found."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -9,16 +10,19 @@ import torch
 import torch.distributed as dist
 
 
-def run_two_ranks(script, folder):
-    """What rank 0 of a script left in `found.pt`; the script runs on two gloo ranks."""
+def run_two_ranks(folder):
+    """What rank 0 of `two_ranks.py` left in `found.pt`."""
     root = Path(__file__).parents[2]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
     done = subprocess.run(
-        [*command, str(root / script), str(folder)],
-        env={**os.environ, "PYTHONPATH": f"{root}/src:{root}", "OMP_NUM_THREADS": "1"},
+        [sys.executable, "-m", "tests.training.two_ranks", str(folder)],
+        cwd=root,
+        env={**os.environ, **place, "PYTHONPATH": f"{root}/src:{root}", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=280,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return torch.load(folder / "found.pt", weights_only=True)

@@ -8,7 +8,6 @@ from transformers import TrainerCallback
 
 import mixora
 from mixora.errors import TrainingError
-from tests.training.ranks import run_two_ranks
 from tests.training.setups import accumulated_batches, balance_gradient, collate, dataset, make_model, make_trainer
 
 # TRL deprecates the argument, and still takes it
@@ -113,9 +112,9 @@ def test_two_ranks(two_ranks):
 @pytest.mark.works_with(
     "distribution", "FSDP2 (`fully_shard`) on two ranks (gloo): gradients equal the mean of both ranks'"
 )
-def test_two_ranks_of_a_fully_sharded_model(tmp_path):
+def test_two_ranks_of_a_fully_sharded_model(two_ranks):
     """The mean of both ranks' gradients, with weights that are whole in a layer's forward only."""
-    found = run_two_ranks("tests/training/two_ranks_fsdp2.py", tmp_path)
+    found = two_ranks["fsdp2"]
     for kernel in ("joint", "stacked"):
         worst, count, joined = found[kernel].tolist()
         assert worst < 1e-7

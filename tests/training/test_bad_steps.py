@@ -11,9 +11,10 @@ from transformers import TrainerCallback
 
 import mixora
 from mixora.errors import NonFiniteError
+from mixora.training.bad_place import look_at_sums
+from mixora.training.bad_steps import find_rows
 from tests.models import tiny_llama
 from tests.training.poison import INF, NAN, LeftOut, PoisonedRow, PoisonedWeight, same_weights, trained
-from tests.training.ranks import run_two_ranks
 from tests.training.setups import RARE_ROW, RARE_TOKEN, make_model, make_trainer
 
 TRAINERS = [mixora.Trainer, mixora.SFTTrainer]
@@ -238,8 +239,8 @@ def test_a_loss_that_is_not_finite_is_no_matter_of_the_scale(skip, tmp_path):
 @pytest.mark.works_with(
     "distribution", "DDP on two ranks (gloo): NaN on one of them stops both, or leaves the step out"
 )
-def test_two_ranks_decide_alike(tmp_path):
-    found = run_two_ranks("tests/training/two_ranks_bad_step.py", tmp_path)
+def test_two_ranks_decide_alike(two_ranks):
+    found = two_ranks["bad step"]
     stopped, skipped, left_out = (found[name] for name in ("stopped", "skipped", "left out"))
     # rank 1 holds the row in its half of step 1
     assert stopped["errors"][0] == stopped["errors"][1]
@@ -264,3 +265,29 @@ def test_healthy_steps_are_not_run_again_and_give_the_trainers_own_numbers(tmp_p
     (own,) = torch.autograd.grad(loss, logits, retain_graph=True)
     guarded = trainer._guard(loss, loss, {}, labels)
     assert torch.equal(guarded, loss) and torch.equal(torch.autograd.grad(guarded, logits)[0], own)
+
+
+def test_sums_of_gradients_that_overflow_are_named():
+    """Each micro-batch may be finite, or each number, and what is summed over them not."""
+    model = make_model()
+    assert look_at_sums(model) is None
+    routers = [name for name, p in model.get_base_model().named_parameters() if "mixora_router" in name]
+    parameters = dict(model.get_base_model().named_parameters())
+    for name in routers:
+        parameters[name].grad = torch.ones_like(parameters[name])
+    assert look_at_sums(model) is None
+    parameters[routers[1]].grad *= 1e30
+    place = str(look_at_sums(model))
+    assert routers[1] in place and "which is beyond what its dtype holds" in place
+    parameters[routers[0]].grad[0, 0] = INF
+    place = str(look_at_sums(model))
+    assert routers[0] in place and "1 Inf" in place and "summed over micro-batches and processes" in place
+
+
+def test_rows_that_cannot_be_told_are_not_named():
+    ids, whole = torch.tensor([[1, 2, 3], [4, 5, 0]]), torch.ones(2, 3)
+    rows = [{"input_ids": [9]}, {"input_ids": [1, 2, 3]}, {"text": "other"}]
+    batch = {"input_ids": ids, "attention_mask": whole}
+    assert find_rows(rows, batch, (0,)) == [1]
+    assert find_rows(rows, batch, ()) == [1]
+    assert find_rows(iter(rows), batch, (0,)) == find_rows(rows, {"input_ids": ids}, (0,)) == []

@@ -8,7 +8,7 @@ from mixora.cli import app
 from mixora.diagnostics.record import read_record
 from mixora.errors import NonFiniteError
 from mixora.training import run as running
-from mixora.training.checkpoints import find_checkpoint, read_resumed, read_state
+from mixora.training.checkpoints import find_checkpoint, read_resumed, read_state, resumable
 from mixora.training.run import fit
 from mixora.training.run_config import read_run
 from tests.training.poison import PoisonedStep
@@ -89,3 +89,11 @@ def test_the_option_is_the_setting(bases, data, tmp_path, monkeypatch):
     assert [config.train.skip_bad_steps for config in seen] == [3]
     refused = CliRunner().invoke(app, ["train", "--skip-bad-steps", "-1"])
     assert refused.exit_code == 2
+
+
+def test_a_step_that_goes_wrong_before_any_checkpoint_tells_so(tmp_path):
+    with (
+        pytest.raises(NonFiniteError, match=r"step 1: bad\nThere is no checkpoint to go on from\.$"),
+        resumable(tmp_path),
+    ):
+        raise NonFiniteError("step 1: bad")

@@ -10,6 +10,7 @@ from transformers import TrainerCallback
 import mixora
 from mixora.draws import Draw
 from mixora.errors import TrainingError
+from mixora.training.second_pass import base_of, compare_passes
 from tests.models import fill, tiny_llama
 from tests.training.setups import accumulated_batches, make_trainer
 from tests.training.test_auxiliary_gradient import SMOOTHING_IS_DEPRECATED
@@ -100,6 +101,23 @@ def test_a_loss_of_trl_without_logits_is_refused(tmp_path):
     trainer = make_trainer(mixora.SFTTrainer, tmp_path, model=make_model(), loss_type="dft")
     with pytest.raises(TrainingError, match=r"needs the model's logits: got loss_type='dft'.*valid: loss_type='nll'"):
         trainer.train()
+
+
+def test_outputs_that_cannot_be_compared_are_refused():
+    model, logits, labels = make_model(), torch.randn(2, 3, 5), torch.tensor([[1, 2, -100], [0, 1, 2]])
+    agreed = compare_passes(model, [(logits, logits)], labels)
+    assert float(agreed["consistency"][0]) == pytest.approx(0, abs=1e-6)
+    for first, given, message in (
+        (None, labels, "needs the model's logits, which its output lacks; valid: coefficient 0"),
+        (logits, None, "the batch has no labels, which tell the supervised tokens; valid: labels"),
+        (logits, labels[0], r"cannot compare outputs of shape \[2, 3, 5\] with labels of shape \[3\]"),
+        (logits[0, 0], labels, r"cannot compare outputs of shape \[5\]"),
+    ):
+        with pytest.raises(TrainingError, match=rf"losses\.consistency: {message}"):
+            compare_passes(model, [(first, first)], given)
+    base_of(model).config.problem_type = "multi_label_classification"
+    with pytest.raises(TrainingError, match="compares distributions over classes, and this model's labels are indep"):
+        compare_passes(model, [(logits[0], logits[0])], labels)
 
 
 def test_two_ranks_take_one_route(two_ranks):

@@ -25,6 +25,9 @@ def test_what_was_set_before_is_set_again(own, monkeypatch):
         raise ValueError("own")
     assert not torch.are_deterministic_algorithms_enabled() and torch.backends.cudnn.benchmark
     assert os.environ.get(WORKSPACE) == own
+    with deterministic():
+        pass
+    assert os.environ.get(WORKSPACE) == own
     with deterministic(is_on=False):
         assert not torch.are_deterministic_algorithms_enabled()
 

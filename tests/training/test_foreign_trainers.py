@@ -1,5 +1,7 @@
 """What users of transformers and TRL write, unchanged."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import transformers
@@ -7,7 +9,7 @@ import trl
 from peft import PeftModel
 
 import mixora
-from mixora.mixture import Mixture
+from mixora.mixture import Mixture, mixtures_of
 from tests.models import tiny_llama
 from tests.training.setups import collate, dataset, make_model, make_tokenizer, make_trainer, settings
 
@@ -68,3 +70,17 @@ def test_training_loss_of_our_trainer_is_the_task_plus_the_auxiliary_loss(tmp_pa
     task = model(**batch).loss.item()
     assert abs(line["auxiliary_loss"] - 0.5 * line["load_balance"]) < 1e-6
     assert abs(line["loss"] - task - line["auxiliary_loss"]) < 1e-4
+
+
+def test_the_auxiliary_gradient_is_scaled_as_the_loss_of_fp16():
+    model, callback = make_model(), mixora.AuxiliaryLossCallback()
+    optimizer = SimpleNamespace(scaler=SimpleNamespace(get_scale=lambda: 1024.0))
+    arguments = SimpleNamespace(gradient_accumulation_steps=4)
+    for given, scale in ((SimpleNamespace(), 0.25), (optimizer, 256.0)):
+        callback.on_step_begin(arguments, None, None, model=model, optimizer=given)
+        assert {layer.auxiliary_scale for layer in mixtures_of(model)} == {scale}
+
+
+def test_the_callback_may_be_called_without_a_trainer():
+    callback = mixora.AuxiliaryLossCallback()
+    assert callback.on_train_begin(SimpleNamespace(), None, None, model=make_model()) is None

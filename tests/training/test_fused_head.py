@@ -12,6 +12,8 @@ from transformers import (
     CohereForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
 )
@@ -242,3 +244,31 @@ def test_a_batch_without_a_supervised_token_is_worth_nothing():
     loss.backward()
     assert loss == 0
     assert all(p.grad is None or p.grad.abs().max() == 0 for p in model.parameters())
+
+
+class OtherLoss(LlamaForCausalLM):
+    """Computes the loss by itself, or asks the loss function for one that leaves out another mark."""
+
+    ignored = None
+
+    def forward(self, input_ids, labels=None, **kwargs):
+        output = super().forward(input_ids=input_ids, **kwargs)
+        logits = output["logits"]
+        if self.ignored is None:
+            output["loss"] = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        else:
+            marks = {"vocab_size": 64, "ignore_index": self.ignored}
+            output["loss"] = self.loss_function(logits=logits, labels=labels, **marks)
+        return output
+
+
+@pytest.mark.parametrize(
+    ("ignored", "reason"),
+    [(None, "the loss is not computed by the model"), (7, "the model's loss is not the plain one")],
+)
+def test_losses_of_another_kind_are_found_out(ignored, reason):
+    base = OtherLoss(LlamaConfig(**LITTLE))
+    base.ignored = ignored
+    model, ids = adapt(base, targets=["q_proj"]), torch.arange(12).view(2, 6)
+    assert_own_loop_is_the_same(model, {"input_ids": ids, "labels": ids}, is_fused=False)
+    assert why_not_fused(model) == reason

@@ -48,6 +48,13 @@ def with_trained_head():
     return model
 
 
+def with_quantised_head():
+    model = make_model()
+    # as bitsandbytes lays 4-bit weights out
+    model.get_base_model().lm_head.weight = nn.Parameter(torch.zeros(9, 1, dtype=torch.uint8), requires_grad=False)
+    return model
+
+
 def on(base, task_type="CAUSAL_LM", **settings):
     return get_peft_model(base, mixora.recipe("molora", num_experts=2, rank=2, task_type=task_type, **settings))
 
@@ -55,6 +62,7 @@ def on(base, task_type="CAUSAL_LM", **settings):
 REASONS = {
     "trained": (with_trained_head, "the model's head is trained"),
     "hooked": (with_hook, "the model's head has hooks"),
+    "quantised": (with_quantised_head, "the model's head is sharded or quantised"),
     "other loss": (lambda: with_loss(lambda *_, **__: 0), "the model's loss is not transformers' causal one"),
     "pass loss": (with_other_loss, "losses.other compares logits"),
     "replicated": (lambda: nn.DataParallel(make_model()), "nn.DataParallel copies the model"),

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import mixora
 from mixora.bases import load_base
 from mixora.errors import CheckpointError, ConfigError
-from mixora.training.merging import merge_folder, summarise_merge
+from mixora.merging.comparison import Comparison
+from mixora.training.merging import _tabulate, merge_folder, summarise_merge
 from mixora.training.progress import Progress
 from mixora.training.run import fit
 from mixora.training.run_config import read_run
@@ -132,3 +133,11 @@ def test_a_soup_is_cooked_on_the_evaluation_rows(bases, data, tmp_path):
     assert "soup of experts" in text.getvalue()
     with pytest.raises(ConfigError, match=r"data: an exact merge looks at no rows.*--soup"):
         merge_folder(run, tmp_path / "more", {"data": {"packing": True}}, SILENT)
+
+
+@pytest.mark.parametrize("divergence", [None, 0.25])
+def test_numbers_that_are_no_distribution_have_no_divergence(divergence):
+    told = io.StringIO()
+    Console(file=told, width=120).print(_tabulate(Comparison(8, 1.0, 1.5, 0.1, 0.2, divergence)))
+    assert "8 held-out predictions" in told.getvalue() and "1.5000" in told.getvalue()
+    assert ("KL divergence" in told.getvalue()) == (divergence is not None)

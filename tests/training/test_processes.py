@@ -9,15 +9,17 @@ import time
 import pytest
 import torch
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
 import mixora
 from benchmarks.reliability.data_parallel import list_cases, train
 from mixora import world
+from mixora.cli import app
 from mixora.errors import CheckpointError, ConfigError, TrainingError
 from mixora.losses import LoadBalance, ZLoss
 from mixora.routing import Routing
 from mixora.training import launcher
-from mixora.training.launcher import Places, launch
+from mixora.training.launcher import Places, choose_places, launch
 from mixora.training.processes import check_processes, check_resumable
 from mixora.training.run import fit
 from mixora.training.run_config import read_run
@@ -228,3 +230,23 @@ def test_a_mistake_is_told_once(failing, delay, told, capfd):
     script = COMMAND.replace("FAILING", repr(failing)).replace("DELAY", str(delay))
     assert launch([sys.executable, "-c", script], Places(2), print) == 2
     assert capfd.readouterr().err.strip() == told
+
+
+def test_places_without_processes_are_a_mistake():
+    assert choose_places(None, 1, 0, None) is None
+    assert choose_places(2, 1, 0, None) == Places(2)
+    with pytest.raises(ConfigError, match="nodes, node-rank, address: have no effect without --processes"):
+        choose_places(None, 2, 0, None)
+    with pytest.raises(ConfigError, match="node-rank: got 1"):
+        choose_places(2, 1, 1, None)
+
+
+def test_each_process_is_given_the_words_of_the_command(tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr(launcher, "launch", lambda *words: given.append(words) or 3)
+    words = ["model.base=tiny", "data.source=rows", "out=run"]
+    result = CliRunner().invoke(app, ["train", *words, "--recipe", "sira", "--processes", "2", "--overwrite"])
+    assert result.exit_code == 3, result.output
+    ((command, places, _),) = given
+    assert places == Places(2)
+    assert command == [sys.executable, "-m", "mixora", "train", *words, "--overwrite", "--recipe=sira"]

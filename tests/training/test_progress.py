@@ -1,12 +1,15 @@
 """Progress: bars on a terminal, plain lines in a log, nothing where machines read."""
 
 import io
+import signal
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from rich.console import Console
 
 from mixora.stages import count, silently
 from mixora.training import progress as module
+from mixora.training.interruption import Interruption
 from mixora.training.progress import Progress, StepProgress
 from mixora.training.run import fit
 from mixora.training.run_config import read_run
@@ -112,3 +115,15 @@ def test_every_long_step_of_a_run_is_told(bases, data, tmp_path, monkeypatch):
     expected += ["evaluating, after", "inspecting, batches", "evaluating, read back", "writing the report"]
     assert labels == expected
     assert "\x1b" not in text_of(progress)
+
+
+def test_a_run_in_a_thread_leaves_signals_alone():
+    """Only the main one may set handlers."""
+    before = signal.getsignal(signal.SIGINT)
+
+    def enter():
+        with Interruption() as interruption:
+            return signal.getsignal(signal.SIGINT), interruption.requested
+
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(enter).result() == (before, False)

@@ -69,6 +69,8 @@ def test_classifier_trains_its_head_and_groups_by_a_named_field(bases, data, tmp
     tensors = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
     assert any("classifier" in name for name in tensors)
     assert any("mixora_router" in name for name in tensors)
+    with pytest.raises(DataError, match="this model classifies and cannot generate; valid: mixora evaluate"):
+        reopen(tmp_path / "out", {}, quiet()).answer(["a"], 1, sample=False, compare=False)
 
 
 def test_plain_lora_has_no_routing_to_report(bases, data, tmp_path):
@@ -167,6 +169,12 @@ def test_mistakes_are_named(change, error, message, bases, data, tmp_path):
     tree = settings(bases / "llama", data / "commands", tmp_path / "out", **change)
     with pytest.raises(error, match=message):
         run(tree)
+
+
+def test_one_row_is_not_split(bases, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    with pytest.raises(DataError, match="one row cannot be split into training and evaluation; valid: two or more"):
+        run(settings(bases / "llama", tmp_path / "rows.jsonl", tmp_path / "out"))
 
 
 def test_folders_are_never_replaced_by_accident(tmp_path):

@@ -15,21 +15,14 @@ from mixora.inputs import Input
 from mixora.training.sharding import check_sharding
 from tests.models import adapt, fill, gradients, tiny_llama, token_ids
 from tests.training.setups import make_model, make_trainer
-from tests.training.test_auxiliary_gradient import run_two_ranks
 from tests.training.two_ranks_sharded import NO_BALANCE, STEPS
-
-
-@pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("two_ranks")
-    return folder, run_two_ranks("tests/training/two_ranks_sharded.py", folder)
 
 
 @pytest.mark.works_with(
     "distribution", "`fsdp` of `TrainingArguments` (FSDP2) on two ranks (gloo): losses and weights of one process"
 )
 def test_the_trainer_equals_one_process_and_saves_whole(two_ranks, tmp_path):
-    folder, found = two_ranks
+    folder, found = two_ranks["folder"] / "sharded", two_ranks["sharded"]
     trainer = make_trainer(
         mixora.Trainer, tmp_path, model=fill(make_model(**NO_BALANCE)), **{**STEPS, "per_device_train_batch_size": 8}
     )
@@ -44,15 +37,15 @@ def test_the_trainer_equals_one_process_and_saves_whole(two_ranks, tmp_path):
 
 
 def test_an_adapter_loads_into_shards(two_ranks):
-    assert two_ranks[1]["loaded"]
+    assert two_ranks["sharded"]["loaded"]
 
 
 def test_a_rank_without_tokens_keeps_up(two_ranks):
-    assert max(two_ranks[1]["idle"]) < 1e-7
+    assert max(two_ranks["sharded"]["idle"]) < 1e-7
 
 
 def test_activation_checkpointing_and_mixed_precision(two_ranks):
-    found = two_ranks[1]
+    found = two_ranks["sharded"]
     assert found["checkpoints"] < 1e-7
     low, full = found["low"]
     torch.testing.assert_close(low, full, rtol=1e-2, atol=0)
@@ -61,12 +54,12 @@ def test_activation_checkpointing_and_mixed_precision(two_ranks):
 
 
 def test_a_sharded_model_serves_as_a_whole_one(two_ranks):
-    assert two_ranks[1]["apart"] < 1e-6
-    assert two_ranks[1]["written"]
+    assert two_ranks["sharded"]["apart"] < 1e-6
+    assert two_ranks["sharded"]["written"]
 
 
 def test_what_does_not_shard_is_refused(two_ranks):
-    assert two_ranks[1]["version 1"].startswith(
+    assert two_ranks["sharded"]["version 1"].startswith(
         "FSDP was asked for, but after preparation the model is trained by DDP, whole on each process; valid: a launch "
         "in which it is sharded (FSDP2, version 2 of accelerate's settings)"
     )

@@ -1,13 +1,10 @@
-"""Run by torchrun on two gloo ranks: one row is bad, in the half of rank 1; rank 0 writes what both found."""
-
-import sys
+"""On two ranks: one row is bad, in the half of rank 1; what both found."""
 
 import torch.distributed as dist
 
 import mixora
 from mixora.errors import NonFiniteError
 from tests.training.poison import LeftOut, PoisonedRow, trained
-from tests.training.ranks import leave
 from tests.training.setups import RARE_TOKEN, make_trainer
 
 
@@ -27,14 +24,10 @@ def run(folder, callback, skip):
     return {name: [each[name] for each in both] for name in mine}
 
 
-def main(folder):
+def find(folder):
     cases = {
         "stopped": (PoisonedRow(RARE_TOKEN, {1}), 0),
         "skipped": (PoisonedRow(RARE_TOKEN, {1}), 1),
         "left out": (LeftOut({1}), 0),
     }
-    leave({name: run(f"{folder}/{name}", *case) for name, case in cases.items()}, folder)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])
+    return {name: run(f"{folder}/{name}", *case) for name, case in cases.items()}

@@ -1,6 +1,4 @@
-"""Run by torchrun on two gloo ranks: trainings that shard, and those that were asked to and do not."""
-
-import sys
+"""On two ranks: trainings that shard, and those that were asked to and do not. The last part: it changes accelerate."""
 
 import torch
 import torch.distributed as dist
@@ -11,7 +9,6 @@ import mixora
 from mixora.errors import TrainingError
 from mixora.keys import adapter_state
 from tests.models import adapt, fill, tiny_llama, token_ids
-from tests.training.ranks import leave
 from tests.training.setups import make_model, make_trainer
 
 IDS = token_ids(4, 8)
@@ -102,7 +99,8 @@ def load_into_shards(folder, weights):
     return all(torch.equal(state[name], value) for name, value in weights.items())
 
 
-def main(folder):
+def find(folder):
+    folder = folder / "sharded"
     config = mixora.recipe("mola", num_experts=4, top_k=2, rank=2, dropout=0.0, **NO_BALANCE)
     found = train_under_fsdp2(folder)
     found["loaded"] = load_into_shards(folder, found["weights"])
@@ -114,8 +112,4 @@ def main(folder):
     found["low"] = [loss, step(adapt(tiny_llama(), config), IDS)[0]]
     found["low dtypes"] = sorted({str(g.dtype) for g in gradients.values()})
     found["apart"], found["written"] = serve(config)
-    leave(found, folder)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])
+    return found
