@@ -56,7 +56,9 @@ def test_without_a_queue_free_slots_are_given_all_the_same(roster):
 def test_a_client_that_vanishes_frees_its_slot(roster, hold, stream):
     with running(roster, slots=1) as service, service.client() as client:
         body = json.dumps({**ASKED, "max_tokens": 200, "stream": stream})
-        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+        head = (
+            f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+        )
         with socket.create_connection(("127.0.0.1", int(service.url.rpartition(":")[2]))) as connection:
             connection.sendall(f"{head}\r\n\r\n{body}".encode())
             service.wait_for(running=1)

@@ -28,7 +28,7 @@ def check_sender(request: HttpRequest, api_key: str | None, hosts: Collection[st
     if api_key is None:
         return
     given = request.headers.get("authorization", "").removeprefix("Bearer ")
-    if not hmac.compare_digest(given.encode("utf-8", "surrogateescape"), api_key.encode()):
+    if not hmac.compare_digest(given.encode("latin-1"), api_key.encode()):
         raise RefusedError(
             401, "the API key is missing or wrong; valid: Authorization: Bearer KEY", code="invalid_api_key"
         )
