@@ -19,6 +19,7 @@ from tests.models import (
 )
 
 SMALL = {"num_experts": 4, "top_k": 2, "rank": 2, "dropout": 0.0}
+FULL = {"capacity_factor": 0.5, "min_capacity": 1, "capacity_at_inference": True}
 LENGTHS = (3, 9, 1, 5)
 TOKENS = 10
 
@@ -33,6 +34,7 @@ CASES = {
     "gemma2, both kinds of attention": lambda: make(tiny_gemma2(), **SMALL),
     "gpt2, learnt positions": lambda: make(tiny_gpt2(), **SMALL),
     "qwen3, sira": lambda: make(tiny_qwen3(), "sira"),
+    "sira, a limit of capacity": lambda: make(tiny_llama(), "sira", **FULL),
     "phi": lambda: make(tiny_phi(), **SMALL),
     "mixlora": lambda: make(tiny_llama(), "mixlora"),
     "pesc": lambda: make(tiny_llama(), "pesc"),
