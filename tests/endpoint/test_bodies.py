@@ -125,6 +125,13 @@ def test_a_body_that_cannot_be_read_is_one_message(asker, body, says):
     assert response.status_code == 400 and says in response.json()["error"]["message"]
 
 
+def test_a_template_that_refuses_is_a_mistake_of_the_messages(asker, monkeypatch):
+    monkeypatch.setattr(asker.server.roster.tokenizer, "chat_template", "{{ raise_exception('roles must alternate') }}")
+    response = asker.post("/v1/chat/completions", json.dumps(CHAT))
+    assert response.status_code == 400
+    assert response.json()["error"]["message"] == "the chat template refuses the messages: roles must alternate"
+
+
 def test_what_clients_send_and_means_nothing_is_taken(asker):
     idle = {"n": 1, "user": "me", "frequency_penalty": 0, "presence_penalty": 0.0, "logit_bias": {}, "stop": None}
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]

@@ -8,6 +8,7 @@ import time
 import httpx
 import openai
 import pytest
+import torch
 
 from tests.endpoint.service import gate, running
 
@@ -27,6 +28,13 @@ def ask_aside(client, found, **settings):
     thread = threading.Thread(target=ask)
     thread.start()
     return thread
+
+
+def wait_until_abandoned(question):
+    deadline = time.monotonic() + 30
+    while not question.is_abandoned:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
 
 
 def test_beyond_the_queue_a_request_is_told_to_come_again(roster, hold):
@@ -65,11 +73,8 @@ def test_a_client_that_vanishes_frees_its_slot(roster, hold, stream):
             if stream:
                 assert connection.recv(100).startswith(b"HTTP/1.1 200")
         # its slot is free after the token at hand, long before its last one
-        question = service.server.engine._lanes["red"].newcomers + service.server.engine._lanes["red"].questions
-        deadline = time.monotonic() + 30
-        while not question[0].is_abandoned:
-            assert time.monotonic() < deadline
-            time.sleep(0.005)
+        lane = service.server.engine._lanes["red"]
+        wait_until_abandoned((lane.newcomers + lane.questions)[0])
         hold.set()
         assert client.completions.create(**ASKED, max_tokens=2).usage.completion_tokens == 2
         service.wait_for(running=0, waiting=0)
@@ -111,10 +116,19 @@ def test_a_late_answer_is_ended(roster, hold):
         assert client.completions.create(**ASKED, max_tokens=1).usage.completion_tokens == 1
 
 
-def test_a_model_that_fails_fails_its_own_answers_only(roster, monkeypatch):
+def no_numbers(rows, tokens):
+    return torch.full((len(tokens), 100), torch.nan)
+
+
+@pytest.mark.parametrize(
+    ("step", "fails"),
+    [("advance", lambda rows, tokens: 1 / 0), ("begin", lambda prompts: 1 / 0), ("advance", no_numbers)],
+    ids=["a token", "a prompt", "NaN"],
+)
+def test_a_model_that_fails_fails_its_own_answers_only(roster, monkeypatch, step, fails):
     with running(roster, slots=2) as service, service.client() as client:
         with monkeypatch.context() as patch:
-            patch.setattr(roster.decoder, "advance", lambda rows, tokens: 1 / 0)
+            patch.setattr(roster.decoder, step, fails)
             with pytest.raises(openai.InternalServerError, match="failed to compute the answer") as refused:
                 client.completions.create(**ASKED, max_tokens=5)
             assert "division" not in str(refused.value)
@@ -176,3 +190,19 @@ def test_the_server_ends_with_answers_on_their_way(roster, hold):
         assert found[0].status_code == 503 and found[0].json()["error"]["code"] == "shutting_down"
         assert httpx.get(f"{service.url}/health").status_code == 503
         assert service.post("/v1/completions", json.dumps(ASKED)).status_code == 503
+
+
+def test_a_request_that_waits_can_be_given_up(roster, hold):
+    with running(roster, slots=1, queue=1) as service, service.client() as client:
+        found = []
+        first = ask_aside(client, found)
+        service.wait_for(running=1, waiting=0)
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{service.url}/v1/completions", json=ASKED, timeout=0.2)
+        (given_up,) = service.server.engine._waiting
+        wait_until_abandoned(given_up)
+        hold.set()
+        first.join()
+        service.wait_for(running=0, waiting=0)
+        # of the one that was given up, no token was made
+        assert len(found) == 1 and service.metric('mixora_tokens_total{kind="answer",model="red"}') == 3

@@ -70,7 +70,7 @@ def chat(
     first = list(roster.voices.values())[1]
     talk = Conversation(roster, first, Sampling(max_new_tokens, temperature, top_p, seed))
     if sys.stdin.isatty():
-        Console().print(f"{first.name} on {roster.base_name}; /help lists the commands", style="dim")
+        Console().print(f"{first.name} on {roster.base_name}; /help lists the commands", style="dim", highlight=False)
     for line in _read_lines(talk):
         if line == "/quit":
             return

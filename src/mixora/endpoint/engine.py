@@ -101,7 +101,7 @@ class Engine:
 
     def check_room(self) -> None:
         """Raise `RefusedError` where no further request would be taken on now."""
-        if self._is_closing:
+        if not self.is_alive:
             raise refusals.closing()
         waiting = len(self._waiting)
         if waiting >= self._limits.queue and self._find_free() <= waiting:
