@@ -60,9 +60,9 @@ def chat(
     from mixora.training.progress import Progress
 
     if (seed is not None or top_p < 1) and temperature == 0:
+        idle = "top_p" if top_p < 1 else "seed"
         raise ConfigError(
-            f"{'top_p' if top_p < 1 else 'seed'}: has no effect where the likeliest token is taken; valid: with "
-            "--temperature above 0"
+            f"{idle}: has no effect where the likeliest token is taken; valid: with --temperature above 0"
         )
     # what is said about loading is no part of an answer
     progress = Progress(Console(stderr=True))

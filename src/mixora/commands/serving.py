@@ -5,7 +5,7 @@ import signal
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,28 +14,39 @@ from mixora.console import Console
 from mixora.errors import ConfigError
 from mixora.terminal import Debug, Model, reports_errors
 
+if TYPE_CHECKING:
+    from mixora.answering.roster import Roster
+    from mixora.endpoint.limits import Limits
+
 GRACE_SECONDS = 10
+"""How long answers on their way have to come to their end when the server is ended."""
+
+Host = Annotated[str, typer.Option(help="The address to listen at; loopback reaches this machine alone.")]
+Port = Annotated[int, typer.Option(help="0 takes a free one.", min=0, max=65535)]
+Key = Annotated[str | None, typer.Option(envvar="MIXORA_API_KEY", help="Only who sends this key is answered.")]
+Slots = Annotated[int, typer.Option(help="Answers that are computed at the same time.", min=1)]
+Queue = Annotated[int, typer.Option(help="Requests that may wait for a slot.", min=0)]
+MaxLength = Annotated[
+    int | None, typer.Option(help="Most tokens of prompt and answer; what the base takes, if less.", min=2)
+]
+MaxTokens = Annotated[int, typer.Option(help="The longest answer where a request does not say.", min=1)]
+MaxSeconds = Annotated[float, typer.Option(help="For one request, waiting included.", min=0.001)]
+MaxBody = Annotated[int, typer.Option(help="Bytes of a request's body.", min=1)]
 
 
 @reports_errors
 def serve(
     adapters: Adapters,
     model: Model = None,
-    host: Annotated[str, typer.Option(help="The address to listen at; loopback reaches this machine alone.")] = (
-        "127.0.0.1"
-    ),
-    port: Annotated[int, typer.Option(help="0 takes a free one.", min=0, max=65535)] = 8000,
-    api_key: Annotated[
-        str | None, typer.Option(envvar="MIXORA_API_KEY", help="Only who sends this key is answered.")
-    ] = None,
-    slots: Annotated[int, typer.Option(help="Answers that are computed at the same time.", min=1)] = 8,
-    queue: Annotated[int, typer.Option(help="Requests that may wait for a slot.", min=0)] = 64,
-    max_length: Annotated[
-        int | None, typer.Option(help="Most tokens of prompt and answer; what the base takes, if less.", min=2)
-    ] = None,
-    max_tokens: Annotated[int, typer.Option(help="The longest answer where a request does not say.", min=1)] = 512,
-    max_seconds: Annotated[float, typer.Option(help="For one request, waiting included.", min=0.001)] = 300.0,
-    max_body: Annotated[int, typer.Option(help="Bytes of a request's body.", min=1)] = 2**20,
+    host: Host = "127.0.0.1",
+    port: Port = 8000,
+    api_key: Key = None,
+    slots: Slots = 8,
+    queue: Queue = 64,
+    max_length: MaxLength = None,
+    max_tokens: MaxTokens = 512,
+    max_seconds: MaxSeconds = 300.0,
+    max_body: MaxBody = 2**20,
     dtype: Dtype = None,
     device: Device = "cpu",
     debug: Debug = False,
@@ -44,44 +55,46 @@ def serve(
 
     The name of an adapter is that of its folder, or NAME in NAME=PATH; the base's own name serves it without one.
     """
+    if api_key == "":
+        raise ConfigError("api_key: is empty, which would be no key; valid: some characters, or none at all")
+    _check_libraries()
+    from mixora.answering.roster import find_source, load_roster
+    from mixora.config import parse
+    from mixora.endpoint.limits import Limits
+    from mixora.training.progress import Progress
+
+    of_request = {"length": max_length, "answer_tokens": max_tokens, "seconds": max_seconds, "body_bytes": max_body}
+    limits = parse(Limits, {"slots": slots, "queue": queue, **of_request})
+    sources = [find_source(word, model, dtype) for word in adapters]
+    with _listen(host, port) as listener:
+        console = Console(stderr=True)
+        _serve(load_roster(sources, device, Progress(console).task), limits, api_key, host, listener, console)
+
+
+def _check_libraries() -> None:
     try:
-        from mixora.endpoint.application import Server
-        from mixora.endpoint.intake import LOOPBACK
+        import mixora.endpoint.application  # noqa: F401 - the one that needs all of them
     except ModuleNotFoundError as error:
         raise ConfigError(
             f"serve: {error.name} is not installed; install it with: pip install 'mixora[serve]'"
         ) from None
-    from mixora.answering.roster import find_source, load_roster
-    from mixora.endpoint.limits import Limits
-    from mixora.training.progress import Progress
 
-    if api_key == "":
-        raise ConfigError("api_key: is empty, which would be no key; valid: some characters, or none at all")
-    limits = Limits(
-        slots=slots,
-        queue=queue,
-        length=max_length,
-        answer_tokens=max_tokens,
-        seconds=max_seconds,
-        body_bytes=max_body,
-    )
-    sources = [find_source(word, model, dtype) for word in adapters]
+
+def _serve(
+    roster: "Roster", limits: "Limits", api_key: str | None, host: str, listener: socket.socket, console: Console
+) -> None:
+    from mixora.endpoint.application import Server
+    from mixora.endpoint.intake import LOOPBACK
+
     is_loopback = host in LOOPBACK
-    with _listen(host, port) as listener:
-        console = Console(stderr=True)
-        roster = load_roster(sources, device, Progress(console).task)
-        server = Server(roster, limits, api_key, LOOPBACK if is_loopback else None)
-        if not is_loopback:
-            guard = (
-                "anyone who reaches it can ask, since there is no --api-key" if api_key is None else "others reach it"
-            )
-            console.print(f"warning: {host} is no loopback address: {guard}; nothing is encrypted", style="yellow")
-        shown = f"[{host}]" if ":" in host else host
-        console.print(
-            f"http://{shown}:{listener.getsockname()[1]}/v1 serves {', '.join(roster.voices)}", soft_wrap=True
-        )
-        _run(server.build(), listener)
-        console.print("stopped")
+    server = Server(roster, limits, api_key, LOOPBACK if is_loopback else None)
+    if not is_loopback:
+        guard = "anyone who reaches it can ask, since there is no --api-key" if api_key is None else "others reach it"
+        console.print(f"warning: {host} is no loopback address: {guard}; nothing is encrypted", style="yellow")
+    shown = f"[{host}]" if ":" in host else host
+    console.print(f"http://{shown}:{listener.getsockname()[1]}/v1 serves {', '.join(roster.voices)}", soft_wrap=True)
+    _run(server.build(), listener)
+    console.print("stopped")
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -53,12 +53,12 @@ class Server:
     def build(self) -> Starlette:
         """The application; the engine runs as long as it does."""
         routes = [
-            Route("/health", self._counted(self.tell_health)),
-            Route("/metrics", self._counted(self.tell_metrics, is_open=False)),
-            Route("/v1/models", self._counted(self.list_models, is_open=False)),
-            Route("/v1/models/{name:path}", self._counted(self.describe_model, is_open=False)),
-            Route("/v1/chat/completions", self._counted(self.chat, is_open=False), methods=["POST"]),
-            Route("/v1/completions", self._counted(self.complete, is_open=False), methods=["POST"]),
+            self._route("/health", self.tell_health, is_open=True),
+            self._route("/metrics", self.tell_metrics),
+            self._route("/v1/models", self.list_models),
+            self._route("/v1/models/{name:path}", self.describe_model),
+            self._route("/v1/chat/completions", self.chat, "POST"),
+            self._route("/v1/completions", self.complete, "POST"),
         ]
         handlers: dict[Any, Any] = {HTTPException: _refuse_path, Exception: _refuse_all}
         return Starlette(routes=routes, exception_handlers=handlers, lifespan=self._live)
@@ -71,7 +71,9 @@ class Server:
         finally:
             await run_in_threadpool(self.engine.stop)
 
-    def _counted(self, handle: Callable[[HttpRequest], Any], is_open: bool = True) -> Callable[[HttpRequest], Any]:
+    def _route(
+        self, path: str, handle: Callable[[HttpRequest], Any], method: str = "GET", is_open: bool = False
+    ) -> Route:
         """`handle`, once it is clear who asks; refusals become responses, and all of them are counted."""
 
         async def respond(request: HttpRequest) -> Response:
@@ -80,11 +82,10 @@ class Server:
                 response = await handle(request)
             except RefusedError as refusal:
                 response = _respond(refusal)
-            path = request.scope["route"].path if "route" in request.scope else request.url.path
             self.metrics.requests.labels(path, str(response.status_code)).inc()
             return response
 
-        return respond
+        return Route(path, respond, methods=[method])
 
     async def tell_health(self, request: HttpRequest) -> Response:
         """200 while requests are taken on."""
