@@ -51,7 +51,7 @@ def _decoder(model_class, config_class, layers=2, seed=0, **changes):
     torch.manual_seed(seed)
     sizes = {"hidden_size": WIDTH, "intermediate_size": INNER, "num_attention_heads": 4, "num_key_value_heads": 2}
     settings = {"num_hidden_layers": layers, "max_position_embeddings": 64, "use_cache": False}
-    return model_class(config_class(vocab_size=VOCABULARY, **{**sizes, **settings, **changes}))
+    return model_class(config_class(**{"vocab_size": VOCABULARY, **sizes, **settings, **changes}))
 
 
 def tiny_llama(layers=2, seed=0, **changes):

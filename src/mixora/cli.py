@@ -2,12 +2,14 @@
 
 import typer
 
+from mixora.commands.answers import chat
 from mixora.commands.bench import bench
 from mixora.commands.comparison import compare
 from mixora.commands.doctor import doctor
 from mixora.commands.methods import plan, recipes
 from mixora.commands.reports import report
 from mixora.commands.runs import evaluate, generate, inspect
+from mixora.commands.serving import serve
 from mixora.commands.training import train
 from mixora.commands.weights import convert, craft, merge
 
@@ -46,6 +48,12 @@ A mixture as an ordinary LoRA adapter, or with --dense as a dense model:
 \b
   mixora merge runs/first --out DIR               exact where nothing is routed by the input; else --approximate
 
+Adapters at work, one or several on one base:
+
+\b
+  mixora chat runs/first                          talk to it in a terminal
+  mixora serve runs/first runs/second             an HTTP endpoint in OpenAI's manner, on this machine alone
+
 Time and memory, in a checkout of the repository:
 
 \b
@@ -83,6 +91,8 @@ for command in (
     craft,
     convert,
     merge,
+    chat,
+    serve,
     doctor,
 ):
     app.command()(command)

@@ -20,6 +20,8 @@ from mixora.errors import MOST_NAMED, CheckpointError, ConfigError
 from mixora.host import MIXORA
 
 FLOATS = ("F16", "BF16", "F32", "F64")
+# what PEFT warns about is an error here
+_TOLD_BELOW = "Some weights of|Found missing adapter keys"
 Headers = dict[str, tuple[tuple[int, ...], str]]
 """Shape and type of each tensor in a file, by name."""
 
@@ -49,18 +51,42 @@ def from_pretrained(
     if not isinstance(base, PreTrainedModel):
         base, _ = load_base(base, task=task_of(config), **for_base)
     with warnings.catch_warnings():
-        # what PEFT warns about here is an error below
-        warnings.filterwarnings("ignore", message="Some weights of|Found missing adapter keys")
+        warnings.filterwarnings("ignore", message=_TOLD_BELOW)
         model = PeftModel.from_pretrained(
             base, str(folder), adapter_name=adapter_name, is_trainable=is_trainable, ignore_mismatched_sizes=True
         )
+    try:
+        _check_tensors(model, adapter_name, folder, adapter)
+    except CheckpointError:
+        model.unload()
+        raise
+    return model
+
+
+def add_pretrained(model: PeftModel, adapter: str | Path, adapter_name: str) -> None:
+    """Put another saved adapter on `model`, frozen, after the checks of `from_pretrained`; the active one stays so.
+
+    Raises `CheckpointError`; the model is then as it was.
+    """
+    folder = find_adapter(adapter)
+    check_files(folder)
+    read_adapter_config(folder)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=_TOLD_BELOW)
+        model.load_adapter(str(folder), adapter_name, ignore_mismatched_sizes=True)
+    try:
+        _check_tensors(model, adapter_name, folder, adapter)
+    except CheckpointError:
+        model.delete_adapter(adapter_name)
+        raise
+
+
+def _check_tensors(model: PeftModel, adapter_name: str, folder: Path, adapter: str | Path) -> None:
     problems = _compare(model, adapter_name, _read_headers(folder))
     if problems:
-        model.unload()
         more = [f"and {len(problems) - MOST_NAMED} more"] if len(problems) > MOST_NAMED else []
         shown = "\n  ".join([*problems[:MOST_NAMED], *more])
         raise CheckpointError(f"{adapter}: {len(problems)} tensors do not fit the model:\n  {shown}")
-    return model
 
 
 def find_adapter(adapter: str | Path) -> Path:

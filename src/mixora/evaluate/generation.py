@@ -41,7 +41,7 @@ def generate(
         DataError: no prompts, an empty one, `max_new_tokens` under 1, or no EOS token.
     """
     _check_prompts(prompts, max_new_tokens)
-    ends = _end_ids(model, tokenizer)
+    ends = end_ids(model, tokenizer)
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
     options = {"max_new_tokens": max_new_tokens, "do_sample": do_sample, "pad_token_id": padding, "eos_token_id": ends}
     options |= ({} if do_sample else GREEDY) | settings
@@ -64,7 +64,8 @@ def _check_prompts(prompts: Sequence[Sequence[int]], max_new_tokens: int) -> Non
         raise DataError(f"max_new_tokens: got {max_new_tokens}; valid: 1 or more")
 
 
-def _end_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def end_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that end an answer: the tokenizer's EOS and the model's own. `DataError` where there is none."""
     own = model.generation_config.eos_token_id
     ids = [tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
     known = sorted({i for i in ids if i is not None})
