@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+from typing import get_args
 
 import pytest
 import typer
@@ -67,7 +68,9 @@ def runs(tmp_path):
         ("train --recipe hilo adapter.rules.linears.expert.r", ["adapter.rules.linears.expert.rank="]),
         ("evaluate runs/f", ["runs/first"]),
         ("train --resume ", ["runs/first", "runs/second"]),
-        ("merge runs/d", ["runs/deep/er/third"]),
+        ("export runs/d", ["runs/deep/er/third"]),
+        ("export runs/first --to st", ["standalone"]),
+        ("export runs/first --to hub --form a", ["averaged", "adapter"]),
         ("evaluate nowhere/x", []),
     ],
 )
@@ -131,3 +134,10 @@ def _first_value(tree, name):
 def test_a_script_for_the_shell_is_offered():
     text = CliRunner().invoke(app, ["--help"]).output
     assert "--install-completion" in text
+
+
+def test_every_form_of_an_export_is_offered():
+    from mixora.cards import CardForm
+    from mixora.completion import DESTINATIONS
+
+    assert set(DESTINATIONS) == {*get_args(CardForm), "hub"}

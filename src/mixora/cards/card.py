@@ -157,7 +157,7 @@ def _tell_plan(facts: Facts) -> Iterator[str]:
         for counts in [(f"{row['parameters']:,}", f"{row['active_parameters']:,}")]
     )
     yield from ("", "## The mixture", "", *make_table(columns, rows), "")
-    yield f"{len(facts.plan.sites)} modules are adapted. Parameters: {facts.plan.parameters:,}, of which "
+    yield f"{len(facts.plan.sites)} modules are adapted. Parameters: {facts.plan.parameters:,}, of which"
     yield f"{facts.plan.active_parameters:,} are active for a token."
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from huggingface_hub import EvalResult, ModelCardData
 
 from mixora.cards.facts import Facts, is_hub_id, show_name
+from mixora.cards.text import on_one_line
 from mixora.recipes import recipe_names
 
 PIPELINES = {"CAUSAL_LM": "text-generation", "SEQ_CLS": "text-classification", "SEQ_2_SEQ_LM": "text2text-generation"}
@@ -32,13 +33,13 @@ def _results_of(facts: Facts) -> Iterator[EvalResult]:
     """Each score of the run over all its rows; those of several tasks are means."""
     if facts.record is None:
         return
-    names = [show_name(source) for source in facts.sources] or [show_name(facts.record.data)]
+    data = on_one_line(", ".join(map(show_name, facts.sources or [facts.record.data])))
     for metric, value in facts.record.after.items():
         if metric != "rows" and value is not None and math.isfinite(value):
             yield EvalResult(
                 task_type=PIPELINES.get(str(facts.task_type), "text-generation"),
-                dataset_type=", ".join(names),
-                dataset_name=", ".join(names),
-                metric_type=metric,
+                dataset_type=data,
+                dataset_name=data,
+                metric_type=on_one_line(metric),
                 metric_value=value,
             )

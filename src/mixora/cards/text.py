@@ -6,9 +6,14 @@ from collections.abc import Iterable, Iterator
 from mixora.console import show_controls
 
 
+def on_one_line(text: object) -> str:
+    """Words with a space between them: a line that is a mark of YAML or Markdown ends what it stands in."""
+    return " ".join(show_controls(str(text)).split())
+
+
 def quote(text: object) -> str:
     """As code in Markdown."""
-    return "`" + " ".join(show_controls(str(text)).replace("`", "'").split()) + "`"
+    return "`" + on_one_line(text).replace("`", "'") + "`"
 
 
 def literal(text: str) -> str:

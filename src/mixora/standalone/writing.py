@@ -36,8 +36,6 @@ class Standalone:
     """What was written. `difference`: the largest of a logit on random tokens, `largest`: the largest logit there."""
 
     out: Path
-    base: str
-    recipe: str | None
     sites: int
     difference: float
     largest: float
@@ -70,9 +68,7 @@ def write_standalone(
             tokenizer.save_pretrained(str(folder))
     with progress("reading it back"):
         difference, largest = _compare(model, folder)
-    config: Any = model.peft_config[adapter]
-    name = str(config.base_model_name_or_path)
-    return Standalone(folder, name, config.recipe, len(sites), difference, largest)
+    return Standalone(folder, len(sites), difference, largest)
 
 
 def check_standalone(model: PeftModel) -> tuple[str, PreTrainedModel]:
@@ -134,7 +130,8 @@ def _tensors_of(module: Mixture, adapter: str) -> Iterator[tuple[str, Tensor]]:
         yield "down_bias", served["bias_A"].to(dtype)
         yield "up_bias", served["bias_B"].to(dtype)
     if not parts.router.is_static:
-        yield "router", module.leader_of(adapter).parameters_of(adapter)["router"]
+        # linears that share a router get a copy each: files hold no tensor under two names
+        yield "router", module.leader_of(adapter).parameters_of(adapter)["router"].clone()
 
 
 def _settings_of(module: Mixture, adapter: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
