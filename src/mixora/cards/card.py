@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from mixora import __version__
+import mixora
 from mixora.asides import writing
 from mixora.cards.facts import Facts, licence_of_base, show_name
 from mixora.cards.front_matter import write_front_matter
@@ -85,7 +85,8 @@ class Card:
         facts = self.facts
         recipe = f"recipe {quote(facts.recipe)}" if facts.recipe else "rules of its own"
         yield from (f"# {_FORMS[self.form].title}", "")
-        yield f"Made by mixora {__version__} from an adapter with {recipe} on the base {quote(show_name(facts.base))}."
+        base = quote(show_name(facts.base))
+        yield f"Made by mixora {mixora.__version__} from an adapter with {recipe} on the base {base}."
         yield from _tell_recipe(facts)
         yield from _tell_plan(facts)
         yield from _tell_training(facts)

@@ -58,15 +58,18 @@ class Adapter(nn.Module):
         read_TI = (y if self.is_behind else x).reshape(-1, self.down.shape[1])
         y_TO = y.reshape(-1, y.shape[-1])
         if self.router is None:
-            return (y_TO + self._compute(0, slice(None), read_TI, self.scale)).reshape(y.shape)
+            y_TO = torch.addmm(y_TO, self._expand(read_TI, slice(None)) * self.scale, self.up)
+            return (y_TO if self.up_bias is None else y_TO + self.scale * self.up_bias).reshape(y.shape)
         weights_TK, experts_TK = self._route(x.reshape(-1, x.shape[-1]))
         delta_TO, start = torch.zeros_like(y_TO), 0
         for expert, rank in enumerate(self.ranks):
+            rows = slice(start, start := start + rank)
             token_n, slot_n = (experts_TK == expert).nonzero(as_tuple=True)
             weights_n1 = (weights_TK[token_n, slot_n] * self.scale).to(y.dtype)[:, None]
-            added_nO = self._compute(expert, slice(start, start + rank), read_TI[token_n], weights_n1)
+            added_nO = (self._expand(read_TI[token_n], rows) * weights_n1) @ self.up[rows]
+            if self.up_bias is not None:
+                added_nO = added_nO + weights_n1 * self.up_bias[expert]
             delta_TO.index_add_(0, token_n, added_nO)
-            start += rank
         return (y_TO + delta_TO).reshape(y.shape)
 
     def _route(self, x_TI: Tensor) -> tuple[Tensor, Tensor]:
@@ -77,13 +80,9 @@ class Adapter(nn.Module):
             weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True)
         return weights_TK, experts_TK
 
-    def _compute(self, expert: int, rows: slice, x_nI: Tensor, weights_n1: Tensor | float) -> Tensor:
-        down_bias_r = None if self.down_bias is None else self.down_bias[rows]
-        hidden_nr = F.linear(x_nI, self.down[rows], down_bias_r)
-        if self.is_behind:
-            hidden_nr = F.gelu(hidden_nr)
-        added_nO = (hidden_nr * weights_n1) @ self.up[rows]
-        return added_nO if self.up_bias is None else added_nO + weights_n1 * self.up_bias[expert]
+    def _expand(self, x_nI: Tensor, rows: slice) -> Tensor:
+        hidden_nr = F.linear(x_nI, self.down[rows], None if self.down_bias is None else self.down_bias[rows])
+        return F.gelu(hidden_nr) if self.is_behind else hidden_nr
 
 
 def _adapt(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
