@@ -131,7 +131,8 @@ def _read_facts(
 
 def _check_base_name(base: str, form: CardForm) -> None:
     """`ConfigError` where what others load would name a folder of this machine as its base."""
-    short = form != "peft-lora" and base in SHORT_NAMES
+    # mixora alone knows short names, and merges write the folder in place of them
+    short = form == "adapter" and base in SHORT_NAMES
     if form in ("dense", "standalone") or short or is_hub_id(base):
         return
     known = SHORT_NAMES[base].origin if base in SHORT_NAMES else None
