@@ -86,7 +86,7 @@ def test_a_standalone_checkpoint_of_a_run(run, tmp_path):
     torch.testing.assert_close(logits(again), expected, rtol=0, atol=1e-5)
     card = ModelCard.load(tmp_path / "out" / "README.md")
     assert (card.data.license, card.data.library_name) == ("apache-2.0", "transformers")
-    assert "largest\ndifference was" in card.text and "trust_remote_code=True" in card.text
+    assert "the\nlargest difference was" in card.text and "trust_remote_code=True" in card.text
 
 
 def test_a_lora_of_a_run_tells_what_its_run_measured(run, tmp_path):
@@ -110,6 +110,7 @@ def test_a_lora_of_a_run_tells_what_its_run_measured(run, tmp_path):
         (["--to", "dense", "--out", "x", "--repo", "a/b"], "repo: is for the hub; valid: with --to hub"),
         (["--to", "dense", "--out", "x", "--private"], "private: is for the hub"),
         (["--to", "standalone", "--out", "x", "--uniform-rank"], "uniform_rank: nothing is merged; valid: with peft-l"),
+        (["--to", "adapter", "--out", "x", "--rank", 0], "rank: nothing is merged"),
         (["--to", "peft-lora", "--out", "x"], "with a non-linearity inside"),
         (["--to", "standalone", "--out", "x", "data.source=y"], "data: an exact export looks at no rows"),
         (["--to", "adapter", "--out", "x", "--licence", "Mine!"], "licence: got 'Mine!'"),

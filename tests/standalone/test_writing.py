@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
 
 import mixora
@@ -128,7 +129,9 @@ def test_padding_disturbs_no_other_token(tmp_path):
 def test_what_is_in_the_folder(tmp_path):
     write_standalone(adapt(tiny_llama(tie_word_embeddings=True), pesc()), tmp_path / "out")
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names == {".mixora", "config.json", "generation_config.json", "model.safetensors", "modeling_mixora.py"}
+    weights = {"config.json", "generation_config.json", "model.safetensors", "modeling_mixora.py"}
+    assert names == {".mixora", "README.md", *weights}
+    assert "beside 16 of its modules" in ModelCard.load(tmp_path / "out" / "README.md").text
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (config["model_type"], config["architectures"]) == ("mixora", ["MixoraForCausalLM"])
     assert config["auto_map"]["AutoModelForCausalLM"] == "modeling_mixora.MixoraForCausalLM"

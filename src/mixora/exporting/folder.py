@@ -10,7 +10,7 @@ from typing import Any, get_args
 from peft.utils.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from mixora.bases import read_tokenizer
-from mixora.cards import Card, CardForm, Facts, facts_of, is_hub_id, quote, write_card
+from mixora.cards import Card, CardForm, Facts, facts_of, is_hub_id, write_card
 from mixora.config import did_you_mean, parse
 from mixora.diagnostics.record import RECORD, RunRecord, read_record
 from mixora.documents import read_json
@@ -21,7 +21,7 @@ from mixora.merging import Form, Merged
 from mixora.merging.card import write_companions
 from mixora.merging.export import name_base
 from mixora.short_names import SHORT_NAMES
-from mixora.standalone import Standalone, check_standalone, write_standalone
+from mixora.standalone import Standalone, check_standalone, write_companion, write_standalone
 from mixora.training.merging import find_settings, foresee_merge, load_adapted, merge_folder, sketch_adapted
 from mixora.training.progress import Progress
 from mixora.training.run_config import ModelSection
@@ -76,24 +76,23 @@ def export_folder(
     if repository is not None:
         _check_base_name(facts.base, form)
     place = repository or str(out)
-    made: Merged | Standalone | None = None
     if form in MERGED:
         settings: dict[str, Any] = {"to": form, **vars(options), "base_id": base_id, "overwrite": overwrite}
-        made = merge_folder(source, out, changes, progress, **settings)
-        write_companions(made, facts, place=place)
-        return Exported(out, form, made)
-    check_folder(out, overwrite, [source, tree["model"]["base"]])
-    details: tuple[str, ...] = ()
+        merged = merge_folder(source, out, changes, progress, **settings)
+        write_companions(merged, facts, place=place)
+        return Exported(out, form, merged)
+    base = tree["model"]["base"]
+    check_folder(out, overwrite, [source, base])
     if form == "standalone":
-        progress.say(f"reading {adapter} and {tree['model']['base']}")
+        progress.say(f"reading {adapter} and {base}")
         model, tokenizer = load_adapted(adapter, parse(ModelSection, tree["model"], "model"))
         made = write_standalone(model, out, tokenizer=tokenizer, overwrite=overwrite, progress=progress.task)
-        details = _tell_comparison(made)
-    else:
-        _copy_adapter(adapter, claim_folder(out, overwrite, [source]), base_id)
-        read_tokenizer(tree["model"]["base"]).save_pretrained(str(out))
-    write_card(out, Card(form, facts, place, details=details))
-    return Exported(out, form, made)
+        write_companion(made, facts, place)
+        return Exported(out, form, made)
+    _copy_adapter(adapter, claim_folder(out, overwrite, [source, base]), base_id)
+    read_tokenizer(base).save_pretrained(str(out))
+    write_card(out, Card(form, facts, place))
+    return Exported(out, form, None)
 
 
 def foresee_export(
@@ -114,7 +113,7 @@ def foresee_export(
 def _check(source: Path, changes: Mapping[str, Any], form: str, options: Options) -> tuple[Path, dict[str, Any]]:
     if form not in get_args(CardForm):
         raise ConfigError(f"to: got {form!r}{did_you_mean(form, [*get_args(CardForm), 'hub'])}")
-    asked = [name for name, value in vars(options).items() if value]
+    asked = [name for name, value in vars(options).items() if value is not None and value is not False]
     if form not in MERGED and asked:
         raise ConfigError(f"{', '.join(asked)}: nothing is merged; valid: with {', '.join(MERGED)}")
     needs_rows = options.soup or options.fit_rows is not None
@@ -151,13 +150,3 @@ def _copy_adapter(adapter: Path, out: Path, base_id: str | None) -> None:
     if base_id is not None:
         config["base_model_name_or_path"] = base_id
     (out / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _tell_comparison(made: Standalone) -> tuple[str, ...]:
-    return (
-        "## How it was made",
-        "",
-        f"The weights of the base are as they were; beside {made.sites} of its modules stand the adapter's tensors.",
-        f"When it was written, its logits of random tokens were compared with those of {quote('mixora')}: the largest",
-        f"difference was {made.difference:.3g}, where the largest logit was {made.largest:.3g}.",
-    )

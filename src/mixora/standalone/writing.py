@@ -14,6 +14,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel, PreTrainedTokenizerBase
 
+from mixora.cards import Card, Facts, facts_of, write_card
 from mixora.draws import Draw
 from mixora.errors import CheckpointError, ModelError
 from mixora.evaluate.inference import inference
@@ -53,7 +54,8 @@ def write_standalone(
     """Write base and active adapter to `out`, for `AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)`.
 
     Neither mixora nor PEFT is needed there. Weights of the base stay as they are: nothing is folded into them. The
-    folder is read back, and logits of random tokens are compared, so the model is in memory twice. Raises
+    folder is read back, and logits of random tokens are compared, so the model is in memory twice. A model card and
+    the `tokenizer` are written beside. `overwrite` and `progress` as in `mixora.merge`. Raises
     `CheckpointError` for an adapter of other experts or routers than the file knows, and `ModelError` for a base that
     is no causal language model of transformers, or quantised, or where the logits differ by more than rounding.
     """
@@ -68,7 +70,21 @@ def write_standalone(
             tokenizer.save_pretrained(str(folder))
     with progress("reading it back"):
         difference, largest = _compare(model, folder)
-    return Standalone(folder, len(sites), difference, largest)
+    made = Standalone(folder, len(sites), difference, largest)
+    write_companion(made, facts_of(model.peft_config[adapter]))
+    return made
+
+
+def write_companion(made: Standalone, facts: Facts, place: str | None = None) -> None:
+    """Write `README.md` to the folder. `place`: where it will be loaded from, if not from there."""
+    details = (
+        "## How it was made",
+        "",
+        f"The weights of the base are as they were; beside {made.sites} of its modules stand the adapter's tensors.",
+        "When it was written, its logits of random tokens were compared with those of the adapter in mixora: the",
+        f"largest difference was {made.difference:.3g}, where the largest logit was {made.largest:.3g}.",
+    )
+    write_card(made.out, Card("standalone", facts, place or str(made.out), details=details))
 
 
 def check_standalone(model: PeftModel) -> tuple[str, PreTrainedModel]:

@@ -58,31 +58,29 @@ def merge_folder(
     """`mixora.merge` for the folder of a run, or of a saved adapter; `changes` are settings of a run.
 
     `base_id`: what the result calls its base, where that is not the name by which it is read here.
-
     With `soup`, the experts are chosen on the evaluation rows. With `fit_rows`, sites routed by the input get the
     nearest LoRA on as many training rows, drawn by the run's seed, and the change is measured on the evaluation rows.
     Without either, the data are not looked at.
     """
     needs_rows = soup or fit_rows is not None
     adapter, tree = find_settings(source, changes, needs_rows)
-    reads = [source, tree["model"]["base"]]
-    check_folder(out, overwrite, reads)
+    check_folder(out, overwrite, [source, tree["model"]["base"]])
     progress.say(f"reading {adapter} and {tree['model']['base']}")
-    approximation, held_out = None, None
+    held_out, approximation = None, None
     with progress.task("reading"):
-        if not needs_rows:
-            model, tokenizer = load_adapted(adapter, parse(ModelSection, tree["model"], "model"))
-        else:
+        if needs_rows:
             config = parse(RunConfig, tree)
             material = read_material(config)
             model, tokenizer = from_pretrained(material.model, adapter), material.tokenizer
             approximation = None if fit_rows is None else sample(material, config, fit_rows)
             held_out = _all_batches(material, config) if soup else None
+        else:
+            model, tokenizer = load_adapted(adapter, parse(ModelSection, tree["model"], "model"))
     if base_id is not None:
         model.peft_config[model.active_adapter].base_model_name_or_path = base_id
-    ranks: dict[str, Any] = {"rank": rank, "uniform_rank": uniform_rank}
-    settings: dict[str, Any] = {"approximation": approximation, "tokenizer": tokenizer, "progress": progress.task}
-    return merge(model, out, to=to, soup=held_out, overwrite=overwrite, **ranks, **settings)
+    settings: dict[str, Any] = {"rank": rank, "uniform_rank": uniform_rank, "overwrite": overwrite, "soup": held_out}
+    companions: dict[str, Any] = {"tokenizer": tokenizer, "progress": progress.task}
+    return merge(model, out, to=to, approximation=approximation, **settings, **companions)
 
 
 def foresee_merge(
