@@ -116,6 +116,12 @@ def test_no_path_of_this_machine_but_the_last_step(tmp_path):
     assert ModelCard.load(tmp_path / "README.md").data.datasets == ["org/b"]
 
 
+def test_settings_of_a_strangers_run_may_be_anything():
+    for tasks in ("x", ["x"], {"a": "x"}, {"a": {"source": None}}, 3):
+        assert facts(settings={"data": {"tasks": tasks}}).sources == []
+    assert facts(settings={"data": {"tasks": {"a": {"source": 7}}}}).sources == ["7"]
+
+
 def test_the_licence_of_the_base_is_named_where_it_is_known(tmp_path):
     def of_base(base):
         return Card("dense", Facts(base), "x").render().split("## Licence")[1]

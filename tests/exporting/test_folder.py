@@ -111,6 +111,7 @@ def test_a_lora_of_a_run_tells_what_its_run_measured(run, tmp_path):
         (["--to", "dense", "--out", "x", "--private"], "private: is for the hub"),
         (["--to", "standalone", "--out", "x", "--uniform-rank"], "uniform_rank: nothing is merged; valid: with peft-l"),
         (["--to", "adapter", "--out", "x", "--rank", 0], "rank: nothing is merged"),
+        (["--to", "adapter", "--out", "x", "model.base=7"], "model.base: got 7"),
         (["--to", "peft-lora", "--out", "x"], "with a non-linearity inside"),
         (["--to", "standalone", "--out", "x", "data.source=y"], "data: an exact export looks at no rows"),
         (["--to", "adapter", "--out", "x", "--licence", "Mine!"], "licence: got 'Mine!'"),

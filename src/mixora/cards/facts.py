@@ -54,8 +54,10 @@ class Facts:
     def sources(self) -> list[str]:
         """Where the rows came from."""
         data = self.settings.get("data") or {}
-        tasks = data.get("tasks") or {"": data}
-        return [str(task["source"]) for task in tasks.values() if task.get("source")]
+        tasks = data.get("tasks")
+        # of a stranger's run nothing but its sections was checked
+        rows = tasks.values() if isinstance(tasks, Mapping) else [data]
+        return [str(task["source"]) for task in rows if isinstance(task, Mapping) and task.get("source")]
 
 
 def facts_of(

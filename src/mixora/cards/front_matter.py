@@ -9,7 +9,7 @@ from mixora.cards.facts import Facts, is_hub_id, show_name
 from mixora.cards.text import on_one_line
 from mixora.recipes import recipe_names
 
-PIPELINES = {"CAUSAL_LM": "text-generation", "SEQ_CLS": "text-classification", "SEQ_2_SEQ_LM": "text2text-generation"}
+PIPELINES = {"CAUSAL_LM": "text-generation", "SEQ_CLS": "text-classification"}
 
 
 def write_front_matter(facts: Facts, library: str, tags: list[str], title: str, has_results: bool) -> str:

@@ -117,7 +117,9 @@ def _check(source: Path, changes: Mapping[str, Any], form: str, options: Options
     if form not in MERGED and asked:
         raise ConfigError(f"{', '.join(asked)}: nothing is merged; valid: with {', '.join(MERGED)}")
     needs_rows = options.soup or options.fit_rows is not None
-    return find_settings(source, changes, needs_rows)
+    adapter, tree = find_settings(source, changes, needs_rows)
+    parse(ModelSection, tree["model"], "model")
+    return adapter, tree
 
 
 def _read_facts(
