@@ -3,11 +3,11 @@
 import inspect
 import json
 import re
+from importlib import import_module
 from pathlib import Path
 
-import httpx
 import pytest
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, errors
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from typer.testing import CliRunner
 
@@ -151,7 +151,9 @@ def test_without_a_token_nothing_is_begun(adapter, monkeypatch):
 
 
 def answer(status):
-    response = httpx.Response(status, request=httpx.Request("POST", "https://huggingface.co"))
+    # of the library that huggingface_hub asks with: httpx, or httpx2
+    library = import_module(errors.Response.__module__.partition(".")[0])
+    response = errors.Response(status, request=library.Request("POST", "https://huggingface.co"))
     return HfHubHTTPError("many words", response=response)
 
 
@@ -163,7 +165,7 @@ def answer(status):
         (answer(409), "is there already; valid: another name, or --overwrite to add a commit to it"),
         (answer(500), "the hub took nothing, or not all; it answered: many words"),
         (OfflineModeIsEnabled("offline\nmode"), "the hub took nothing, or not all; it answered: offline mode"),
-        (httpx.ConnectError("no route"), "the hub took nothing, or not all; it answered: no route"),
+        (errors.HTTPError("no route"), "the hub took nothing, or not all; it answered: no route"),
     ],
 )
 def test_what_the_hub_answers_is_one_line(error, message, client, tmp_path, monkeypatch):

@@ -4,9 +4,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
 from huggingface_hub import HfApi, get_token
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+# that of the library that huggingface_hub asks the hub with, which is another one in its second version
+from huggingface_hub.errors import HFValidationError, HTTPError
 from huggingface_hub.utils import validate_repo_id
 
 from mixora.errors import ConfigError, UnwrittenError
@@ -68,7 +69,7 @@ def upload(folder: Path, found: Upload, overwrite: bool) -> str:
             allow_patterns=[name for name, _ in found.files],
             commit_message="Upload by mixora",
         )
-    except (HfHubHTTPError, httpx.HTTPError, OSError, ValueError) as error:
+    except (HTTPError, OSError, ValueError) as error:
         raise UnwrittenError(f"{found.repository}: {_explain(error)}") from None
     return str(address)
 
