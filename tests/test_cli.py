@@ -35,7 +35,7 @@ def trained(call, bases, data, tmp_path):  # noqa: F811
 
 def test_help_is_a_tutorial(call):
     text = call("--help").output
-    commands = ("recipes", "plan", "train", "evaluate", "generate", "inspect", "report", "compare", "merge", "doctor")
+    commands = ("recipes", "plan", "train", "evaluate", "generate", "inspect", "report", "compare", "export", "doctor")
     for command in commands:
         assert f"mixora {command}" in text
     assert "Exit codes: 0" in text
@@ -93,17 +93,29 @@ def test_evaluate_generate_and_inspect(call, trained, data):  # noqa: F811
     assert "load per expert" in call("inspect", out).output
 
 
-def test_merge(call, trained, tmp_path):
+def test_export(call, trained, tmp_path):
     out, _ = trained
-    refused = call("merge", out, "--out", tmp_path / "merged")
+    refused = call("export", out, "--to", "peft-lora", "--out", tmp_path / "merged")
     assert refused.exit_code == 2 and "--approximate" in refused.output and "router 'topk'" in refused.output
-    words = ["merge", out, "--out", tmp_path / "merged", "--approximate", "--fit-rows", 8, "--rank", 2]
+    words = [
+        "export",
+        out,
+        "--to",
+        "peft-lora",
+        "--out",
+        tmp_path / "merged",
+        "--approximate",
+        "--fit-rows",
+        8,
+        "--rank",
+        2,
+    ]
     found = json.loads(call(*words, "--json").output)
     assert {site["rank"] for site in found["sites"]} == {2} and found["changes"]["predictions"] > 0
     assert (tmp_path / "merged" / "README.md").is_file()
     again = call(*words)
     assert again.exit_code == 2 and "is not empty" in " ".join(again.output.split())
-    told = call("merge", out, "--out", tmp_path / "dense", "--approximate", "--fit-rows", 8, "--dense")
+    told = call("export", out, "--to", "dense", "--out", tmp_path / "dense", "--approximate", "--fit-rows", 8)
     assert told.exit_code == 0 and "largest error" in told.output
     assert (tmp_path / "dense" / "model.safetensors").is_file()
 
@@ -119,8 +131,8 @@ def test_merge(call, trained, tmp_path):
         (["evaluate", "nowhere"], "is not the folder of a finished run"),
         (["plan", "--model", "smolm2-135m-instruct"], "did you mean 'smollm2-135m-instruct'"),
         (["generate", "nowhere"], "there is no prompt"),
-        (["merge", "nowhere", "--out", "x"], "has no adapter_config.json"),
-        (["merge", "nowhere", "--out", "x", "--fit-rows", "3"], "valid: with --approximate"),
+        (["export", "nowhere", "--to", "peft-lora", "--out", "x"], "has no adapter_config.json"),
+        (["export", "nowhere", "--to", "peft-lora", "--out", "x", "--fit-rows", "3"], "valid: with --approximate"),
     ],
 )
 def test_a_users_mistake_is_one_message_and_exit_code_2(call, words, message):

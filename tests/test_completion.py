@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+from typing import get_args
 
 import pytest
 import typer
@@ -68,7 +69,9 @@ def runs(tmp_path):
         ("train --recipe hilo adapter.rules.linears.expert.r", ["adapter.rules.linears.expert.rank="]),
         ("evaluate runs/f", ["runs/first"]),
         ("train --resume ", ["runs/first", "runs/second"]),
-        ("merge runs/d", ["runs/deep/er/third"]),
+        ("export runs/d", ["runs/deep/er/third"]),
+        ("export runs/first --to st", ["standalone"]),
+        ("export runs/first --to hub --form a", ["averaged", "adapter"]),
         ("evaluate nowhere/x", []),
     ],
 )
@@ -144,3 +147,10 @@ def test_a_tree_of_many_folders_is_searched_in_part(runs, monkeypatch):
     assert complete_run("runs/") == ["runs/deep/er/third", "runs/first", "runs/second"]
     monkeypatch.setattr(completion, "MOST_FOLDERS", 1)
     assert complete_run("runs/") == ["runs/first", "runs/second"]
+
+
+def test_every_form_of_an_export_is_offered():
+    from mixora.cards import CardForm
+    from mixora.completion import DESTINATIONS
+
+    assert set(DESTINATIONS) == {*get_args(CardForm), "hub"}

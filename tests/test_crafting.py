@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from peft import AutoPeftModelForCausalLM, PeftModel
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
@@ -34,6 +35,8 @@ def test_the_sparse_model_starts_as_the_dense_one_and_learns(bases, tmp_path, dt
     with torch.no_grad():
         assert torch.equal(sparse(input_ids=IDS).logits, dense(input_ids=IDS).logits)
     sparse.train()(input_ids=IDS, labels=IDS).loss.backward()
+    card = ModelCard.load(out / "README.md")
+    assert card.data.tags == ["mixora", "pesc"] and "16 modules are adapted" in card.text
     assert any("mlp.mixora_B" in name and g.any() for name, g in gradients(sparse).items())
 
 

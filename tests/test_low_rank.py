@@ -33,6 +33,14 @@ def test_truncation_is_that_of_the_dense_singular_values(rank, in_features, out_
     np.testing.assert_allclose(error, np.linalg.norm(dense - nearest) / np.linalg.norm(dense), atol=1e-6)
 
 
+def test_rows_of_zeros_change_nothing():
+    one = pair(2)
+    filled = one.pad(5)
+    assert (filled.rank, filled.scale) == (5, one.scale) and one.pad(2).rank == 2
+    assert not filled.A_rI[2:].any() and not filled.B_rO[2:].any()
+    torch.testing.assert_close(filled.delta_OI(), one.delta_OI(), rtol=0, atol=0)
+
+
 def test_no_truncation_where_the_rank_suffices():
     whole = pair(3)
     assert whole.truncate(3) == (whole, 0.0)

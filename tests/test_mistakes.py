@@ -92,7 +92,7 @@ def test_a_broken_base(broken_base, place, tmp_path):
     approximate = ["--approximate", "--fit-rows", 4]
     check(train, broken_base)
     check(["craft", "--model", broken_base, *out], broken_base)
-    check(["merge", place / "run", "--model", broken_base, *approximate, *out], broken_base)
+    check(["export", place / "run", "--to", "peft-lora", "--model", broken_base, *approximate, *out], broken_base)
     check(["evaluate", place / "run", f"model.base={broken_base}"], broken_base)
     assert not (tmp_path / "out").exists()
 
@@ -143,16 +143,21 @@ def test_a_broken_run(mistake, place, tmp_path):
     run = shutil.copytree(place / "run", tmp_path / "broken")
     BROKEN_RUNS[mistake](run)
     out = ["--out", tmp_path / "out", "--approximate"]
-    for words in (["evaluate", run], ["merge", run, *out]):
+    for words in (["evaluate", run], ["export", run, "--to", "peft-lora", *out]):
         check(words)
-    check(["merge", run, *out, "--dry-run"])
+    check(["export", run, "--to", "peft-lora", *out, "--dry-run"])
     check(["train", "--resume", run], run)
 
 
 @pytest.mark.parametrize("name", ["nowhere", "rows.jsonl", "base"])
 def test_a_run_that_is_none(name, place, tmp_path):
     run, out = place / name, ["--out", tmp_path / "out"]
-    for words in (["evaluate", run], ["inspect", run], ["generate", run, "--prompt", "x"], ["merge", run, *out]):
+    for words in (
+        ["evaluate", run],
+        ["inspect", run],
+        ["generate", run, "--prompt", "x"],
+        ["export", run, "--to", "peft-lora", *out],
+    ):
         check(words, run)
     check(["train", "--resume", run], run)
 
@@ -236,7 +241,11 @@ def test_rows(name, content, place, tmp_path):
 def test_where_to_write(name, place):
     out = ["--out", place / name]
     train = ["train", "--model", place / "base", "--data", place / "rows.jsonl", *SMALL, *SHORT, *out]
-    for words in (train, ["craft", "--model", place / "base", *out], ["merge", place / "run", "--approximate", *out]):
+    for words in (
+        train,
+        ["craft", "--model", place / "base", *out],
+        ["export", place / "run", "--to", "peft-lora", "--approximate", *out],
+    ):
         check(words, name)
         check([*words, "--overwrite"], name)
 
@@ -250,9 +259,9 @@ def test_where_to_write(name, place):
         ["craft", "--seed", -1],
         ["train", "--resume", "x", "--overwrite"],
         ["generate", "run", "--prompt", "x", "--max-new-tokens", 0],
-        ["merge", "run", "--rank", 0, "--approximate", "--out", "x"],
-        ["merge", "run", "--fit-rows", 0, "--approximate", "--out", "x"],
-        ["merge", "run", "--soup", "--approximate", "--out", "x"],
+        ["export", "run", "--to", "peft-lora", "--rank", 0, "--approximate", "--out", "x"],
+        ["export", "run", "--to", "peft-lora", "--fit-rows", 0, "--approximate", "--out", "x"],
+        ["export", "run", "--to", "peft-lora", "--soup", "--approximate", "--out", "x"],
         ["evaluate", "run", "--split", "none"],
         ["inspect", "run", "--residual"],
     ],

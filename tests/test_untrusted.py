@@ -15,10 +15,11 @@ from rich.table import Table
 import mixora
 from mixora import loading
 from mixora.bases import load_base, read_base_config, sketch_base
+from mixora.cards import Facts
 from mixora.console import Console, show_controls
 from mixora.conversion import convert
 from mixora.errors import CheckpointError, ConfigError, ModelError
-from mixora.merging.card import _lines
+from mixora.merging.card import write_companions
 from mixora.merging.result import Merged, MergedSite
 from tests.models import tiny_llama
 
@@ -117,14 +118,14 @@ def test_an_expression_that_never_ends_is_stopped():
         mixora.plan(tiny_llama(), mixora.MixoraConfig(rules={"all": rule}))
 
 
-def test_names_in_a_model_card_stay_text():
+def test_names_in_a_model_card_stay_text(tmp_path):
     name = 'x"\n---\nlicense: mit\n---\n`) or __import__("os")'
     site = MergedSite("layers.0.`x`|y", "exact", 4, 0.0)
-    for form in ("adapter", "mixture", "dense"):
-        card = "\n".join(_lines(Merged(Path(name), form, name, name, (site,)), None))
-        _, header, text = card.split("---\n", 2)
-        read = yaml.safe_load(header)
-        assert read["base_model"] == name and set(read) == {"base_model", "library_name", "tags"}
+    for form in ("peft-lora", "averaged", "dense"):
+        write_companions(Merged(tmp_path, form, name, name, (site,)), Facts(name, recipe=name), place=name)
+        _, header, text = (tmp_path / "README.md").read_text(encoding="utf-8").split("---\n", 2)
+        # a name that is none of the hub's is no metadata
+        assert set(yaml.safe_load(header)) == {"library_name", "tags"}
         (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
         called = {node.func for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)}
         assert {function.attr for function in called} == {"from_pretrained"}

@@ -33,7 +33,7 @@ def commands(place):
         "train": ["train", *SMALL, *SHORT, "--model", place / "base", "--data", place / "rows.jsonl"],
         "craft": ["craft", "--model", place / "base", "adapter.num_experts=2", "adapter.top_k=1", "adapter.rank=2"],
         "convert": ["convert", place / "released"],
-        "merge": ["merge", place / "run", "--approximate", "--fit-rows", 4, "--rank", 2],
+        "export": ["export", place / "run", "--to", "peft-lora", "--approximate", "--fit-rows", 4, "--rank", 2],
     }
 
 
@@ -43,7 +43,7 @@ def state_of(folder):
     }
 
 
-NAMES = ["train", "craft", "convert", "merge"]
+NAMES = ["train", "craft", "convert", "export"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -84,7 +84,7 @@ def test_only_what_mixora_wrote_is_replaced_and_only_when_asked(name, place, tmp
 
 def test_what_is_read_is_never_replaced(place):
     before = state_of(place / "run")
-    for words in (commands(place)["merge"], ["craft", "--model", place / "run" / "adapter"]):
+    for words in (commands(place)["export"], ["craft", "--model", place / "run" / "adapter"]):
         result = call(*words, "--out", place / "run", "--overwrite")
         assert result.exit_code == 2 and "which is read" in " ".join(result.output.split())
     assert state_of(place / "run") == before
@@ -102,10 +102,10 @@ def test_a_rehearsal_of_a_run_tells_the_steps_and_the_plan(place, tmp_path):
 
 
 def test_a_merge_is_foreseen_as_it_happens(place, tmp_path):
-    words = [*commands(place)["merge"], "--json"]
+    words = [*commands(place)["export"], "--json"]
     foreseen = json.loads(call(*words, "--out", tmp_path / "a", "--dry-run").output)
     merged = json.loads(call(*words, "--out", tmp_path / "a").output)
     assert foreseen["form"] == merged["form"]
     assert foreseen["sites"] == {site["path"]: site["method"] for site in merged["sites"]}
-    refused = call("merge", place / "run", "--out", tmp_path / "b", "--dry-run")
+    refused = call("export", place / "run", "--to", "peft-lora", "--out", tmp_path / "b", "--dry-run")
     assert refused.exit_code == 2 and "--approximate" in refused.output

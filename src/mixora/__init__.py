@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from mixora.plan import Plan
     from mixora.recipes import recipe_names
     from mixora.serving import served_by
+    from mixora.standalone import write_standalone
     from mixora.training.batch_loss import compute_loss
     from mixora.training.foreign import AuxiliaryLossCallback
     from mixora.training.gradient_check import check_router_gradient
@@ -44,6 +45,7 @@ __all__ = [
     "recipe_names",
     "residual_energy",
     "served_by",
+    "write_standalone",
 ]
 
 _AT_ONCE = {
@@ -70,6 +72,7 @@ _LATER = {
     "merge": "mixora.merging",
     "residual_energy": "mixora.diagnostics.residual",
     "served_by": "mixora.serving",
+    "write_standalone": "mixora.standalone",
 }
 
 

@@ -11,7 +11,7 @@ from mixora.commands.reports import report
 from mixora.commands.runs import evaluate, generate, inspect
 from mixora.commands.serving import serve
 from mixora.commands.training import train
-from mixora.commands.weights import convert, craft, merge
+from mixora.commands.weights import convert, craft, export
 
 TUTORIAL = """Fine-tune Hugging Face models with mixtures of adapters.
 
@@ -43,10 +43,13 @@ An adapter of other code:
 \b
   mixora convert ADAPTER --model MODEL --out DIR  read a MoLA or MixLoRA adapter of MoE-PEFT
 
-A mixture as an ordinary LoRA adapter, or with --dense as a dense model:
+A trained adapter goes where it is needed:
 
 \b
-  mixora merge runs/first --out DIR               exact where nothing is routed by the input; else --approximate
+  mixora export runs/first --to peft-lora --out DIR     one LoRA; where the input routes, the nearest: --approximate
+  mixora export runs/first --to dense --out DIR         the same in the weights of the base
+  mixora export runs/first --to standalone --out DIR    a model that transformers loads without mixora
+  mixora export runs/first --to hub --repo OWNER/NAME   --dry-run lists what would be uploaded
 
 Adapters at work, one or several on one base:
 
@@ -90,7 +93,7 @@ for command in (
     compare,
     craft,
     convert,
-    merge,
+    export,
     chat,
     serve,
     doctor,

@@ -12,6 +12,7 @@ from mixora.short_names import SHORT_NAMES
 
 PACKAGE = Path(__file__).parent
 RUN_FILE = "run.yaml"
+DESTINATIONS = ("peft-lora", "dense", "standalone", "averaged", "adapter", "hub")
 DEPTH, MOST_FOLDERS = 3, 2000
 # the classes that hold a section's settings, by their place in the source
 _RUN = "training/run_config.py"
@@ -32,6 +33,11 @@ def complete_recipe(incomplete: str) -> list[str]:
 def complete_model(incomplete: str) -> list[str]:
     """Short names of base models; folders are the shell's own."""
     return [name for name in SHORT_NAMES if name.startswith(incomplete)]
+
+
+def complete_destination(incomplete: str) -> list[str]:
+    """What an export can be made for; see `mixora.exporting`."""
+    return [name for name in DESTINATIONS if name.startswith(incomplete)]
 
 
 def complete_run(incomplete: str) -> list[str]:

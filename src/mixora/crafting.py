@@ -7,6 +7,7 @@ import torch
 from peft import get_peft_model
 
 from mixora.bases import TASK_TYPES, Task, language_task_of, load_base, read_base_config, sketch_base
+from mixora.cards import Card, facts_of, write_card
 from mixora.folders import check_folder, claim_folder
 from mixora.plan import Plan
 from mixora.stages import Stage, silently
@@ -44,5 +45,7 @@ def craft(
     with progress("making the experts"):
         crafted = get_peft_model(dense, config, autocast_adapter_dtype=False)
         # embeddings are not ours to save, and looking for them would ask the hub for the base
-        crafted.save_pretrained(str(claim_folder(out, overwrite, [base])), save_embedding_layers=False)
+        folder = claim_folder(out, overwrite, [base])
+        crafted.save_pretrained(str(folder), save_embedding_layers=False)
+        write_card(folder, Card("adapter", facts_of(crafted.peft_config["default"], base=str(base)), str(folder)))
     return table

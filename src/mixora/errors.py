@@ -28,7 +28,7 @@ class CheckpointError(MixoraError, ValueError):
 
 
 class UnwrittenError(MixoraError):
-    """A disk took no more; the message names what was not written and what is left."""
+    """A disk or the hub took no more; the message names what was not written, and what is left or what to do."""
 
 
 class StoppedError(MixoraError):

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,11 @@ class LowRank:
     def apply(self, x: Tensor) -> Tensor:
         """What the change adds to the output for the input `x` [..., I]: [..., O] in the dtype of the pair."""
         return self.scale * (x.to(self.A_rI.dtype) @ self.A_rI.T @ self.B_rO)
+
+    def pad(self, rank: int) -> "LowRank":
+        """The same change with rows of zeros below, `rank` in all; for a rank that is not smaller than its own."""
+        below = (0, 0, 0, rank - self.rank)
+        return LowRank(F.pad(self.A_rI, below), F.pad(self.B_rO, below), self.scale)
 
     def truncate(self, rank: int) -> tuple["LowRank", float]:
         """The nearest pair of at most `rank`, and its distance, both in the Frobenius norm; 0 for a change of 0.

@@ -71,8 +71,8 @@ def test_tied_pairs_can_be_cut_with_a_known_error(rank, tmp_path):
 @pytest.mark.parametrize("share", ["up", "none"])
 def test_adapters_behind_modules_become_one_expert(share, base, tmp_path):
     model = make("adamix", tmp_path, base, share=share)
-    merged = mixora.merge(model, tmp_path / "out")
-    assert (merged.form, {site.method for site in merged.sites}) == ("mixture", {"averaged"})
+    merged = mixora.merge(model, tmp_path / "out", to="averaged")
+    assert (merged.form, {site.method for site in merged.sites}) == ("averaged", {"averaged"})
     one = mixora.from_pretrained(MODELS[base][0](), tmp_path / "out")
     torch.testing.assert_close(logits(one), logits(model), rtol=0, atol=1e-6)
     counted = sum(p.numel() for n, p in one.named_parameters() if "mixora_" in n)
@@ -97,7 +97,8 @@ def test_a_greedy_soup_takes_only_what_lowers_the_loss(recipe, tmp_path):
     with torch.no_grad():
         batch = {"input_ids": ids, "labels": model(ids).logits.argmax(dim=-1)}
     spoil(model, 2)
-    merged = mixora.merge(model, tmp_path / "out", soup=[batch])
+    to = "averaged" if recipe == "adamix" else "peft-lora"
+    merged = mixora.merge(model, tmp_path / "out", to=to, soup=[batch])
     soup = merged.soup
 
     def loss(members):
@@ -124,7 +125,12 @@ def test_a_greedy_soup_takes_only_what_lowers_the_loss(recipe, tmp_path):
 
 def test_options_without_effect_are_refused(tmp_path):
     adapters, loras = make("adamix", tmp_path), make("adamix-lora", tmp_path)
-    for options, name in (({"rank": 1}, "rank"), ({"dense": True}, "dense")):
+    for options, name in (
+        ({"to": "averaged", "rank": 1}, "rank"),
+        ({"to": "averaged", "uniform_rank": True}, "uniform_rank"),
+        ({"to": "dense"}, "dense"),
+        ({}, "peft-lora"),
+    ):
         with pytest.raises(ConfigError, match=rf"{name}: model.layers.0.mlp has an adapter behind it"):
             mixora.merge(adapters, tmp_path / "out", **options)
     plain = saved(tiny_llama, tmp_path, mixora.recipe("lora"))

@@ -240,7 +240,7 @@ def test_what_is_reported_is_what_plain_peft_computes_from_disk(name, tmp_path):
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
     assert changes.mean_difference > 1e-4
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "recipe `sira`" in card and "Fitted on 3 batches of rows.jsonl" in card
+    assert "recipe `sira`" in card and "Fitted on `3 batches of rows.jsonl`." in card
     assert f"Measured over {changes.predictions} held-out predictions" in card
     assert f"| loss after merging | {changes.loss_of_merged:.6g} |" in card
     assert json.dumps(merged.to_dict())

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from mixora import __version__
+from mixora.cards import Facts
 from mixora.merging.card import write_companions
 from mixora.merging.comparison import Comparison
 from mixora.merging.result import Merged, MergedSite
@@ -20,11 +22,11 @@ SITES = (
 
 
 def merged(folder, **changes):
-    return replace(Merged(folder, "adapter", "org/base", "sira", SITES), **changes)
+    return replace(Merged(folder, "peft-lora", "org/base", "sira", SITES), **changes)
 
 
 def card(result, task_type=None):
-    write_companions(result, task_type, None)
+    write_companions(result, Facts(result.base, task_type, result.recipe))
     return (result.out / "README.md").read_text(encoding="utf-8")
 
 
@@ -34,20 +36,27 @@ def test_the_whole_card(tmp_path):
     assert (
         found
         == f"""---
-base_model: "org/base"
+base_model: org/base
 library_name: peft
-tags: [lora, mixora]
+pipeline_tag: text-generation
+tags:
+- mixora
+- lora
+- sira
 ---
 
 # One LoRA adapter, merged from a mixture of adapters
 
-Made by mixora from an adapter with recipe `sira` on the base `org/base`.
+Made by mixora {__version__} from an adapter with recipe `sira` on the base `org/base`.
+
+LoRA experts on the attention linears, top-k routing with a capacity limit and expert dropout. SiRA: Sparse Mixture of \
+Low Rank Adaptation, arXiv 2311.09179.
 
 ## How it was merged
 
 - exact: computes what the mixture computes in evaluation, up to rounding.
 - fitted: nearest LoRA by least squares over real tokens; the error is relative, of what the experts add there.
-- Fitted on 3 batches of mine.
+- Fitted on `3 batches of mine`.
 
 | sites | number | method | rank | mean error | largest error |
 |---|---|---|---|---|---|
@@ -58,7 +67,7 @@ Made by mixora from an adapter with recipe `sira` on the base `org/base`.
 
 Measured over 1234 held-out predictions.
 
-| | |
+|  |  |
 |---|---|
 | loss of the mixture | 2.12346 |
 | loss after merging | 2.25 |
@@ -69,12 +78,23 @@ Measured over 1234 held-out predictions.
 ## Load
 
 ```python
-from transformers import AutoModelForCausalLM
 from peft import PeftModel
+from transformers import AutoModelForCausalLM
 
 base = AutoModelForCausalLM.from_pretrained("org/base")
 model = PeftModel.from_pretrained(base, "{tmp_path}")
 ```
+
+## Limits
+
+- Servers that read one rank for all modules, and no patterns, need it written with `--uniform-rank` where ranks differ.
+- It was made for the weights of that base. Others of the same shape load, but do not fit.
+- Nothing is known here of how the adapter was trained, or of its quality.
+
+## Licence
+
+- Of this: not stated by its author.
+- Of the base: not known here; look it up with the base.
 """
     )
 
@@ -82,26 +102,27 @@ model = PeftModel.from_pretrained(base, "{tmp_path}")
 def test_a_card_of_a_soup_of_other_sites(tmp_path):
     sites = (MergedSite("a.0.b", "averaged", 2, 0.0), MergedSite("a.0.c", "truncated", 1, 0.125))
     soup = Soup((0, 3), 1.23456789, 1.5, (2.0, 3.0, 4.0, 5.0))
-    lines = card(merged(tmp_path, form="mixture", recipe=None, sites=sites, soup=soup)).splitlines()
-    assert lines[6] == "# Adapters with one expert, merged from a mixture of adapters"
-    assert lines[8] == "Made by mixora from an adapter with rules of its own on the base `org/base`."
-    assert lines[12:16] == [
+    text = card(merged(tmp_path, form="averaged", recipe=None, sites=sites, soup=soup))
+    assert "\n# Adapters with one expert, merged from a mixture of adapters\n" in text
+    assert "from an adapter with rules of its own on the base `org/base`." in text
+    how = text.split("## How it was merged\n\n")[1].splitlines()
+    assert how[:4] == [
         "- averaged: the mean of the experts' weights, which is what the mixture computes with in evaluation.",
         "- truncated: the change of the weight, cut to its largest singular values; the error is relative, of that "
         "change.",
         "- Greedy soup: the mean of the experts 0, 3 of 4, chosen on held-out data:",
         "  loss 1.23457, with all experts 1.5.",
     ]
-    assert lines[-7:] == [
-        "```python",
+    assert text.split("```")[1].splitlines() == [
+        "python",
+        "import mixora  # PEFT and transformers know the adapter from here on",
+        "from peft import PeftModel",
         "from transformers import AutoModelForCausalLM",
-        "import mixora",
         "",
         'base = AutoModelForCausalLM.from_pretrained("org/base")',
-        f'model = mixora.from_pretrained(base, "{tmp_path}")',
-        "```",
+        f'model = PeftModel.from_pretrained(base, "{tmp_path}")',
     ]
-    assert "What changed" not in "\n".join(lines)
+    assert "What changed" not in text
 
 
 @pytest.mark.parametrize(
@@ -114,15 +135,14 @@ def test_a_card_of_a_soup_of_other_sites(tmp_path):
     ],
 )
 def test_a_card_of_a_dense_model(tmp_path, task_type, auto):
-    lines = card(merged(tmp_path, form="dense"), task_type).splitlines()
-    assert lines[2] == "library_name: transformers"
-    assert lines[6] == "# A dense model, merged from a mixture of adapters"
-    assert lines[-5:] == [
-        "```python",
+    text = card(merged(tmp_path, form="dense"), task_type)
+    assert "\nlibrary_name: transformers\n" in text
+    assert "\n# A dense model, merged from a mixture of adapters\n" in text
+    assert text.split("```")[1].splitlines() == [
+        "python",
         f"from transformers import {auto}",
         "",
         f'model = {auto}.from_pretrained("{tmp_path}")',
-        "```",
     ]
 
 
@@ -142,7 +162,7 @@ class Tokenizer:
 
 
 def test_the_tokenizer_stands_beside(tmp_path):
-    write_companions(merged(tmp_path), None, Tokenizer())
+    write_companions(merged(tmp_path), Facts("org/base"), Tokenizer())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "tokenizer.json"]
 
 
@@ -157,5 +177,5 @@ def test_rows_and_plain_data(tmp_path):
     plain = result.to_dict()
     assert plain["out"] == str(tmp_path)
     assert plain["sites"][2] == {"path": "model.layers.0.mlp.1.up", "method": "fitted", "rank": 4, "error": 0.25}
-    assert (plain["form"], plain["base"], plain["recipe"]) == ("adapter", "org/base", "sira")
+    assert (plain["form"], plain["base"], plain["recipe"]) == ("peft-lora", "org/base", "sira")
     assert (plain["fitted_on"], plain["changes"], plain["soup"]) == (None, None, None)

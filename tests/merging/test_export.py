@@ -150,7 +150,7 @@ def test_a_dense_checkpoint_computes_the_same_without_peft(make, auto, tmp_path)
     task = "SEQ_CLS" if make is tiny_bert_classifier else "CAUSAL_LM"
     model = saved(make, tmp_path, mixora.recipe("lora", targets=["all-linear"], task_type=task))
     expected = logits(fill(model, seed=3, names=("modules_to_save.default",)))
-    merged = mixora.merge(model, tmp_path / "out", dense=True)
+    merged = mixora.merge(model, tmp_path / "out", to="dense")
     assert not (tmp_path / "out" / "adapter_config.json").exists() and merged.form == "dense"
     torch.testing.assert_close(logits(auto.from_pretrained(tmp_path / "out")), expected, rtol=1e-5, atol=1e-5)
 
@@ -158,7 +158,7 @@ def test_a_dense_checkpoint_computes_the_same_without_peft(make, auto, tmp_path)
 def test_a_dense_checkpoint_of_a_truncated_pair(tmp_path):
     config = mixora.recipe("lora", targets=["q_proj"], rank=8)
     mixora.merge(saved(tiny_llama, tmp_path, config), tmp_path / "adapter", rank=2)
-    mixora.merge(saved(tiny_llama, tmp_path, config), tmp_path / "dense", rank=2, dense=True)
+    mixora.merge(saved(tiny_llama, tmp_path, config), tmp_path / "dense", rank=2, to="dense")
     expected = logits(PeftModel.from_pretrained(tiny_llama(), tmp_path / "adapter"))
     found = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "dense"))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
@@ -167,7 +167,7 @@ def test_a_dense_checkpoint_of_a_truncated_pair(tmp_path):
 def test_a_head_tied_to_the_embeddings_cannot_be_made_dense(tmp_path):
     model = saved(lambda: tiny_llama(tie_word_embeddings=True), tmp_path, mixora.recipe("lora", targets=["lm_head"]))
     with pytest.raises(ModelError, match="lm_head: shares its weight with the embeddings"):
-        mixora.merge(model, tmp_path / "out", dense=True)
+        mixora.merge(model, tmp_path / "out", to="dense")
 
 
 def test_other_adapters_stay_out(tmp_path):

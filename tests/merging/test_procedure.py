@@ -70,10 +70,17 @@ def test_refusals(tmp_path):
     assert message(ConfigError, lora(), out, approximation=material) == (
         "approximate: every site of this adapter is merged exactly; valid: merge it without"
     )
-    assert message(ConfigError, behind(), out, rank=1, dense=True).partition(": ")[::2] == (
+    assert message(ConfigError, behind(), out, rank=1, to="dense").partition(": ")[::2] == (
         "dense, rank",
         "model.layers.0.mlp has an adapter behind it, with a non-linearity inside, that no weight and no LoRA "
-        "can hold; valid: merge it without, into an adapter with one expert",
+        "can hold; valid: averaged, an adapter of mixora's own with one expert",
+    )
+    assert message(ConfigError, lora(), out, to="averaged") == (
+        "averaged: no expert of this adapter stands behind a module; valid: peft-lora"
+    )
+    assert message(ConfigError, lora(), out, to="lora").startswith("to: got 'lora'; did you mean 'peft-lora'?")
+    assert message(ConfigError, lora(), out, to="dense", uniform_rank=True) == (
+        "uniform_rank: a dense model has no ranks; valid: with peft-lora"
     )
     merged = lora()
     merged.merge_adapter()
@@ -87,19 +94,18 @@ def test_refusals(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("make", "options", "form", "way"),
+    ("make", "options", "way"),
     [
-        (lora, {}, "adapter", "exact"),
-        (lora, {"rank": 1}, "adapter", "cut to rank 1"),
-        (lora, {"dense": True}, "dense", "exact"),
-        (routed, {"approximate": True}, "adapter", "fitted"),
-        (routed, {"approximate": True, "dense": True, "rank": 2}, "dense", "fitted"),
-        (behind, {}, "mixture", "averaged"),
+        (lora, {}, "exact"),
+        (lora, {"rank": 1}, "cut to rank 1"),
+        (lora, {"to": "dense"}, "exact"),
+        (routed, {"approximate": True}, "fitted"),
+        (routed, {"approximate": True, "to": "dense", "rank": 2}, "fitted"),
+        (behind, {"to": "averaged"}, "averaged"),
     ],
 )
-def test_what_is_foreseen(make, options, form, way):
-    found, ways = foresee(make(), **options)
-    assert found == form
+def test_what_is_foreseen(make, options, way):
+    ways = foresee(make(), **options)
     assert set(ways.values()) == {way}
     assert len(ways) == 2
 
@@ -113,7 +119,7 @@ def test_an_exact_merge(tmp_path):
         (Q_1, "exact", 4, 0.0),
     ]
     assert (merged.form, merged.recipe, merged.fitted_on, merged.changes, merged.soup) == (
-        "adapter",
+        "peft-lora",
         "lora",
         None,
         None,
@@ -218,7 +224,7 @@ def test_a_dense_model_of_weights_that_are_not_finite_is_refused(tmp_path):
     with torch.no_grad():
         model.get_submodule(f"base_model.model.{Q_1}").parameters_of("default")["B"].fill_(float("inf"))
     with pytest.raises(MixoraError, match=f"^{Q_1}: merging gives weights that are not finite"):
-        mixora.merge(model, tmp_path / "out", dense=True)
+        mixora.merge(model, tmp_path / "out", to="dense")
 
 
 def test_the_package_offers_what_it_names():

@@ -57,7 +57,7 @@ def test_the_run_of_a_routed_mixture_is_fitted_on_its_training_rows(bases, data,
     small = {"num_experts": 4, "top_k": 2, "rank": 2}
     run = train(bases / "llama", data / "commands", tmp_path / "run", recipe="sira", **small)
     merged = merge_folder(run, tmp_path / "out", {"data": {"packing": True}}, SILENT, fit_rows=6)
-    assert merged.fitted_on == f"2 batches of 6 rows of {data / 'commands' / 'train.jsonl'}"
+    assert merged.fitted_on == "2 batches of 6 rows of train.jsonl"
     assert {(site.method, site.rank) for site in merged.sites} == {("fitted", 4)}
     record = json.loads((run / "record.json").read_text())
     # the same rows, and the same mean over supervised tokens, as the run measured
@@ -108,9 +108,9 @@ def test_a_saved_adapter_needs_a_base_and_rows(bare, bases, data, tmp_path):
 def test_a_dense_model_comes_with_its_tokenizer(bare, bases, tmp_path):
     adapter = bare("lora", rank=4)
     model = {"model": {"base": str(bases / "llama")}}
-    with pytest.raises(ConfigError, match="data: an exact merge looks at no rows; valid: with --approximate"):
+    with pytest.raises(ConfigError, match="data: an exact export looks at no rows; valid: with --approximate"):
         merge_folder(adapter, tmp_path / "out", {**model, "data": {"source": "rows.jsonl"}}, SILENT)
-    merge_folder(adapter, tmp_path / "out", model, SILENT, dense=True)
+    merge_folder(adapter, tmp_path / "out", model, SILENT, to="dense")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     found = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), tokenizer)
     base, _ = load_base(str(bases / "llama"))
@@ -131,7 +131,7 @@ def test_a_soup_is_cooked_on_the_evaluation_rows(bases, data, tmp_path):
     for part in summarise_merge(merged):
         Console(file=text, width=120).print(part)
     assert "soup of experts" in text.getvalue()
-    with pytest.raises(ConfigError, match=r"data: an exact merge looks at no rows.*--soup"):
+    with pytest.raises(ConfigError, match=r"data: an exact export looks at no rows.*--soup"):
         merge_folder(run, tmp_path / "more", {"data": {"packing": True}}, SILENT)
 
 

@@ -145,7 +145,7 @@ def _words(draw: Draw, folder: Path) -> list[str]:
         1: ["train", run, "--model", base, "--data", os.fspath(folder / "rows.jsonl"), "--out", out, "--dry-run"],
         2: ["report", os.fspath(folder)],
         3: ["craft", run, "--model", base, "--out", out, "--dry-run", *changes],
-        4: ["merge", os.fspath(folder), "--out", out, "--dry-run", *changes],
+        4: ["export", os.fspath(folder), "--to", "peft-lora", "--out", out, "--dry-run", *changes],
         5: ["recipes", draw.text()],
         6: ["compare", run, "--out", out, "--dry-run", *changes],
         7: [draw.text(), draw.text(), draw.text()],

@@ -1,11 +1,11 @@
-"""Commands that make one folder of weights from another: craft, convert, merge."""
+"""Commands that make one folder of weights from another: craft, convert, export."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from mixora.completion import complete_recipe, complete_run
+from mixora.completion import complete_destination, complete_recipe, complete_run
 from mixora.terminal import (
     AsJson,
     Changes,
@@ -86,22 +86,33 @@ def convert(
 
 
 @reports_errors
-def merge(
+def export(
     adapter: Annotated[
         Path,
         typer.Argument(
             metavar="ADAPTER", help="The folder of a run, or of a saved adapter.", autocompletion=complete_run
         ),
     ],
-    out: Annotated[
-        Path, typer.Option(help="The folder of the result; new or empty, or with --overwrite one that mixora wrote.")
+    to: Annotated[
+        str,
+        typer.Option(
+            help="peft-lora, dense, standalone, averaged, adapter (mixora's own), or hub.",
+            autocompletion=complete_destination,
+        ),
     ],
     settings: Changes = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="The folder of the result; new or empty, or with --overwrite one that mixora wrote."),
+    ] = None,
     model: Model = None,
     rank: Annotated[
         int | None, typer.Option(help="Of the LoRA; what it has, or for routed sites the ranks a token uses.")
     ] = None,
-    dense: Annotated[bool, typer.Option("--dense", help="Write a dense model instead of an adapter.")] = False,
+    uniform_rank: Annotated[
+        bool,
+        typer.Option("--uniform-rank", help="One rank for all modules, by rows of zeros: what servers of LoRA ask."),
+    ] = False,
     soup: Annotated[
         bool, typer.Option("--soup", help="Where experts are drawn, average only those that lower the held-out loss.")
     ] = False,
@@ -112,31 +123,36 @@ def merge(
         int | None, typer.Option(help="Training rows that --approximate fits on; 256 unless told.")
     ] = None,
     data: Data = None,
+    repo: Annotated[str | None, typer.Option(help="With --to hub: the repository, OWNER/NAME.")] = None,
+    form: Annotated[
+        str | None,
+        typer.Option(
+            help="With --to hub: what goes there, one of the other forms; adapter unless told.",
+            autocompletion=complete_destination,
+        ),
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="With --to hub: a new repository is private.")] = False,
+    base_id: Annotated[str | None, typer.Option(help="What the result calls its base: OWNER/NAME on the hub.")] = None,
+    licence: Annotated[str | None, typer.Option(help="Of the result, for its card; apache-2.0, mit, ...")] = None,
     overwrite: Overwrite = False,
     dry_run: DryRun = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Turn a mixture into an ordinary LoRA adapter that plain PEFT reads, or into a dense model."""
+    """Bring an adapter where it is needed: one LoRA, a dense model, a model without mixora, or the hub; with a card."""
+    from mixora.commands.destinations import Destination, export_to_folder, export_to_hub
     from mixora.errors import ConfigError
-    from mixora.training.merging import FIT_ROWS, foresee_merge, merge_folder, summarise_foreseen, summarise_merge
-    from mixora.training.progress import Progress
+    from mixora.exporting import Options
+    from mixora.training.merging import FIT_ROWS
 
     if fit_rows is not None and not approximate:
-        raise ConfigError("fit_rows: an exact merge looks at no rows; valid: with --approximate")
-    changes = read_tree(settings, model__base=model, data__source=data)
-    console = make_console(as_json)
+        raise ConfigError("fit_rows: an exact export looks at no rows; valid: with --approximate")
     rows = (FIT_ROWS if fit_rows is None else fit_rows) if approximate else None
-    asked: dict[str, Any] = {"rank": rank, "dense": dense, "soup": soup, "fit_rows": rows, "overwrite": overwrite}
-    if dry_run:
-        form, methods = foresee_merge(adapter, out, changes, **asked)
-        if as_json:
-            print_json({"form": form, "sites": methods, "out": out, "written": False})
-        for part in summarise_foreseen(form, methods, out):
-            console.print(part)
-        return
-    merged = merge_folder(adapter, out, changes, Progress(console), **asked)
-    for part in summarise_merge(merged):
-        console.print(part)
-    if as_json:
-        print_json(merged.to_dict())
+    changes = read_tree(settings, model__base=model, data__source=data)
+    destination = Destination(
+        adapter, changes, Options(rank, uniform_rank, soup, rows), base_id, licence, overwrite, dry_run, as_json
+    )
+    if to == "hub":
+        export_to_hub(destination, repo, form or "adapter", private, out)
+    else:
+        export_to_folder(destination, out, to, {"repo": repo, "form": form, "private": private})

@@ -3,11 +3,14 @@
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import torch
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedTokenizerBase
 
+from mixora.cards import facts_of
+from mixora.config import did_you_mean
 from mixora.errors import CheckpointError, ConfigError
 from mixora.folders import check_folder, claim_folder
 from mixora.host import MIXORA
@@ -30,8 +33,9 @@ def merge(
     model: PeftModel,
     out: str | Path,
     *,
+    to: Form = "peft-lora",
     rank: int | None = None,
-    dense: bool = False,
+    uniform_rank: bool = False,
     soup: Collection[Batch] | None = None,
     approximation: Approximation | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -40,12 +44,14 @@ def merge(
 ) -> Merged:
     """Write the active adapter of `model` to the folder `out` as an ordinary PEFT LoRA adapter, with a model card.
 
-    Sites whose routing is the same for every input give the same outputs; `rank` cuts their pairs by singular value
-    decomposition. Drawn experts (AdaMix) are averaged, all of them or those that a greedy `soup` on held-out batches
-    chooses. Sites routed by the input get the LoRA that is nearest on `approximation.fit`, of `rank` (by default
-    `active_rank`); loss and logits are compared on its `held_out`. `dense`: write the base with the change in its
-    weights instead, which uses up `model`. `tokenizer` is written beside. `overwrite`: replace what mixora wrote to
-    `out` before. `progress` is told what is being done and gives a context with a function of (done, total).
+    `to`: `dense` writes the base with the change in its weights instead, which uses up `model`; `averaged`, for drawn
+    adapters behind modules, an adapter of ours with one expert. Sites whose routing is the same for every input give
+    the same outputs; `rank` cuts their pairs by singular value decomposition, and `uniform_rank` fills those of lower
+    rank up with zeros, so that all have one. Drawn experts (AdaMix) are averaged, all of them or those that a greedy
+    `soup` on held-out batches chooses. Sites routed by the input get the LoRA that is nearest on `approximation.fit`,
+    of `rank` (by default `active_rank`); loss and logits are compared on its `held_out`. `tokenizer` is written beside.
+    `overwrite`: replace what mixora wrote to `out` before. `progress` is told what is being done and gives a context
+    with a function of (done, total).
 
     Raises `ConfigError` for routed sites without `approximation`, options without effect, and an `out` that is not
     empty; `MixoraError` for routed experts behind modules.
@@ -53,18 +59,20 @@ def merge(
     adapter, modules = _read_sites(model)
     config = model.peft_config[adapter]
     routed = _find_routed(config, adapter, modules, rank, approximation is not None)
-    form = _choose_form(modules, adapter, dense, rank, approximation is not None)
+    _check_form(modules, adapter, to, rank, uniform_rank, approximation is not None)
     check_folder(out, overwrite)
     cooked = None if soup is None else _cook(model, modules, adapter, soup, progress)
     members = None if cooked is None else cooked.members
-    exact = [module for module in modules if module not in routed and form != "mixture"]
+    exact = [module for module in modules if module not in routed and to != "averaged"]
     found = {module.path: _cut(module, adapter, rank, members) for module in exact}
     if approximation is not None:
         found |= _fit(model, routed, adapter, approximation, rank, progress)
+    if uniform_rank:
+        found = _level(found)
     pairs = {path: pair for path, (pair, _) in found.items()}
     folder = claim_folder(out, overwrite)
     sites = tuple(_describe(module, adapter, found) for module in modules)
-    merged = Merged(folder, form, str(name_base(config.base_model_name_or_path)), config.recipe, sites, soup=cooked)
+    merged = Merged(folder, to, str(name_base(config.base_model_name_or_path)), config.recipe, sites, soup=cooked)
     if approximation is not None:
         origin = f"{len(approximation.fit)} batches of {approximation.origin}"
         merged = replace(merged, fitted_on=origin, changes=_measure(model, modules, pairs, approximation, progress))
@@ -74,44 +82,55 @@ def merge(
 
 
 def foresee(
-    model: PeftModel, *, rank: int | None = None, dense: bool = False, approximate: bool = False
-) -> tuple[Form, dict[str, str]]:
-    """What `merge` would write, and how it would get to each site, by path; `model` may stand on the meta device.
+    model: PeftModel,
+    *,
+    to: Form = "peft-lora",
+    rank: int | None = None,
+    uniform_rank: bool = False,
+    approximate: bool = False,
+) -> dict[str, str]:
+    """How `merge` would get to each site, by path; `model` may stand on the meta device.
 
     Raises what `merge` would raise of the adapter and the options.
     """
     adapter, modules = _read_sites(model)
     routed = _find_routed(model.peft_config[adapter], adapter, modules, rank, approximate)
-    form = _choose_form(modules, adapter, dense, rank, approximate)
-    static = "averaged" if form == "mixture" else "exact" if rank is None else f"cut to rank {rank}"
-    return form, {module.path: "fitted" if module in routed else static for module in modules}
+    _check_form(modules, adapter, to, rank, uniform_rank, approximate)
+    static = "averaged" if to == "averaged" else "exact" if rank is None else f"cut to rank {rank}"
+    return {module.path: "fitted" if module in routed else static for module in modules}
 
 
 def _write(
     merged: Merged, model: PeftModel, adapter: str, pairs: Pairs, tokenizer: PreTrainedTokenizerBase | None
 ) -> None:
     # a dense model has no configuration of an adapter any more
-    task_type = model.peft_config[adapter].task_type
-    if merged.form == "mixture":
+    facts = facts_of(model.peft_config[adapter])
+    if merged.form == "averaged":
         write_mixture(merged.out, model, adapter, merged.soup.members if merged.soup else None)
     else:
         (write_dense if merged.form == "dense" else write_lora)(merged.out, model, adapter, pairs)
-    write_companions(merged, task_type, tokenizer)
+    write_companions(merged, facts, tokenizer)
 
 
-def _choose_form(modules: list[Mixture], adapter: str, dense: bool, rank: int | None, approximate: bool) -> Form:
-    """What can hold the merged adapter; `ConfigError` for options that have no meaning there."""
+def _check_form(
+    modules: list[Mixture], adapter: str, to: Form, rank: int | None, uniform_rank: bool, approximate: bool
+) -> None:
+    """`ConfigError` where `to` cannot hold the merged adapter, or options have no meaning there."""
     behind = [module for module in modules if module.parts[adapter].expert.reads == "output"]
-    if not behind:
-        return "dense" if dense else "adapter"
-    unfit = {"dense": dense, "rank": rank is not None, "approximate": approximate}
-    named = [name for name, is_asked in unfit.items() if is_asked]
-    if named:
+    options = {"rank": rank is not None, "uniform_rank": uniform_rank, "approximate": approximate}
+    asked = [name for name, is_asked in options.items() if is_asked]
+    if to not in get_args(Form):
+        raise ConfigError(f"to: got {to!r}{did_you_mean(to, get_args(Form))}")
+    unfit = [*([] if to == "averaged" else [to]), *asked]
+    if behind and unfit:
         raise ConfigError(
-            f"{', '.join(named)}: {behind[0].path} has an adapter behind it, with a non-linearity inside, that no "
-            "weight and no LoRA can hold; valid: merge it without, into an adapter with one expert"
+            f"{', '.join(unfit)}: {behind[0].path} has an adapter behind it, with a non-linearity inside, that no "
+            "weight and no LoRA can hold; valid: averaged, an adapter of mixora's own with one expert"
         )
-    return "mixture"
+    if to == "averaged" and not behind:
+        raise ConfigError("averaged: no expert of this adapter stands behind a module; valid: peft-lora")
+    if uniform_rank and to == "dense":
+        raise ConfigError("uniform_rank: a dense model has no ranks; valid: with peft-lora")
 
 
 def _cook(model: PeftModel, modules: list[Mixture], adapter: str, batches: Collection[Batch], progress: Stage) -> Soup:
@@ -172,6 +191,12 @@ def _cut(
     whole = module.as_low_rank(adapter, members)
     pair, error = whole.truncate(rank or whole.rank)
     return pair, MergedSite(module.path, "exact" if pair is whole else "truncated", pair.rank, error)
+
+
+def _level(found: Found) -> Found:
+    """All pairs with the largest rank among them."""
+    rank = max(pair.rank for pair, _ in found.values())
+    return {path: (pair.pad(rank), replace(site, rank=rank)) for path, (pair, site) in found.items()}
 
 
 def _fit(

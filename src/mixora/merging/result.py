@@ -8,7 +8,7 @@ from typing import Any, Literal
 from mixora.merging.comparison import Comparison
 from mixora.merging.soup import Soup
 
-Form = Literal["adapter", "mixture", "dense"]
+Form = Literal["peft-lora", "averaged", "dense"]
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ class MergedSite:
 class Merged:
     """The result of `mixora.merge`.
 
-    `form`: a LoRA adapter that plain PEFT reads, an adapter of ours (`mixture`), or a dense model. `fitted_on` and
-    `changes`: the data of an approximation, and what it changes. `soup`: which experts the mean is of.
+    `form`: a LoRA adapter that plain PEFT reads, an adapter of ours with one expert (`averaged`), or a dense model.
+    `fitted_on` and `changes`: the data of an approximation, and what it changes. `soup`: which experts the mean is of.
     """
 
     out: Path

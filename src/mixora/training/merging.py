@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from mixora.bases import load_base, sketch_base
+from mixora.cards import show_name
 from mixora.config import merge_trees, parse
 from mixora.errors import ConfigError
 from mixora.folders import check_folder
@@ -46,35 +47,40 @@ def merge_folder(
     changes: Mapping[str, Any],
     progress: Progress,
     *,
+    to: Form = "peft-lora",
     rank: int | None = None,
-    dense: bool = False,
+    uniform_rank: bool = False,
     soup: bool = False,
     fit_rows: int | None = None,
+    base_id: str | None = None,
     overwrite: bool = False,
 ) -> Merged:
     """`mixora.merge` for the folder of a run, or of a saved adapter; `changes` are settings of a run.
 
+    `base_id`: what the result calls its base, where that is not the name by which it is read here.
     With `soup`, the experts are chosen on the evaluation rows. With `fit_rows`, sites routed by the input get the
     nearest LoRA on as many training rows, drawn by the run's seed, and the change is measured on the evaluation rows.
     Without either, the data are not looked at.
     """
     needs_rows = soup or fit_rows is not None
-    adapter, tree = _read_settings(source, changes, needs_rows)
-    reads = [source, tree["model"]["base"]]
-    check_folder(out, overwrite, reads)
+    adapter, tree = find_settings(source, changes, needs_rows)
+    check_folder(out, overwrite, [source, tree["model"]["base"]])
     progress.say(f"reading {adapter} and {tree['model']['base']}")
-    approximation, held_out = None, None
+    held_out, approximation = None, None
     with progress.task("reading"):
-        if not needs_rows:
-            model, tokenizer = _load(adapter, parse(ModelSection, tree["model"], "model"))
-        else:
+        if needs_rows:
             config = parse(RunConfig, tree)
             material = read_material(config)
             model, tokenizer = from_pretrained(material.model, adapter), material.tokenizer
             approximation = None if fit_rows is None else sample(material, config, fit_rows)
             held_out = _all_batches(material, config) if soup else None
-    settings: dict[str, Any] = {"approximation": approximation, "tokenizer": tokenizer, "progress": progress.task}
-    return merge(model, out, rank=rank, dense=dense, soup=held_out, overwrite=overwrite, **settings)
+        else:
+            model, tokenizer = load_adapted(adapter, parse(ModelSection, tree["model"], "model"))
+    if base_id is not None:
+        model.peft_config[model.active_adapter].base_model_name_or_path = base_id
+    settings: dict[str, Any] = {"rank": rank, "uniform_rank": uniform_rank, "overwrite": overwrite, "soup": held_out}
+    companions: dict[str, Any] = {"tokenizer": tokenizer, "progress": progress.task}
+    return merge(model, out, to=to, approximation=approximation, **settings, **companions)
 
 
 def foresee_merge(
@@ -82,31 +88,34 @@ def foresee_merge(
     out: Path,
     changes: Mapping[str, Any],
     *,
+    to: Form = "peft-lora",
     rank: int | None = None,
-    dense: bool = False,
+    uniform_rank: bool = False,
     soup: bool = False,
     fit_rows: int | None = None,
     overwrite: bool = False,
-) -> tuple[Form, dict[str, str]]:
-    """What `merge_folder` would write, and how it would get to each site, by path; reads no weights of the base."""
+) -> dict[str, str]:
+    """How `merge_folder` would get to each site, by path; reads no weights of the base."""
     needs_rows = soup or fit_rows is not None
-    adapter, tree = _read_settings(source, changes, needs_rows)
+    adapter, tree = find_settings(source, changes, needs_rows)
     check_folder(out, overwrite, [source, tree["model"]["base"]])
-    config = read_adapter_config(adapter)
     if needs_rows:
         base = read_material(parse(RunConfig, tree), with_weights=False).model
+        model = get_peft_model(base, read_adapter_config(adapter))
     else:
-        section = parse(ModelSection, tree["model"], "model")
-        base = sketch_base(section.base, task=task_of(config), dtype=section.dtype)
-    return foresee(get_peft_model(base, config), rank=rank, dense=dense, approximate=fit_rows is not None)
+        model = sketch_adapted(adapter, parse(ModelSection, tree["model"], "model"))
+    return foresee(model, to=to, rank=rank, uniform_rank=uniform_rank, approximate=fit_rows is not None)
 
 
-def _read_settings(source: Path, changes: Mapping[str, Any], needs_rows: bool) -> tuple[Path, dict[str, Any]]:
-    """The folder of the adapter, and the settings of its run as far as they are known."""
+def find_settings(source: Path, changes: Mapping[str, Any], needs_rows: bool) -> tuple[Path, dict[str, Any]]:
+    """The folder of the adapter, and the settings of its run as far as they are known.
+
+    `ConfigError` for `changes` of anything but the base where no rows are needed, and for an adapter without a base.
+    """
     ineffective = [] if needs_rows else sorted(changes.keys() - {"model"})
     if ineffective:
         raise ConfigError(
-            f"{ineffective[0]}: an exact merge looks at no rows; valid: with --approximate (routed experts) or --soup "
+            f"{ineffective[0]}: an exact export looks at no rows; valid: with --approximate (routed experts) or --soup "
             "(drawn ones)"
         )
     tree: dict[str, Any] = {}
@@ -121,7 +130,14 @@ def _read_settings(source: Path, changes: Mapping[str, Any], needs_rows: bool) -
     return adapter, {**tree, "model": model}
 
 
-def _load(adapter: Path, section: ModelSection) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+def sketch_adapted(adapter: Path, section: ModelSection) -> PeftModel:
+    """The base with the adapter, on the meta device."""
+    config = read_adapter_config(adapter)
+    return get_peft_model(sketch_base(section.base, task=task_of(config), dtype=section.dtype), config)
+
+
+def load_adapted(adapter: Path, section: ModelSection) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+    """The base with the adapter, and its tokenizer."""
     task = task_of(read_adapter_config(adapter))
     outputs = _count_outputs(adapter) if task == "sequence-classification" else None
     base, tokenizer = load_base(section.base, task=task, num_labels=outputs, dtype=section.dtype)
@@ -154,7 +170,7 @@ def sample(material: Material, config: RunConfig, fit_rows: int) -> Approximatio
     return Approximation(
         fit=list(sample_batches(material, dataset, config)),
         held_out=_all_batches(material, config),
-        origin=f"{len(chosen)} rows of {', '.join(rows.origin for rows in picked.values())}",
+        origin=f"{len(chosen)} rows of {', '.join(show_name(rows.origin) for rows in picked.values())}",
     )
 
 
@@ -163,8 +179,8 @@ def _all_batches(material: Material, config: RunConfig) -> list[Mapping[str, Ten
     return batches_of_tasks(make_examples(material, config), config, None)
 
 
-def summarise_foreseen(form: Form, methods: Mapping[str, str], out: Path) -> Iterator[RenderableType]:
-    """What a merge would do, for a terminal."""
+def summarise_foreseen(form: str, methods: Mapping[str, str], out: Path | None) -> Iterator[RenderableType]:
+    """What an export would do, for a terminal."""
     kinds = Counter((re.sub(r"\.\d+\.", ".*.", path, count=1), method) for path, method in methods.items())
     table = Table("site", "number", "method", title=f"{len(methods)} sites", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for (kind, method), number in kinds.items():

@@ -13,13 +13,14 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from mixora.asides import writing
 from mixora.bases import TASK_TYPES
+from mixora.cards import Card, facts_of, write_card
 from mixora.diagnostics.checkpoint import history_of
 from mixora.diagnostics.record import RunRecord
 from mixora.diagnostics.report import write_report
 from mixora.errors import ConfigError
 from mixora.evaluate import Evaluation, Examples, evaluate
 from mixora.folders import check_folder
-from mixora.loading import from_pretrained
+from mixora.loading import from_pretrained, read_adapter_config
 from mixora.plan import Plan
 from mixora.serving import served_by
 from mixora.training.arguments import make_arguments
@@ -112,6 +113,7 @@ def _fit(config: RunConfig, progress: Progress, overwrite: bool, resume: bool) -
             bad_steps=trainer.bad_steps,
         )
         with progress.task("writing the report"):
+            _write_card(record, config)
             write_report(record, out)
     finish(out, config.train.keep_checkpoints)
     wait_for_all()
@@ -178,6 +180,14 @@ def _read_back(
         save(model, material.tokenizer, aside)
     progress.say(f"saved {folder}; reading it back")
     return measure(from_pretrained(model.unload(), folder), examples, config, progress, "read back")
+
+
+def _write_card(record: RunRecord, config: RunConfig) -> None:
+    """The card of the adapter, in place of PEFT's, which knows nothing of the run."""
+    folder = Path(config.out) / "adapter"
+    settings = config.model_dump(mode="json")
+    facts = facts_of(read_adapter_config(folder), base=config.model.base, record=record, settings=settings)
+    write_card(folder, Card("adapter", facts, str(folder)))
 
 
 def _show_plan(table: Plan, rows: TrainingSet, progress: Progress) -> None:
