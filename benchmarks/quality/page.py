@@ -1,0 +1,155 @@
+"""Writes the tables of `docs/evidence.md` between their marks, and the plots beside it."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from benchmarks.plotting import COLOURS, MARKERS, make_figure
+from benchmarks.quality.results import RESULTS, Results, is_complete
+from benchmarks.quality.standings import Standing, stand
+from benchmarks.quality.table import Table, match_table, read_table, table_names
+from mixora.comparison.wording import format_estimate
+from mixora.diagnostics.page import NOTHING
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "evidence.md"
+PLOTS = ROOT / "docs" / "evidence"
+MARKED = re.compile(r"(<!-- table ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+Found = dict[str, dict[str, Standing]]
+SIGNS = {"better": " ▲", "worse": " ▼", "": ""}
+
+
+def write_page(page: Path = PAGE, plots: Path = PLOTS, folder: Path = RESULTS) -> None:
+    """Put the newest results into the page; what stands outside of the marks stays."""
+    text = page.read_text(encoding="utf-8")
+    page.write_text(fill(text, folder), encoding="utf-8")
+    plots.mkdir(exist_ok=True)
+    for name in table_names():
+        results = Results(name, folder)
+        is_shown = name in (found for _, found, _ in MARKED.findall(text))
+        if is_shown and any(is_complete(results, data) for data in read_table(name).data):
+            draw_differences(results).savefig(plots / f"{name}.svg")
+
+
+def fill(text: str, folder: Path = RESULTS) -> str:
+    """The page with the tables of the newest results."""
+    return MARKED.sub(lambda found: f"{found[1]}\n{tabulate(Results(found[2], folder))}\n{found[3]}", text)
+
+
+def tabulate(results: Results) -> str:
+    """What the final trials gave, then the learning rates; as Markdown."""
+    table = read_table(results.name)
+    known = {data: stand(results, data) for data in table.data if is_complete(results, data)}
+    if not known:
+        return "Its trials are not all made yet.\n"
+    others = {data: stand(results, data, also=True) for data in known if data in table.also}
+    lines = [
+        *_score_lines(results, known, others),
+        "",
+        *_rate_lines(results, list(known)),
+        "",
+        *_specialist_lines(results, known),
+    ]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _score_lines(results: Results, known: Found, others: Found) -> Iterator[str]:
+    table = read_table(results.name)
+    columns = [(f"{data}, {_name_metric(table, data)}", data, standings) for data, standings in known.items()]
+    columns += [(f"{data}, {table.also[data].replace('_', ' ')}", data, found) for data, found in others.items()]
+    yield _row("method", "parameters: trained, active", *(head for head, _, _ in columns))
+    yield _row("---", *("---:" for _ in range(1 + len(columns))))
+    for name in dict.fromkeys(name for standings in known.values() for name in standings):
+        cells = [_cell(standings.get(name), table.metrics[data]) for _, data, standings in columns]
+        yield _row(name, _count(results, next(iter(known)), name.split(",")[0]), *cells)
+
+
+def _name_metric(table: Table, data: str) -> str:
+    return table.metrics[data].replace("_", " ")
+
+
+def _cell(standing: Standing | None, metric: str) -> str:
+    if standing is None:
+        return NOTHING
+    return format_estimate(standing.estimate, metric) + SIGNS[standing.verdict]
+
+
+def _count(results: Results, data: str, method: str) -> str:
+    matched = match_table(results.name, data)[method]
+    return f"{matched.trainable / 1e6:.2f} M, {matched.active / 1e6:.2f} M"
+
+
+def _rate_lines(results: Results, data: list[str]) -> Iterator[str]:
+    table = read_table(results.name)
+    rates = ", ".join(f"{rate:g}" for rate in table.learning_rates)
+    yield f"Learning rates, of {rates}; in brackets the validation score of each:"
+    yield ""
+    yield _row("method", *data)
+    yield _row("---", *("---" for _ in data))
+    for method in table.methods:
+        yield _row(method.name, *(_tell_rate(results, of, method.name) for of in data))
+
+
+def _tell_rate(results: Results, data: str, method: str) -> str:
+    scores = results.tuning(data, method)
+    best = results.best_rate(data, method)
+    said = ", ".join("diverged" if score is None else f"{score:.3g}" for score in scores.values())
+    return NOTHING if best is None else f"{best:g} ({said})"
+
+
+def _specialist_lines(results: Results, known: Found) -> Iterator[str]:
+    table = read_table(results.name)
+    if table.group_by is None:
+        return
+    yield f"Mutual information of expert and {table.group_by}, mean over sites (permutation test over rows, each seed):"
+    yield ""
+    yield _row("method", "data", "nats", "by chance", "largest p")
+    yield _row("---", "---", "---:", "---:", "---:")
+    for data in known:
+        for method in table.methods:
+            found = [line["specialisation"] for line in results.finals(data, method.name).values()]
+            found = [of_seed for of_seed in found if of_seed["sites"]]
+            if found:
+                nats = [sum(of[key] for of in found) / len(found) for key in ("information", "by_chance")]
+                yield _row(
+                    method.name, data, *(f"{value:.4f}" for value in nats), f"{max(of['p'] for of in found):.3f}"
+                )
+
+
+def draw_differences(results: Results) -> Figure:
+    """Each method's difference to the reference, with its interval, a panel for each data set."""
+    table = read_table(results.name)
+    known = {data: stand(results, data) for data in table.data if is_complete(results, data)}
+    known = {data: standings for data, standings in known.items() if any(s.difference for s in standings.values())}
+    names = list(dict.fromkeys(n for standings in known.values() for n, s in standings.items() if s.difference))
+    figure = make_figure(2.2 + 2.0 * max(1, len(known)), 1.2 + 0.3 * max(1, len(names)), table.title)
+    axes = figure.subplots(1, max(1, len(known)), sharey=True, squeeze=False)[0]
+    for axis, (data, standings) in zip(axes, known.items(), strict=False):
+        axis.axvline(0.0, color="black", linewidth=1.0, linestyle="--", zorder=0)
+        for place, name in enumerate(names):
+            standing = standings.get(name)
+            if standing is None or standing.difference is None:
+                continue
+            sign = -1 if standing.is_better_low else 1
+            colour = COLOURS[("", "worse", "better").index(standing.verdict)]
+            axis.errorbar(
+                sign * standing.difference.mean,
+                place,
+                xerr=standing.difference.half,
+                fmt=MARKERS[("", "worse", "better").index(standing.verdict)],
+                color=colour,
+                capsize=3,
+            )
+        axis.set_title(f"{data}\n{_name_metric(table, data)}", fontsize=9)
+        axis.set_yticks(range(len(names)), names, fontsize=9)
+        axis.set_ylim(len(names) - 0.5, -0.5)
+        axis.grid(axis="x", alpha=0.3)
+        axis.tick_params(axis="x", labelsize=8)
+    figure.supxlabel(f"better than {table.reference} to the right; 95 % of paired differences", fontsize=9)
+    return figure
+
+
+def _row(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"

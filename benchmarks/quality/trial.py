@@ -1,0 +1,100 @@
+"""One trial: train, measure, and tell what came out as plain numbers. Writes nothing that stays."""
+
+import resource
+import tempfile
+import time
+from datetime import date
+from typing import Any
+
+import torch
+from peft import get_peft_model
+
+from benchmarks.quality.specialisation import count_by_row, judge_specialisation
+from benchmarks.quality.table import Trial, Way
+from mixora.console import Console
+from mixora.draws import serving
+from mixora.errors import NonFiniteError
+from mixora.evaluate import Examples, evaluate
+from mixora.merging.soup import cook
+from mixora.mixture import mixtures_of
+from mixora.serving import served_by
+from mixora.training.material import batches_of, make_examples, make_training_set, read_material
+from mixora.training.progress import Progress
+from mixora.training.run import build, make_trainer
+from mixora.training.run_config import RunConfig
+
+
+def run_trial(trial: Trial) -> dict[str, Any]:
+    """Metrics by way of serving, seconds and tokens of training, peak memory of the process, parameters.
+
+    A training whose numbers went wrong gives `failed`, with the reason, in place of all that.
+    """
+    began = time.perf_counter()
+    try:
+        found = _run(trial)
+    except NonFiniteError as error:
+        found = {"failed": str(error)}
+    return {**found, "total_seconds": round(time.perf_counter() - began, 1), "date": str(date.today())}
+
+
+def _run(trial: Trial) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    progress = Progress(Console(quiet=True))
+    with tempfile.TemporaryDirectory() as folder:
+        config = trial.config.model_copy(update={"out": folder})
+        torch.manual_seed(config.train.seed)
+        material = read_material(config)
+        rows = make_training_set(material, config)
+        adapter, plan = build(material, rows, config, progress)
+        examples = make_examples(material, config)
+        torch.manual_seed(config.train.seed)
+        model = get_peft_model(material.model, adapter)
+        trainer = make_trainer(model, material, rows, config)
+        began = time.perf_counter(), time.process_time()
+        trainer.train()
+        seconds, busy = time.perf_counter() - began[0], time.process_time() - began[1]
+        found: dict[str, Any] = {
+            "metrics": {how: _measure(model, examples, config, how) for how in trial.served_by},
+            **({} if trial.also is None else {"also": _measure_split(model, config, trial.also)}),
+            "trainable": plan.parameters,
+            "active": plan.active_parameters,
+            "tokens": trainer.state.num_input_tokens_seen,
+            "seconds": round(seconds, 2),
+            "cpu_seconds": round(busy, 2),
+            "peak_mebibytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10,
+        }
+        if trial.group_by:
+            found["specialisation"] = _look_for_specialists(model, examples, config, trial.group_by)
+    return found
+
+
+def _measure(model: Any, examples: dict[str, Examples], config: RunConfig, how: Way) -> dict[str, float]:
+    """The metrics on the held-out rows."""
+    (of_data,) = examples.values()
+    with serving(members=_choose_experts(model, config)) if how == "soup" else served_by(model, how):
+        return evaluate(model, of_data, config.evaluate).metrics
+
+
+def _measure_split(model: Any, config: RunConfig, split: str) -> dict[str, float]:
+    """The metrics on the rows of another split."""
+    return _measure(model, _read_split(config, split), config, "merged")
+
+
+def _read_split(config: RunConfig, split: str) -> dict[str, Examples]:
+    data = config.data.model_copy(update={"evaluation_split": split})
+    config = config.model_copy(update={"data": data})
+    return make_examples(read_material(config, to_train=False, with_weights=False), config)
+
+
+def _choose_experts(model: Any, config: RunConfig) -> tuple[int, ...]:
+    """Those that lower the loss on the validation rows."""
+    (held_out,) = _read_split(config, "validation").values()
+    batches = batches_of(held_out, config, range(len(held_out.rows)))
+    return cook(model, list(mixtures_of(model)), model.active_adapter, batches, lambda done, total: None).members
+
+
+def _look_for_specialists(model: Any, examples: dict[str, Examples], config: RunConfig, field: str) -> dict[str, Any]:
+    """Whether the experts serve different groups of rows, by a field of theirs."""
+    (of_data,) = examples.values()
+    counts = count_by_row(model, batches_of(of_data, config, range(len(of_data.rows))))
+    return judge_specialisation(counts, [str(row[field]) for row in of_data.rows])

@@ -1,0 +1,187 @@
+"""The evidence: tables are read, trials queued and kept, and what they say is told by tests that are not ours."""
+
+import json
+from concurrent.futures import Future
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from scipy import stats
+from sklearn.metrics import mutual_info_score
+
+from benchmarks.quality import queue, table
+from benchmarks.quality.page import fill, write_page
+from benchmarks.quality.results import Results, waiting
+from benchmarks.quality.rows import select_rows
+from benchmarks.quality.specialisation import count_by_row, judge_specialisation
+from benchmarks.quality.standings import stand
+from benchmarks.quality.trial import run_trial
+from mixora.errors import ConfigError
+from tests.training.conftest import write_rows
+
+ROOT = Path(__file__).parents[2]
+
+SMALL = {
+    "title": "Intents",
+    "question": "Does it learn?",
+    "model": {"base": "minilm-l6", "dtype": "bfloat16"},
+    "metrics": {"intents": "accuracy"},
+    "methods": [{"recipe": "lora", "rank": 8}, {"recipe": "sira", "num_experts": 4, "top_k": 2}],
+    "match": None,
+    "learning_rates": [1e-6, 8e-3],
+    "seeds": 1,
+    "train": {"steps": 16, "batch_size": 16},
+    "evaluate": {"limit": 40, "batch_size": 40},
+    "minutes": 0.1,
+}
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """A table over the project's own rows: which of seven domains a command is of."""
+    lines = (ROOT / "examples/quickstart/data/train.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = list(map(json.loads, lines))
+    domains = sorted({row["domain"] for row in rows})
+    labelled = [{"text": row["prompt"], "label": domains.index(row["domain"])} for row in rows]
+    for split, part in {"train": labelled[120:600], "validation": labelled[:60], "test": labelled[60:120]}.items():
+        write_rows(tmp_path / "rows", split, part)
+    return make_table(tmp_path, monkeypatch, data={"intents": {"source": str(tmp_path / "rows"), "max_length": 24}})
+
+
+def make_table(folder, monkeypatch, **changes):
+    (folder / "tables").mkdir(exist_ok=True)
+    (folder / "tables" / "small.yaml").write_text(yaml.safe_dump({**SMALL, **changes}))
+    monkeypatch.setattr(table, "TABLES", folder / "tables")
+    for known in (table.read_table, table.data_of, table.match_table):
+        known.cache_clear()
+    return Results("small", folder / "results")
+
+
+@pytest.mark.parametrize("name", table.table_names())
+def test_tables_are_right(name):
+    of_name = table.read_table(name)
+    assert of_name.question and len(of_name.learning_rates) == 3 and len(of_name.seed_list) >= 5
+    for method in of_name.methods:
+        method.adapter()
+
+
+def test_a_table_can_take_another_base():
+    assert table.read_table("mixtures@some/base").model.base == "some/base"
+    with pytest.raises(ConfigError, match=r"valid: .*mixtures"):
+        table.read_table("mixture")
+
+
+@pytest.mark.slow
+def test_a_small_table_shows_what_it_must(small, tmp_path):
+    """A rate that changes nothing loses in tuning, methods learn, and the page tells it."""
+    for method in ("lora", "sira"):
+        for _ in range(2):
+            for trial in waiting(small, "intents", method):
+                small.add(trial, run_trial(trial))
+        assert small.best_rate("intents", method) == 8e-3
+        still, learnt = small.tuning("intents", method).values()
+        assert learnt > still + 0.2
+    standings = stand(Results("small", tmp_path / "results"), "intents")
+    assert all(found.estimate.mean > 0.4 and found.estimate.n == 1 for found in standings.values())
+    assert "| sira |" in fill("<!-- table small -->\n<!-- end -->", tmp_path / "results")
+
+
+def invented(trial, gain=0.02):
+    """Accuracies of a method that gains something, with noise that both share by seed."""
+    noise = [0.01, -0.02, 0.03, 0.0, -0.01][trial.seed % 5]
+    own = (0.001 * trial.seed if trial.method == "sira" else 0.0) + (gain if trial.method == "sira" else 0.0)
+    return {"metrics": {"merged": {"accuracy": 0.7 + noise + own}}, "total_seconds": 1.0}
+
+
+def test_differences_are_those_of_a_paired_test(small, tmp_path, monkeypatch):
+    results = make_table(
+        tmp_path, monkeypatch, seeds=5, data=yaml.safe_load((tmp_path / "tables/small.yaml").read_text())["data"]
+    )
+    for method in ("lora", "sira"):
+        for _ in range(2):
+            for trial in waiting(results, "intents", method):
+                results.add(trial, invented(trial))
+    standings = stand(results, "intents")
+    mixture, plain = ([standings[name].scores[seed] for seed in range(5)] for name in ("sira", "lora"))
+    assert standings["sira"].p == pytest.approx(stats.ttest_rel(mixture, plain).pvalue)
+    assert standings["sira"].verdict == "better" and standings["lora"].verdict == ""
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- table small -->\n<!-- end -->\nafter\n")
+    write_page(page, tmp_path / "plots", tmp_path / "results")
+    text = page.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and "▲" in text
+    assert (tmp_path / "plots" / "small.svg").stat().st_size > 1000
+    write_page(page, tmp_path / "plots", tmp_path / "results")
+    assert page.read_text() == text
+
+
+def test_a_queue_goes_on_where_it_was_stopped(small, tmp_path, monkeypatch):
+    made = []
+
+    class Pool:
+        def __init__(self, workers, **settings): ...
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error): ...
+        def submit(self, run, trial):
+            made.append(trial)
+            future = Future()
+            future.set_result(invented(trial))
+            return future
+
+    monkeypatch.setattr(queue, "ProcessPoolExecutor", Pool)
+    queue.work(["small"], workers=2, tuning=True, folder=tmp_path / "results")
+    assert [trial.stage for trial in made] == ["tuning"] * 4
+    queue.work(["small"], workers=2, folder=tmp_path / "results")
+    assert [trial.stage for trial in made[4:]] == ["final"] * 2
+    queue.work(["small"], workers=2, folder=tmp_path / "results")
+    assert len({trial.key for trial in made}) == len(made) == 6
+    # another recipe under the same name counts anew
+    make_table(
+        tmp_path,
+        monkeypatch,
+        train={"steps": 31},
+        data=yaml.safe_load((tmp_path / "tables/small.yaml").read_text())["data"],
+    )
+    queue.work(["small"], workers=2, minutes=0.0, folder=tmp_path / "results")
+    assert len(made) == 6
+    queue.work(["small"], workers=2, tuning=True, folder=tmp_path / "results")
+    assert [trial.stage for trial in made[6:]] == ["tuning"] * 4
+
+
+def test_rows_that_would_be_cut_or_are_ambiguous_are_left_out(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    choice = {"question": "Which one?", "choices": ["a", "b"], "answer": 0}
+    long = {**choice, "question": "word " * 100}
+    write_rows(tmp_path / "rows", "train", [choice, {**choice, "choices": ["a", "a"]}, long, choice])
+    folder = select_rows(str(tmp_path / "rows"), "smollm2-135m-instruct", 64)
+    lines = Path(folder, "train.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line) for line in lines] == [choice, choice]
+    assert select_rows("some/hub-id", "smollm2-135m-instruct", 64) == "some/hub-id"
+
+
+def test_information_is_that_of_scikit_learn():
+    generator = torch.Generator().manual_seed(0)
+    experts = torch.randint(0, 4, (200,), generator=generator)
+    groups = ["code" if expert < 2 else "math" for expert in experts]
+    counts = {"site": torch.nn.functional.one_hot(experts, 4).double()}
+    found = judge_specialisation(counts, groups)
+    assert found["information"] == pytest.approx(mutual_info_score(groups, experts.tolist()))
+    assert found["p"] == 0.001 and found["by_chance"] < 0.05
+    shuffled = [groups[place] for place in torch.randperm(200, generator=generator)]
+    assert judge_specialisation(counts, shuffled)["p"] > 0.01
+    assert judge_specialisation({}, groups) == {"sites": 0}
+
+
+def test_assignments_are_counted_by_row():
+    from peft import get_peft_model
+
+    import mixora
+    from tests.models import tiny_llama
+
+    model = get_peft_model(tiny_llama(), mixora.recipe("sira"))
+    mask = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]])
+    counts = count_by_row(model, [{"input_ids": torch.ones(2, 4, dtype=torch.long), "attention_mask": mask}])
+    assert counts and all(rows.sum(dim=1).tolist() == [16, 8] for rows in counts.values())
