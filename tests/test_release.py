@@ -159,6 +159,8 @@ def test_the_image_is_pinned_and_unprivileged():
     runs = " ".join(instructions("RUN"))
     assert runs.count("pip install") == runs.count("--constraint constraints.txt") == 2
     assert f'"{TORCH}"' in runs and TORCH in lines_of("constraints.txt")
+    named = PROJECT["tool"]["hatch"]["version"]["raw-options"]["dist_name"]
+    assert f"SETUPTOOLS_SCM_PRETEND_VERSION_FOR_{named.upper()}=$VERSION pip install" in runs
     (extras,) = re.findall(r'"\.\[(.*?)\]"', runs)
     assert set(extras.split(",")) <= set(PROJECT["project"]["optional-dependencies"])
     (entry,) = instructions("ENTRYPOINT")
