@@ -72,7 +72,7 @@ docs: $(READY)   ## the documentation site, in site/; warnings are errors
 
 audit: $(READY)  ## known weaknesses of the pinned dependencies (asks the package index), and of our own code
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group audit
-	$(BIN)/ruff check --select S src examples
+	$(BIN)/ruff check src examples
 	$(BIN)/pip-audit --strict --no-deps --disable-pip --requirement constraints.txt
 
 # "" runs the quick start whole, which takes some minutes more
