@@ -1,7 +1,7 @@
 # mixora on a host with an NVIDIA GPU and its container toolkit:
 #
 #   docker build --build-arg VERSION=0.1.0 --tag mixora .
-#   docker run --gpus all --volume "$PWD:/work" --user "$(id -u):$(id -g)" mixora train run.yaml
+#   docker run --gpus all --volume "$PWD:/runs" --user "$(id -u):$(id -g)" mixora train run.yaml
 #
 # Nobody has built it yet: the machine that it was written on has neither Docker nor a GPU. Tests check what it names.
 # torch from the package index brings CUDA's libraries of its own; of the host it needs the driver alone.
@@ -27,7 +27,7 @@ ARG VERSION=0.1.0.dev0
 RUN SETUPTOOLS_SCM_PRETEND_VERSION_FOR_MIXORA=$VERSION pip install --constraint constraints.txt ".[serve,quantised]"
 
 USER mixora
-WORKDIR /work
+WORKDIR /runs
 # `mixora serve` listens at loopback; with --host 0.0.0.0 and a key it is reached at this port
 EXPOSE 8000
 ENTRYPOINT ["mixora"]
