@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup quickstart test coverage fuzz test-matrix works-with lint format docs audit mutants clean
+.PHONY: help setup quickstart test coverage fuzz test-matrix works-with lint format docs audit mutants dist sbom clean
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ -/'
 
@@ -72,8 +72,24 @@ docs: $(READY)   ## the documentation site, in site/; warnings are errors
 
 audit: $(READY)  ## known weaknesses of the pinned dependencies (asks the package index), and of our own code
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group audit
-	$(BIN)/ruff check --select S src examples
+	$(BIN)/ruff check src examples
 	$(BIN)/pip-audit --strict --no-deps --disable-pip --requirement constraints.txt
 
+# "" runs the quick start whole, which takes some minutes more
+QUICKSTART := train.steps=2 evaluate.limit=2 evaluate.max_new_tokens=4
+dist: $(READY)   ## wheel and sdist, in dist/, proved in an empty environment; minutes, and 2 GB in build/
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group release
+	rm -rf dist
+	PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/python -m build --sdist --wheel --outdir dist
+	PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/python -m release.proof $(QUICKSTART)
+
+build/release/environment:  # the one that `dist` proves the wheel in: mixora, what it needs, and nothing else
+	$(MAKE) dist
+
+sbom: $(READY) build/release/environment ## a CycloneDX list of what mixora needs to run, and docs/licences.md; a licence not allowed is an error
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group sbom
+	$(BIN)/cyclonedx-py environment --output-reproducible --output-file build/release/mixora.cdx.json $(lastword $^)/bin/python
+	$(BIN)/python -m release.licences build/release/mixora.cdx.json
+
 clean:           ## remove what the targets made
-	rm -rf $(VENV) runs build
+	rm -rf $(VENV) runs build dist site

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from mixora.training.trainers import Trainer
     from mixora.tuner import MixoraConfig, allocate, plan, recipe
 
-__version__ = "0.1.0"
 __all__ = [
     "Approximation",
     "AuxiliaryLossCallback",
@@ -77,6 +76,8 @@ _LATER = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return import_module("importlib.metadata").version("mixora")
     if name not in _LATER:
         raise AttributeError(f"module 'mixora' has no attribute {name!r}")
     return getattr(import_module(_LATER[name]), name)

@@ -1,7 +1,10 @@
 """The command line. Heavy libraries are imported by the commands that need them, so that help is quick."""
 
+from typing import Annotated
+
 import typer
 
+import mixora
 from mixora.commands.answers import chat
 from mixora.commands.bench import bench
 from mixora.commands.comparison import compare
@@ -80,7 +83,23 @@ Commands that write take --dry-run, and replace nothing without --overwrite.
 Exit codes: 0 done, 1 a fault in mixora, 2 a mistake in what was asked, 130 interrupted.
 """
 
-app = typer.Typer(help=TUTORIAL, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+def _tell_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"mixora {mixora.__version__}")
+        raise typer.Exit
+
+
+def _main_options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="The version.")
+    ] = False,
+) -> None: ...
+
+
+app = typer.Typer(
+    callback=_main_options, help=TUTORIAL, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False
+)
 
 for command in (
     recipes,
