@@ -23,7 +23,7 @@ ORDER = [
     {"merging"},
     {"training"},
     {"comparison", "answering"},
-    {"endpoint"},
+    {"endpoint", "integrations"},
     {"terminal"},
     {"commands"},
     {"cli"},
