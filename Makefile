@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup quickstart test coverage fuzz test-matrix works-with lint format docs audit mutants clean
+.PHONY: help setup quickstart test coverage fuzz test-matrix test-plugins works-with lint format docs audit mutants clean
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ -/'
 
@@ -50,6 +50,18 @@ test-matrix: $(PEFTS:%=build/peft/%)  ## the tests of what PEFT gives, with each
 	for version in $(PEFTS); do echo "PEFT $$version"; \
 	  PYTHONPATH=$(CURDIR)/build/peft/$$version:$(CURDIR)/src OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(MATRIX) || exit; \
 	done
+
+# without dependencies: both ask for older versions of transformers, PEFT and TRL than ours; then what their interfaces import
+PLUGINS := axolotl==0.19.0 addict==2.4.0 posthog==7.91.1 distro==1.9.0 \
+           ms-swift==4.6.0 modelscope==1.40.2 modelscope_hub==0.5.1 cryptography==50.0.2 cffi==2.1.1 pycparser==3.12 \
+           json_repair==0.64.6 einops==0.8.2
+build/plugins/.ready: Makefile | $(READY)
+	rm -rf $(@D)
+	$(BIN)/python -m pip install --quiet --no-deps --target $(@D) $(PLUGINS)
+	@touch $@
+
+test-plugins: build/plugins/.ready  ## the plug-ins over the real interfaces of axolotl and ms-swift, which `make test` has stubs of
+	PYTHONPATH=$(CURDIR)/build/plugins OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/integrations
 
 build/mutation/.ready: pyproject.toml constraints.txt | $(READY)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group mutation

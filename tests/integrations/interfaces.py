@@ -1,14 +1,17 @@
 """The interfaces of axolotl and ms-swift: theirs where they are installed, and stubs of the same shape."""
 
 import importlib
+import re
 import sys
 import warnings
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
 
+GUIDE = Path(__file__).parents[2] / "docs" / "guide" / "axolotl_and_swift.md"
 WHICH = ("stub", "real")
 
 
@@ -23,6 +26,12 @@ class PeftTuner:
     @staticmethod
     def save_pretrained(model, save_directory, state_dict=None, safe_serialization=True, **kwargs):
         model.save_pretrained(save_directory, safe_serialization=safe_serialization, selected_adapters=["default"])
+
+
+def block_of_guide(language):
+    """The only block of that language."""
+    (block,) = re.findall(rf"```{language}\n(.*?)```", GUIDE.read_text(encoding="utf-8"), flags=re.DOTALL)
+    return block
 
 
 def stubs_of(package):

@@ -4,14 +4,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 
 import mixora
 from mixora.errors import ConfigError
 from tests.integrations.adapters import SETTINGS, assert_auxiliary_gradient, logits, make_base
-from tests.integrations.interfaces import WHICH, import_plugin
+from tests.integrations.interfaces import WHICH, block_of_guide, import_plugin
 
 SECTION = {"recipe": "sira", **SETTINGS}
-NAME = "mixora.integrations.axolotl.MixoraPlugin"
+PLUGIN = "mixora.integrations.axolotl.MixoraPlugin"
 
 
 @pytest.fixture(params=WHICH)
@@ -80,6 +81,7 @@ def test_mistakes_are_named(module, cfg, words):
 
 def test_axolotl_itself_registers_checks_and_loads(monkeypatch):
     """Its plug-in manager, its schema and its own function that loads adapters, from the guide's YAML."""
+    monkeypatch.setenv("AXOLOTL_DO_NOT_TRACK", "1")
     import_plugin(monkeypatch, "axolotl", "axolotl", "real")
     from axolotl.integrations.base import PluginManager
     from axolotl.integrations.config import merge_input_args
@@ -87,11 +89,11 @@ def test_axolotl_itself_registers_checks_and_loads(monkeypatch):
     from axolotl.utils.dict import DictDefault
 
     manager = PluginManager.get_instance()
-    manager.register(NAME)
+    manager.register(PLUGIN)
     _, schema = merge_input_args()
-    given = {"base_model": "tiny", "adapter": "mixora", "plugins": [NAME], "mixora": SECTION, "learning_rate": 1e-3}
-    batches = {"micro_batch_size": 1, "gradient_accumulation_steps": 1, "datasets": [{"path": "x", "type": "alpaca"}]}
-    cfg = DictDefault(schema(**given, **batches).model_dump(exclude_none=True))
+    given = yaml.safe_load(block_of_guide("yaml"))
+    cfg = DictDefault(schema(**given).model_dump(exclude_none=True))
     model, config = load_adapter(make_base(), cfg, cfg.adapter)
-    assert config.plan == mixora.plan(make_base(), mixora.recipe("sira", **SETTINGS)).to_list()
+    settings = {name: value for name, value in given["mixora"].items() if name != "recipe"}
+    assert config.plan == mixora.plan(make_base(), mixora.recipe("sira", **settings)).to_list()
     assert [type(c) for c in manager.add_callbacks_pre_trainer(cfg, model)] == [mixora.AuxiliaryLossCallback]

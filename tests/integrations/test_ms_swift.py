@@ -1,5 +1,6 @@
 """The tuner of ms-swift, over its interface where it is installed and over a stub of the same shape."""
 
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 import mixora
 from mixora.errors import ConfigError
 from tests.integrations.adapters import SETTINGS, assert_auxiliary_gradient, logits, make_base
-from tests.integrations.interfaces import WHICH, import_plugin
+from tests.integrations.interfaces import WHICH, block_of_guide, import_plugin
 
 ARGS = SimpleNamespace(callbacks=["mixora"])
 
@@ -66,9 +67,9 @@ def test_ms_swift_itself_reads_the_plugin_file_and_makes_the_adapter(monkeypatch
     from swift.utils.utils import import_external_file
 
     file = tmp_path / "sira_tuner.py"
-    file.write_text('from mixora.integrations.ms_swift import register\n\nregister("sira", num_experts=8, top_k=2)\n')
+    file.write_text(block_of_guide("python"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
     import_external_file(str(file))
-    monkeypatch.syspath_prepend(tmp_path)
     from swift.pipelines.train.tuner import TunerMixin
 
     no_tools = {"use_liger_kernel": False, "use_galore": False, "resume_from_checkpoint": None, "adapters": []}
