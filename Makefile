@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup quickstart test coverage fuzz test-matrix test-plugins works-with lint format docs audit mutants clean
+.PHONY: help setup quickstart test coverage fuzz test-matrix test-plugins notebooks works-with lint format docs audit mutants clean
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ -/'
 
@@ -32,6 +32,10 @@ coverage: $(READY) ## all tests, and the share of the branches of src that they 
 fuzz: $(READY)   ## a hundred thousand bad inputs, guided by coverage; some minutes on one core
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group fuzz
 	$(BIN)/python -m benchmarks.reliability.fuzz
+
+notebooks: $(READY) ## run the notebooks from top to bottom, and tell how long each took
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group notebooks
+	OMP_NUM_THREADS=1 $(BIN)/python examples/notebooks/run.py
 
 works-with: $(READY) ## the tests of what mixora works with; writes their table, docs/guide/works_with.md
 	OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python -m pytest -m works_with -p tests.compatibility.table
