@@ -5,7 +5,8 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup quickstart test coverage fuzz test-matrix works-with lint format docs audit mutants dist sbom clean
+.PHONY: help setup quickstart test coverage fuzz test-matrix test-plugins notebooks works-with lint format docs audit mutants \
+        dist sbom clean
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ -/'
 
@@ -33,12 +34,16 @@ fuzz: $(READY)   ## a hundred thousand bad inputs, guided by coverage; some minu
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group fuzz
 	$(BIN)/python -m benchmarks.reliability.fuzz
 
+notebooks: $(READY) ## run the notebooks from top to bottom, and tell how long each took
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group notebooks
+	OMP_NUM_THREADS=1 $(BIN)/python examples/notebooks/run.py
+
 works-with: $(READY) ## the tests of what mixora works with; writes their table, docs/guide/works_with.md
 	OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python -m pytest -m works_with -p tests.compatibility.table
 
 # the newest of each minor version; `make test` runs everything with the one that is pinned
 PEFTS  := 0.18.1 0.19.1 0.20.0 0.21.2
-MATRIX := tests/behaviours tests/test_tuner.py tests/test_tuner_files.py tests/test_mixture.py tests/test_serial.py tests/test_pesc.py \
+MATRIX := tests/test_tuner.py tests/test_tuner_files.py tests/test_mixture.py tests/test_serial.py tests/test_pesc.py \
           tests/test_adamix.py tests/test_recipes_everywhere.py tests/training/test_foreign_trainers.py \
           tests/merging/test_export.py tests/compatibility/test_peft.py tests/compatibility/test_transformers.py
 build/peft/%: | $(READY)
@@ -50,6 +55,18 @@ test-matrix: $(PEFTS:%=build/peft/%)  ## the tests of what PEFT gives, with each
 	for version in $(PEFTS); do echo "PEFT $$version"; \
 	  PYTHONPATH=$(CURDIR)/build/peft/$$version:$(CURDIR)/src OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(MATRIX) || exit; \
 	done
+
+# without dependencies: both ask for older versions of transformers, PEFT and TRL than ours; then what their interfaces import
+PLUGINS := axolotl==0.19.0 addict==2.4.0 posthog==7.91.1 distro==1.9.0 \
+           ms-swift==4.6.0 modelscope==1.40.2 modelscope_hub==0.5.1 cryptography==50.0.2 cffi==2.1.1 pycparser==3.12 \
+           json_repair==0.64.6 einops==0.8.2
+build/plugins/.ready: Makefile | $(READY)
+	rm -rf $(@D)
+	$(BIN)/python -m pip install --quiet --no-deps --target $(@D) $(PLUGINS)
+	@touch $@
+
+test-plugins: build/plugins/.ready  ## the plug-ins over the real interfaces of axolotl and ms-swift, which `make test` has stubs of
+	PYTHONPATH=$(CURDIR)/build/plugins OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/integrations
 
 build/mutation/.ready: pyproject.toml constraints.txt | $(READY)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group mutation

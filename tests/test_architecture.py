@@ -24,7 +24,7 @@ ORDER = [
     {"merging", "standalone"},
     {"training"},
     {"comparison", "exporting", "answering"},
-    {"endpoint"},
+    {"endpoint", "integrations"},
     {"terminal"},
     {"commands"},
     {"cli"},
