@@ -3,7 +3,7 @@
 #   docker build --build-arg VERSION=0.1.0 --tag mixora .
 #   docker run --gpus all --volume "$PWD:/runs" --user "$(id -u):$(id -g)" mixora train run.yaml
 #
-# Nobody has built it yet: the machine that it was written on has neither Docker nor a GPU. Tests check what it names.
+# Nobody has built it yet; tests check what it names.
 # torch from the package index brings CUDA's libraries of its own; of the host it needs the driver alone.
 FROM nvidia/cuda:13.0.1-runtime-ubuntu24.04
 

@@ -25,7 +25,7 @@ quickstart: $(READY)  ## fine-tune a real language model, evaluate, generate, sa
 test: $(READY)   ## all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal  # a thread for each of the two
 
-coverage: $(READY) ## all tests, and the share of the branches of src that they take; twice as long as `make test`
+coverage: $(READY) ## all tests, and the share of the branches of src that they take; half as long again as `make test`
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group coverage
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --cov --cov-report=json:build/coverage/report.json \
 	  --cov-report=term:skip-covered --cov-fail-under=95
