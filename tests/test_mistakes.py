@@ -285,19 +285,14 @@ def test_what_the_file_system_refuses():
 def without_coverage():
     """What measures coverage would write more than the limit too, and Python its compiled files."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE_PROCESS")}
-    return {**kept, "PYTHONDONTWRITEBYTECODE": "1"}
+    return kept | {"PYTHONDONTWRITEBYTECODE": "1"}
 
 
 def test_a_full_disk_is_one_message(place, tmp_path):
     """As far as it can be had without a disk: files may not exceed 2000 bytes."""
     program = "import mixora_command; mixora_command.main()"
-    done = subprocess.run(
-        [sys.executable, "-c", program, "craft", "--model", place / "base", "--out", tmp_path / "out"],
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000)),
-        env=without_coverage(),
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    command = [sys.executable, "-c", program, "craft", "--model", place / "base", "--out", tmp_path / "out"]
+    limits = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000)), "timeout": 120}
+    done = subprocess.run(command, env=without_coverage(), capture_output=True, text=True, **limits)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "File too large; valid: a file system that takes larger files" in " ".join(done.stderr.split())
