@@ -95,7 +95,7 @@ def table():
     lines = [line for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("|")]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     head, _, *rows = cells[: 2 + len(recipe_names())]
-    return {row[0].strip("`"): dict(zip(head[1:-1], row[1:], strict=False)) for row in rows}
+    return {row[0].strip("`"): dict(zip(head[1:], row[1:], strict=True)) for row in rows}
 
 
 def test_the_table_has_every_recipe():
