@@ -62,7 +62,7 @@ def _score_lines(results: Results, known: Found, others: Found) -> Iterator[str]
     yield _row("method", "parameters: trained, active", *(head for head, _, _ in columns))
     yield _row("---", *("---:" for _ in range(1 + len(columns))))
     for name in dict.fromkeys(name for standings in known.values() for name in standings):
-        cells = [_cell(standings.get(name), table.metrics[data]) for _, data, standings in columns]
+        cells = [_cell(table, data, standings.get(name)) for _, data, standings in columns]
         yield _row(name, _count(results, next(iter(known)), name.split(",")[0]), *cells)
 
 
@@ -70,10 +70,13 @@ def _name_metric(table: Table, data: str) -> str:
     return table.metrics[data].replace("_", " ")
 
 
-def _cell(standing: Standing | None, metric: str) -> str:
+def _cell(table: Table, data: str, standing: Standing | None) -> str:
     if standing is None:
         return NOTHING
-    return format_estimate(standing.estimate, metric) + SIGNS[standing.verdict]
+    # a mean over the seeds that did not come apart is no mean over all
+    count, seeds = standing.estimate.n, len(table.seed_list)
+    left_out = f" ({count} of {seeds} seeds)" if count < seeds else ""
+    return format_estimate(standing.estimate, table.metrics[data]) + SIGNS[standing.verdict] + left_out
 
 
 def _count(results: Results, data: str, method: str) -> str:

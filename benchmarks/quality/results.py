@@ -1,6 +1,5 @@
 """Results of trials: a line of JSON each, in `results/TABLE.jsonl`, added as they come and kept in the repository."""
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -24,7 +23,7 @@ class Results:
 
     def of(self, trial: Trial) -> Found | None:
         """What `trial` gave; None while it was not made."""
-        return self._by_digest.get(digest(trial))
+        return self._by_digest.get(trial.digest)
 
     def lines(self) -> list[Found]:
         """All results that count."""
@@ -34,7 +33,7 @@ class Results:
     def add(self, trial: Trial, found: Found) -> None:
         """Keep what a trial gave."""
         names = dict(zip(("table", "data", "method", "stage", "rate", "seed"), trial.key, strict=True))
-        line = {**names, "digest": digest(trial), **found}
+        line = {**names, "digest": trial.digest, **found}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
@@ -68,12 +67,6 @@ class Results:
             return None
         (of_way,) = line["metrics"].values()
         return float(of_way[read_table(self.name).metrics[data]])
-
-
-def digest(trial: Trial) -> str:
-    """Stands for all settings of a trial."""
-    text = json.dumps([trial.stage, trial.settings()], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def waiting(results: Results, data: str, method: str) -> Iterator[Trial]:

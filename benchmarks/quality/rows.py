@@ -16,12 +16,13 @@ Row = dict[str, Any]
 
 @cache
 def select_rows(source: str, base: str, length: int) -> str:
-    """A folder with the rows of the folder `source` that fit, split by split; hub ids are given back as they are.
+    """A folder with the rows of the folder `source` that fit, split by split.
 
-    A row of a language model fits with its prompt, its answer and what the chat template adds.
+    A row fits with its prompt, its answer and what the chat template adds. Hub ids, and rows with a label, which no
+    cut can take, are given back as they are.
     """
     folder = Path(source)
-    if not folder.is_dir():
+    if not folder.is_dir() or _is_labelled(folder):
         return source
     out = FOLDER / f"{folder.name}-{Path(base).name}-{length}"
     for split in splits_of(source):
@@ -31,6 +32,11 @@ def select_rows(source: str, base: str, length: int) -> str:
                 _write(target, [row for row in map(json.loads, lines) if not _is_ambiguous(row)])
             _write(target, _fitting(target, base, length))
     return str(out)
+
+
+def _is_labelled(folder: Path) -> bool:
+    with (folder / "train.jsonl").open(encoding="utf-8") as lines:
+        return "label" in json.loads(next(lines))
 
 
 def _is_ambiguous(row: Row) -> bool:

@@ -3,9 +3,11 @@
 Written as `tables/NAME.yaml`, in the words of `mixora compare`, which counts and matches the parameters.
 """
 
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,8 +24,6 @@ from mixora.training.material import read_task
 from mixora.training.run_config import DataSection, EvaluateSection, RunConfig, TrainSection
 
 TABLES = Path(__file__).parent / "tables"
-
-ENCODERS = ("minilm-l6",)
 
 Way = Served | Literal["soup"]
 Rates = Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)]
@@ -91,13 +91,15 @@ class Trial:
         """What tells it from all others."""
         return (self.table, self.data, self.method, self.stage, self.rate, self.seed)
 
-    def settings(self) -> dict[str, Any]:
-        """All that its result depends on, beside the code."""
+    @cached_property
+    def digest(self) -> str:
+        """Stands for all settings that its result depends on, beside the code."""
         tree: dict[str, Any] = self.config.model_dump(mode="json", exclude={"out", "title"}, exclude_defaults=True)
         # a recipe's numbers may change under its name
         method = self.config.adapter.build().method.model_dump(mode="json", exclude_defaults=True)
         looks = {"served_by": list(self.served_by), "also": self.also, "group_by": self.group_by}
-        return {**tree, "method": method, **looks}
+        text = json.dumps([self.stage, {**tree, "method": method, **looks}], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def table_names() -> list[str]:
@@ -118,10 +120,10 @@ def read_table(name: str) -> Table:
 
 @cache
 def data_of(name: str, data: str) -> DataSection:
-    """A data set of the table; for language models only the rows that its `max_length` leaves whole."""
+    """A data set of the table; where answers are written or chosen, only rows that its `max_length` leaves whole."""
     table = read_table(name)
     section = table.data[data]
-    if table.model.base in ENCODERS or section.source is None:
+    if section.source is None:
         return section
     return section.model_copy(update={"source": select_rows(section.source, table.model.base, section.max_length)})
 
@@ -135,12 +137,14 @@ def match_table(name: str, data: str) -> Mapping[str, Matched]:
     return match_methods(sketch_base(table.model.base, task=task, dtype=table.model.dtype), table)
 
 
+@cache
 def tuning_trials(name: str, data: str, method: str) -> list[Trial]:
     """One for each learning rate, on validation rows."""
     table = read_table(name)
     return [_make(name, data, method, "tuning", rate, table.tuning_seed) for rate in table.learning_rates]
 
 
+@cache
 def final_trials(name: str, data: str, method: str, rate: float) -> list[Trial]:
     """One for each seed, with the rate that tuning chose."""
     return [_make(name, data, method, "final", rate, seed) for seed in read_table(name).seed_list]

@@ -53,7 +53,7 @@ def make_table(folder, monkeypatch, **changes):
     (folder / "tables").mkdir(exist_ok=True)
     (folder / "tables" / "small.yaml").write_text(yaml.safe_dump({**SMALL, **changes}))
     monkeypatch.setattr(table, "TABLES", folder / "tables")
-    for known in (table.read_table, table.data_of, table.match_table):
+    for known in (table.read_table, table.data_of, table.match_table, table.tuning_trials, table.final_trials):
         known.cache_clear()
     return Results("small", folder / "results")
 
@@ -113,7 +113,10 @@ def test_differences_are_those_of_a_paired_test(small, tmp_path, monkeypatch):
     assert text.startswith("before\n") and text.endswith("after\n") and "▲" in text
     assert (tmp_path / "plots" / "small.svg").stat().st_size > 1000
     write_page(page, tmp_path / "plots", tmp_path / "results")
-    assert page.read_text() == text
+    assert page.read_text() == text and "seeds)" not in text
+    last = table.final_trials("small", "intents", "sira", results.best_rate("intents", "sira"))[-1]
+    results.add(last, {"failed": "nan", "total_seconds": 1.0})
+    assert "(4 of 5 seeds)" in fill(text, tmp_path / "results")
 
 
 def test_a_queue_goes_on_where_it_was_stopped(small, tmp_path, monkeypatch):
@@ -159,6 +162,8 @@ def test_rows_that_would_be_cut_or_are_ambiguous_are_left_out(tmp_path, monkeypa
     folder = select_rows(str(tmp_path / "rows"), "smollm2-135m-instruct", 64)
     lines = Path(folder, "train.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line) for line in lines] == [choice, choice]
+    write_rows(tmp_path / "labelled", "train", [{"text": "word " * 100, "label": 0}])
+    assert select_rows(str(tmp_path / "labelled"), "minilm-l6", 8) == str(tmp_path / "labelled")
     assert select_rows("some/hub-id", "smollm2-135m-instruct", 64) == "some/hub-id"
 
 
