@@ -71,6 +71,11 @@ def chat(
     talk = Conversation(roster, first, Sampling(max_new_tokens, temperature, top_p, seed))
     if sys.stdin.isatty():
         Console().print(f"{first.name} on {roster.base_name}; /help lists the commands", style="dim", highlight=False)
+    _converse(talk)
+
+
+def _converse(talk: "Conversation") -> None:
+    """Take lines until one says that it is over."""
     for line in _read_lines(talk):
         if line == "/quit":
             return
