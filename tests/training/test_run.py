@@ -9,8 +9,9 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 import mixora
+from mixora.config import read_yaml
 from mixora.diagnostics.record import read_record
-from mixora.errors import CheckpointError, ConfigError, DataError
+from mixora.errors import CheckpointError, ConfigError, DataError, ModelError
 from mixora.folders import MARK, check_folder, claim_folder
 from mixora.training.material import make_training_set, read_material
 from mixora.training.progress import Progress
@@ -111,6 +112,21 @@ def test_sensitivity_looks_at_as_many_batches_as_asked(bases, data, tmp_path, mo
     first, _ = build(material, training_set, config, quiet())
     assert looked == [4, 4, 4]
     assert build(material, training_set, config, quiet())[0].allocation == first.allocation
+
+
+def test_the_way_to_compute_attention_may_be_chosen_and_is_recorded(bases, data, tmp_path):
+    scores = {}
+    for name in ("sdpa", "eager"):
+        tree = settings(bases / "llama", data / "commands", tmp_path / name)
+        tree["model"]["attn_implementation"] = name
+        _, record = run(tree)
+        scores[name] = record.after["loss"]
+        config = read_run(read_yaml(tmp_path / name / "run.yaml"))
+        assert read_material(config, to_train=False).model.config._attn_implementation == name
+    assert scores["eager"] == pytest.approx(scores["sdpa"], rel=1e-3)
+    tree["model"]["attn_implementation"] = "eger"
+    with pytest.raises(ModelError, match="eger"):
+        read_material(read_run(tree))
 
 
 def test_same_seed_same_run(bases, data, tmp_path):

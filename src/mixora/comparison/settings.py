@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from mixora.config import Strict, did_you_mean, parse
 from mixora.errors import ConfigError
@@ -30,7 +30,6 @@ class MethodEntry(AdapterSection):
     @model_validator(mode="before")
     @classmethod
     def _name_by_recipe(cls, value: Any) -> Any:
-        value = {"recipe": value} if isinstance(value, str) else value
         return {"name": value.get("recipe"), **value} if isinstance(value, Mapping) else value
 
     def adapter(self, **changes: Any) -> AdapterSection:
@@ -54,13 +53,15 @@ class Match(Strict):
 class Comparison(Strict):
     """All of it. `out` is the folder of the runs and the results.
 
-    `data`: sections of a run by name; one section alone is named after its source. `seeds`: a list, or how many,
-    from 0. `match`: null leaves every method as it is given. `metric`: by which methods are told apart; `loss` if it
-    is measured, else the first one that is.
+    `data`: sections of a run by name; one section alone is named after its source. `adapter`: overrides that all
+    methods take, where they do not say otherwise themselves. `seeds`: a list, or how many, from 0. `match`: null leaves
+    every method as it is given. `metric`: by which methods are told apart; `loss` if it is measured, else the first one
+    that is.
     """
 
     model: ModelSection
     data: Annotated[dict[Name, DataSection], Field(min_length=1)]
+    adapter: dict[str, Any] = {}
     methods: tuple[MethodEntry, ...]
     seeds: Seeds | Annotated[tuple[Annotated[int, Field(ge=0, lt=2**32)], ...], Field(min_length=1)] = 3
     match: Match | None = Match()
@@ -69,6 +70,15 @@ class Comparison(Strict):
     metric: str | None = None
     out: Annotated[str, Field(min_length=1)] = "runs/comparison"
     title: str = "Comparison"
+
+    @field_validator("methods", mode="before")
+    @classmethod
+    def _share_overrides(cls, methods: Any, known: ValidationInfo) -> Any:
+        shared = known.data.get("adapter", {})
+        if not isinstance(methods, list | tuple):
+            return methods
+        spelt = ({"recipe": method} if isinstance(method, str) else method for method in methods)
+        return tuple({**shared, **method} if isinstance(method, Mapping) else method for method in spelt)
 
     @field_validator("methods")
     @classmethod

@@ -87,12 +87,12 @@ def read_material(config: RunConfig, to_train: bool = True, with_weights: bool =
     """
     tasks, rows = _read_tasks(config, to_train)
     is_labelled = FORMS[rows.form].labelled
-    base, dtype = config.model.base, config.model.dtype
+    base, dtype, attention = config.model.base, config.model.dtype, config.model.attn_implementation
     base_config = read_base_config(base)
     task = _choose_task(config, is_labelled, bool(base_config.is_encoder_decoder))
     outputs = len(rows.labels or (0,)) if task == "sequence-classification" else None
     if with_weights:
-        model, tokenizer = load_base(base, task=task, num_labels=outputs, dtype=dtype)
+        model, tokenizer = load_base(base, task=task, num_labels=outputs, dtype=dtype, attn_implementation=attention)
     else:
         model, tokenizer = sketch_base(base, task=task, dtype=dtype), read_tokenizer(base)
     kind: ModelKind = "encoder-decoder" if base_config.is_encoder_decoder else _kind_of(model, task)

@@ -16,10 +16,15 @@ from mixora.tuner import MixoraConfig, recipe
 
 
 class ModelSection(Strict):
-    """`base`: a folder, GGUF file, hub id or short name. `task`: `auto` follows from the data and the base."""
+    """`base`: a folder, GGUF file, hub id or short name. `task`: `auto` follows from the data and the base.
+
+    `attn_implementation`: the name that transformers knows it by (`sdpa`, `eager`, `flash_attention_2`, ...), or None
+    for its own choice.
+    """
 
     base: str
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    attn_implementation: str | None = None
     task: Literal["auto", "causal-lm", "sequence-classification", "seq2seq-lm"] = "auto"
 
 
