@@ -6,7 +6,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import mixora
 from mixora.errors import ConfigError
-from tests.models import OneLinear, adapt, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
+from tests.models import OneLinear, adapt, tiny_bert, tiny_bert_classifier, tiny_gpt2, tiny_llama, tiny_t5
 
 SMALL = {"num_experts": 4, "top_k": 2, "rank": 2}
 
@@ -208,3 +208,18 @@ def test_planning_changes_neither_model_nor_config():
     assert config.to_dict() == before
     assert config.plan is None
     assert not model._forward_pre_hooks
+
+
+def test_a_pooler_that_nobody_trained_is_noted_for_classifiers():
+    model = tiny_bert_classifier()
+    config = mixora.recipe("sira", task_type="SEQ_CLS")
+    (note,) = mixora.plan(model, config).notes
+    assert note.startswith("bert.pooler.dense: frozen") and "modules_to_save: [pooler]" in note
+    assert not mixora.plan(model, mixora.recipe("sira", task_type="SEQ_CLS", modules_to_save=["pooler"])).notes
+    assert not mixora.plan(
+        model, mixora.recipe("sira", task_type="SEQ_CLS", targets=["all-linear", "pooler.dense"])
+    ).notes
+    assert not mixora.plan(model, mixora.recipe("sira")).notes
+    with torch.no_grad():
+        model.bert.pooler.dense.bias[0] = 1e-3
+    assert not mixora.plan(model, config).notes

@@ -1,13 +1,17 @@
 """What an adapter must be before it is made on a model: of a name that can be kept, apart from others, not too big."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from torch import nn
 
 from mixora.errors import ConfigError
 from mixora.mixture import PREFIX
 from mixora.plan import Plan
+from mixora.sites import is_repeated
+
+# what PEFT trains whole with `task_type="SEQ_CLS"`
+_HEADS = ("classifier", "score")
 
 
 def check_name(name: str, model: nn.Module) -> None:
@@ -46,3 +50,18 @@ def check_room(model: nn.Module, plan: Plan) -> None:
             f"the adapter takes {needed / 2**30:,.0f} GiB, and this machine has {there / 2**30:,.0f} GiB of memory; "
             "valid: fewer experts or a lower rank"
         )
+
+
+def remark_untrained(model: nn.Module, plan: Plan, saved: Iterable[str]) -> Iterator[str]:
+    """A note for each frozen linear before a classifier's head that nobody trained, as a bias of zeros tells.
+
+    Sentence encoders carry such a pooler, since they average their tokens; a head that has to learn through its random
+    projection learns little. `saved`: the names in `modules_to_save`.
+    """
+    sites, trained = {site.path for site in plan.sites}, {*_HEADS, *saved}
+    for path, module in model.named_modules():
+        bias = module.bias if isinstance(module, nn.Linear) else None
+        is_looked_at = not (bias is None or bias.is_meta or is_repeated(path) or path in sites)
+        if is_looked_at and trained.isdisjoint(path.split(".")) and not bias.any():
+            name = path.removesuffix(".dense").rpartition(".")[2]
+            yield f"{path}: frozen, and its bias of zeros looks never trained; modules_to_save: [{name}] trains it"

@@ -40,6 +40,11 @@ _CROSS_ATTENTION = re.compile(
 )
 
 
+def is_repeated(path: str) -> bool:
+    """Whether a module is part of one of the repeated blocks."""
+    return re.search(r"\.\d+\.", path) is not None
+
+
 @dataclass(frozen=True)
 class Linear:
     """A linear module: its path without wrappers, its widths, the tokens it reads, whether those may see later ones."""
@@ -53,7 +58,7 @@ class Linear:
     @property
     def group(self) -> str | None:
         """`attention`, `feed-forward`, or None outside of the repeated blocks."""
-        if not re.search(r"\.\d+\.", self.path):
+        if not is_repeated(self.path):
             return None
         return "attention" if re.search(r"attn|attention", self.path, re.IGNORECASE) else "feed-forward"
 

@@ -2,14 +2,14 @@
 
 import copy
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from peft import PeftConfig
 from torch import nn
 
 from mixora import entrances, host, keys
-from mixora.admission import check_name, check_room, check_saved_modules
+from mixora.admission import check_name, check_room, check_saved_modules, remark_untrained
 from mixora.allocation import Batches, Report, choose_ranks, is_settled
 from mixora.assembly import make_plan, parts_of
 from mixora.config import did_you_mean, override, parse
@@ -81,7 +81,9 @@ def plan(model: nn.Module, config: MixoraConfig) -> Plan:
 
     A budget that is not allocated yet is allocated for this plan. Raises `ConfigError` where the two do not fit.
     """
-    return make_plan(model, allocate(model, config).method)
+    found = make_plan(model, allocate(model, config).method)
+    untrained = remark_untrained(model, found, config.modules_to_save or ()) if config.task_type == "SEQ_CLS" else ()
+    return replace(found, notes=(*found.notes, *untrained))
 
 
 def allocate(
