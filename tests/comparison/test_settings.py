@@ -55,5 +55,5 @@ def test_all_methods_share_overrides_and_may_say_otherwise():
     lora, sira = (method.adapter().build() for method in read_comparison({**TREE, **changes}).methods)
     assert lora.modules_to_save == sira.modules_to_save == ["pooler"]
     assert [method.rules["attention"]["expert"]["rank"] for method in (lora, sira)] == [6, 2]
-    with pytest.raises(ConfigError, match="lora: rnk: .* did you mean 'rank'"):
+    with pytest.raises(ConfigError, match=r"lora: rnk: .* did you mean 'rank'"):
         read_comparison({**TREE, "adapter": {"rnk": 6}})
