@@ -7,6 +7,8 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from benchmarks.plotting import COLOURS, MARKERS, make_figure
+from benchmarks.quality.costs import read_costs
+from benchmarks.quality.front import draw_front
 from benchmarks.quality.results import RESULTS, Results, is_complete
 from benchmarks.quality.standings import Standing, stand
 from benchmarks.quality.table import Table, match_table, read_table, table_names
@@ -31,6 +33,8 @@ def write_page(page: Path = PAGE, plots: Path = PLOTS, folder: Path = RESULTS) -
         is_shown = name in (found for _, found, _ in MARKED.findall(text))
         if is_shown and any(is_complete(results, data) for data in read_table(name).data):
             draw_differences(results).savefig(plots / f"{name}.svg")
+            if costs := read_costs(name, folder):
+                draw_front(results, costs).savefig(plots / f"{name}-front.svg")
 
 
 def fill(text: str, folder: Path = RESULTS) -> str:

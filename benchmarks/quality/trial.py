@@ -1,6 +1,5 @@
 """One trial: train, measure, and tell what came out as plain numbers. Writes nothing that stays."""
 
-import resource
 import tempfile
 import time
 from datetime import date
@@ -25,7 +24,7 @@ from mixora.training.run_config import RunConfig
 
 
 def run_trial(trial: Trial) -> dict[str, Any]:
-    """Metrics by way of serving, seconds and tokens of training, peak memory of the process, parameters.
+    """Metrics by way of serving, seconds and tokens of training, parameters.
 
     A training whose numbers went wrong gives `failed`, with the reason, in place of all that.
     """
@@ -61,7 +60,6 @@ def _run(trial: Trial) -> dict[str, Any]:
             "tokens": trainer.state.num_input_tokens_seen,
             "seconds": round(seconds, 2),
             "cpu_seconds": round(busy, 2),
-            "peak_mebibytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10,
         }
         if trial.group_by:
             found["specialisation"] = _look_for_specialists(model, examples, config, trial.group_by)

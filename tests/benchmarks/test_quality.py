@@ -7,10 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy import stats
 from sklearn.metrics import mutual_info_score
 
 from benchmarks.quality import queue, table
+from benchmarks.quality.costs import measure_costs
+from benchmarks.quality.front import find_front
 from benchmarks.quality.page import fill, write_page
 from benchmarks.quality.results import Results, waiting
 from benchmarks.quality.rows import select_rows
@@ -84,7 +88,24 @@ def test_a_small_table_shows_what_it_must(small, tmp_path):
         assert learnt > still + 0.2
     standings = stand(Results("small", tmp_path / "results"), "intents")
     assert all(found.estimate.mean > 0.4 and found.estimate.n == 1 for found in standings.values())
-    assert "| sira |" in fill("<!-- table small -->\n<!-- end -->", tmp_path / "results")
+    page = tmp_path / "page.md"
+    page.write_text("<!-- table small -->\n<!-- end -->")
+    (costs,) = json.loads(measure_costs("small", 2, tmp_path / "results").read_text())["rows"][:1]
+    assert costs["method"] == "lora" and costs["ratio"] == costs["memory_ratio"] == 1.0
+    write_page(page, tmp_path / "plots", tmp_path / "results")
+    assert "| sira |" in page.read_text()
+    assert {path.name for path in (tmp_path / "plots").iterdir()} == {"small.svg", "small-front.svg"}
+
+
+@given(st.dictionaries(st.text(), st.tuples(st.floats(0, 9), st.floats(0, 9)), min_size=1))
+def test_nothing_beats_what_is_in_front_and_all_else_is_beaten(points):
+    front = find_front(points)
+    for name, (cost, gain) in points.items():
+        beaten = any(
+            points[one][0] <= cost and points[one][1] >= gain and points[one] != (cost, gain) for one in points
+        )
+        assert not (name in front and beaten)
+        assert name in front or any(points[one][0] <= cost and points[one][1] >= gain for one in front)
 
 
 def invented(trial, gain=0.02):
