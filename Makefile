@@ -84,8 +84,9 @@ format: $(READY) ## rewrite files the way `lint` wants them
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-docs: $(READY)   ## the documentation site, in site/; warnings are errors
+docs: $(READY)   ## the documentation site, in site/; warnings are errors, and its search has to find things
 	$(BIN)/mkdocs build --strict --quiet
+	$(BIN)/python -m tests.documentation.search site
 
 audit: $(READY)  ## known weaknesses of the pinned dependencies (asks the package index), and of our own code
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group audit

@@ -55,9 +55,3 @@ def test_the_recipe_table_lists_every_recipe():
 
     table = (ROOT / "README.md").read_text(encoding="utf-8").split("## Recipes")[1].split("##")[0]
     assert sorted(re.findall(r"^\| `([\w-]+)`", table, flags=re.MULTILINE)) == list(recipe_names())
-
-
-def test_the_python_of_the_documentation_is_python():
-    for path in sorted((ROOT / "docs").rglob("*.md")):
-        for block in python_blocks(path):
-            compile(block, str(path), "exec")

@@ -78,12 +78,13 @@ class Expert(ABC):
     `reads`: whether x is the frozen module's `input` (experts stand beside a linear module) or its `output` (they
     stand behind a module of any kind, in series). Routers read the input in both cases. `spans_ffn`: an expert goes
     through all linears of a feed-forward part, with the model's own non-linearity inside and one router for all.
-    `joins`: an expert is B_e A_e x, with A and B among its parameters and `dropout` in its configuration.
+    `joins`: an expert is B_e A_e x, with A and B among its parameters and `dropout` in its configuration. `one_rank`:
+    the experts of a site cannot differ in rank. `Config`: the model of its settings.
     """
 
     Config: ClassVar[type[Strict]]
     reads: ClassVar[Literal["input", "output"]] = "input"
-    one_rank: ClassVar[bool] = False  # the experts of a site cannot differ in rank
+    one_rank: ClassVar[bool] = False
     spans_ffn: ClassVar[bool] = False
     joins: ClassVar[bool] = False
 
@@ -127,11 +128,12 @@ class Router(ABC):
 
     A router that `joins` decides by products of x with rows of its own, or without looking at x. One that `draws`
     chooses one expert for all tokens of a pass, by the draw in `Tokens`; its experts' tensors stand apart, so that an
-    optimiser leaves those alone that no pass of its step has used.
+    optimiser leaves those alone that no pass of its step has used. One that `is_static` gives the same weights for
+    every input in evaluation, so its experts can be merged. `Config`: the model of its settings.
     """
 
     Config: ClassVar[type[Strict]]
-    is_static: ClassVar[bool] = False  # the same weights for every input in evaluation: the experts can be merged
+    is_static: ClassVar[bool] = False
     draws: ClassVar[bool] = False
     joins: ClassVar[bool] = False
 
@@ -141,7 +143,7 @@ class Router(ABC):
     @property
     @abstractmethod
     def num_experts(self) -> int:
-        """E."""
+        """E, the number of experts of a site."""
 
     @property
     @abstractmethod
@@ -189,7 +191,7 @@ def kept_shapes(expert: Expert, router: Router, shape: Shape) -> dict[str, tuple
 
 
 class Loss(ABC):
-    """An auxiliary loss."""
+    """An auxiliary loss. `Config`: the model of its settings, its coefficient among them."""
 
     Config: ClassVar[type[Strict]]
 
@@ -249,10 +251,13 @@ class Evidence:
 
 
 class Allocator(ABC):
-    """Says which sites deserve how much of a budget; `mixora.allocation` turns that into experts and ranks."""
+    """Says which sites deserve how much of a budget; `mixora.allocation` turns that into experts and ranks.
+
+    `expert_power`: exponent of a site's weight by which its number of experts follows; 0 leaves the rules' numbers.
+    `Config`: the model of its settings.
+    """
 
     Config: ClassVar[type[Strict]]
-    # exponent of a site's weight by which its number of experts follows; 0 leaves the rules' numbers
     expert_power: float = 0.0
 
     def __init__(self, config: Any) -> None:

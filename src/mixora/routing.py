@@ -16,7 +16,7 @@ from mixora.draws import MEAN, Draw
 class Tokens:
     """Which of T tokens are real, and which routing group (sequence) each belongs to.
 
-    valid_T: bool [T], False on padding. group_T: int64 [T], equal for the tokens of one sequence, in [0, T).
+    `valid_T`: bool [T], False on padding. `group_T`: int64 [T], equal for the tokens of one sequence, in [0, T).
     `observed` is True while a trace is open: routers then also work out what capacity would admit. `draw`: the route of
     the pass at this site, for routers that choose one for all tokens.
     """
@@ -36,11 +36,11 @@ class Tokens:
 class Routing:
     """The choice of experts for T tokens; shapes are static, so a slot that is not used has weight 0.
 
-    experts_TK: int64, the K distinct experts of each token. weights_TK: float, 0 where the slot was dropped or the
-    token is padding. assigned_TK: bool, slots the router chose (before capacity); padding is never assigned.
-    admitted_TK: bool, those of them that the capacity limit lets in. logits_TE and probs_TE: fp32 router outputs, None
-    for routers without any; columns of null experts follow those of the E experts. valid_T: bool, real tokens.
-    null_slots_T: int64, how many choices of a token fell on null experts; None for routers without any. `is_soft`:
+    `experts_TK`: int64, the K distinct experts of each token. `weights_TK`: float, 0 where the slot was dropped or the
+    token is padding. `assigned_TK`: bool, slots the router chose (before capacity); padding is never assigned.
+    `admitted_TK`: bool, those of them that the capacity limit lets in. `logits_TE` and `probs_TE`: fp32 router outputs,
+    None for routers without any; columns of null experts follow those of the E experts. `valid_T`: bool, real tokens.
+    `null_slots_T`: int64, how many choices of a token fell on null experts; None for routers without any. `is_soft`:
     every token uses every expert, so that weights, not choices, tell the load.
     """
 

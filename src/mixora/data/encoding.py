@@ -61,11 +61,12 @@ def encode(
     """Encode `rows` for training or for measuring the loss.
 
     Columns, each a list of int per row unless said otherwise:
-        decoder: `input_ids`, `labels` (-100 where nothing is learned: prompts, and the first token, which nothing
-            precedes), and with packing `position_ids`, which restart at 0 at each row of the bin.
-        encoder-decoder: `input_ids` (the prompt), `labels` (the answer, ending with EOS).
-        classification and pair rows: `input_ids`, `token_type_ids` for encoders that use them, `labels` (an int, or a
-            float where the rows have no classes).
+
+    - decoder: `input_ids`, `labels` (-100 where nothing is learned: prompts, and the first token, which nothing
+      precedes), and with packing `position_ids`, which restart at 0 at each row of the bin.
+    - encoder-decoder: `input_ids` (the prompt), `labels` (the answer, ending with EOS).
+    - classification and pair rows: `input_ids`, `token_type_ids` for encoders that use them, `labels` (an int, or a
+      float where the rows have no classes).
 
     A row over `max_length` loses the start of its prompt first (BOS stays, or the last token where there is none),
     then the end of its answer; such rows are counted and logged. Text and classification rows lose their end.

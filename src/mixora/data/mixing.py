@@ -75,7 +75,9 @@ def mix(
 
     Args:
         tasks: the rows of each task. Columns that only some have are None in the others.
-        temperature, limit, weights: see `share_out`.
+        temperature: see `share_out`.
+        limit: see `share_out`.
+        weights: see `share_out`.
         rows: how many to draw; an epoch if not given.
         seed: of the draws.
 

@@ -18,9 +18,9 @@ Message = Mapping[str, str]
 class EncodingConfig(Strict):
     """How rows become token ids.
 
-    max_length: most tokens of a row, and of a bin when packing. packing: put several rows into one bin (decoders).
-    prompt_format: the tokenizer's chat template, plain `prompt + newline + completion`, or the first if it exists.
-    train_on: the answers only, or every token.
+    `max_length`: most tokens of a row, and of a bin when packing. `packing`: put several rows into one bin (decoders).
+    `prompt_format`: the tokenizer's chat template, plain `prompt + newline + completion`, or the first if it exists.
+    `train_on`: the answers only, or every token.
     """
 
     max_length: Annotated[int, Field(ge=2, le=2**31 - 1)] = 512

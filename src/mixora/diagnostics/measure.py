@@ -54,7 +54,7 @@ def load_by_group(model: nn.Module, batches: Mapping[str, Iterable[Mapping[str, 
     """How the load of the experts differs between groups of rows (domains, tasks, languages).
 
     `batches` holds the batches of each group. Returns `groups` (their names), `sites` (paths of the routed sites) and
-    `load`, nested lists [site][group][expert] of shares that sum to 1 over the experts.
+    `load`, nested lists `[site][group][expert]` of shares that sum to 1 over the experts.
     """
     measured = {group: inspect(model, of_group) for group, of_group in batches.items()}
     routed = [site["path"] for site in next(iter(measured.values())) if site["num_experts"] > 1]

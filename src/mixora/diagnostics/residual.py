@@ -27,8 +27,10 @@ Batch = Mapping[str, Tensor]
 
 
 def residual_energy(model: nn.Module, batches: Batch | Iterable[Batch]) -> list[dict[str, Any]]:
-    """The share of each expert's G_i (see above) that lies beyond its rank, for experts behind modules (PESC, AdaMix).
+    """The share of each expert's first step that lies beyond its rank, for experts behind modules (PESC, AdaMix).
 
+    Expert i takes that step along `G_i = sum_t w_ti s g_t f(x_t)^T`, [d, d], over its real tokens t of weight w_ti:
+    g_t is the gradient of the loss at the site's output, f(x_t) the output of the frozen module, s the scale.
     `batches` (or one batch): what the model's forward takes, labels included; G_i is summed over them, with the task's
     loss of each as it is, in evaluation mode. Returns a list with a dictionary per site and active adapter: `path`,
     `adapter`, and for each expert `ranks`, `tokens` (real tokens with weight) and `beyond_rank`: 0 where rank R holds

@@ -31,7 +31,7 @@ class _WithLogits(trl.SFTTrainer):
 
 
 class SFTTrainer(WholeCheckpoints, AuxiliaryLossMixin, _WithLogits):
-    """`trl.SFTTrainer` for models with mixture adapters; takes the same arguments.
+    """`trl.SFTTrainer` for models with mixture adapters; takes the same arguments, and those of `mixora.Trainer`.
 
     With a consistency loss in force, TRL's own readings (entropy, token accuracy) are left out of the log.
     """

@@ -208,4 +208,9 @@ def _draws_routes(model: nn.Module) -> bool:
 
 
 class Trainer(WholeCheckpoints, AuxiliaryLossMixin, transformers.Trainer):
-    """`transformers.Trainer` for models with mixture adapters; takes the same arguments."""
+    """`transformers.Trainer` for models with mixture adapters; takes the same arguments, and two of its own.
+
+    `fused_loss`: compute the cross entropy without the whole logits where that is exact. `skip_bad_steps`: so many
+    steps of a run whose loss or gradients are not finite are left out, where the first would stop it with a
+    `NonFiniteError`; default 0.
+    """
