@@ -64,6 +64,9 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what mixor
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Check what can be checked, say what would be written; write nothing.")
 ]
+_NEW_FOLDER = typer.Option(help="The folder of the result; new or empty, or with --overwrite one that mixora wrote.")
+NewFolder = Annotated[Path, _NEW_FOLDER]
+OptionalNewFolder = Annotated[Path | None, _NEW_FOLDER]
 Run = Annotated[
     Path, typer.Argument(metavar="RUN", help="The folder that `mixora train` wrote.", autocompletion=complete_run)
 ]

@@ -48,9 +48,12 @@ def test_mistakes(changes, message):
 
 
 def test_all_methods_share_overrides_and_may_say_otherwise():
-    changes = {"adapter": {"rank": 6, "modules_to_save": ["pooler"]}, "methods": ["lora", {"recipe": "sira", "rank": 2}]}
+    changes = {
+        "adapter": {"rank": 6, "modules_to_save": ["pooler"]},
+        "methods": ["lora", {"recipe": "sira", "rank": 2}],
+    }
     lora, sira = (method.adapter().build() for method in read_comparison({**TREE, **changes}).methods)
     assert lora.modules_to_save == sira.modules_to_save == ["pooler"]
     assert [method.rules["attention"]["expert"]["rank"] for method in (lora, sira)] == [6, 2]
-    with pytest.raises(ConfigError, match="lora: rnk: .* did you mean 'rank'"):
+    with pytest.raises(ConfigError, match=r"lora: rnk: .* did you mean 'rank'"):
         read_comparison({**TREE, "adapter": {"rnk": 6}})
