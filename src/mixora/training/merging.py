@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from mixora.bases import load_base, sketch_base
-from mixora.cards import show_name
+from mixora.cards import Facts, show_name
 from mixora.config import merge_trees, parse
 from mixora.errors import ConfigError
 from mixora.folders import check_folder
@@ -53,11 +53,13 @@ def merge_folder(
     soup: bool = False,
     fit_rows: int | None = None,
     base_id: str | None = None,
+    facts: Facts | None = None,
     overwrite: bool = False,
 ) -> Merged:
     """`mixora.merge` for the folder of a run, or of a saved adapter; `changes` are settings of a run.
 
-    `base_id`: what the result calls its base, where that is not the name by which it is read here.
+    `base_id`: what the result calls its base, where that is not the name by which it is read here. `facts`: for the
+    card, as in `mixora.merge`.
     With `soup`, the experts are chosen on the evaluation rows. With `fit_rows`, sites routed by the input get the
     nearest LoRA on as many training rows, drawn by the run's seed, and the change is measured on the evaluation rows.
     Without either, the data are not looked at.
@@ -79,7 +81,7 @@ def merge_folder(
     if base_id is not None:
         model.peft_config[model.active_adapter].base_model_name_or_path = base_id
     settings: dict[str, Any] = {"rank": rank, "uniform_rank": uniform_rank, "overwrite": overwrite, "soup": held_out}
-    companions: dict[str, Any] = {"tokenizer": tokenizer, "progress": progress.task}
+    companions: dict[str, Any] = {"tokenizer": tokenizer, "facts": facts, "progress": progress.task}
     return merge(model, out, to=to, approximation=approximation, **settings, **companions)
 
 

@@ -186,7 +186,7 @@ def _write_pages(record: RunRecord, config: RunConfig, progress: Progress) -> No
     settings = config.model_dump(mode="json")
     with progress.task("writing the report"):
         facts = facts_of(read_adapter_config(folder), base=config.model.base, record=record, settings=settings)
-        write_card(folder, Card("adapter", facts, str(folder)))
+        write_card(folder, Card("adapter", facts))
         write_report(record, Path(config.out))
 
 
