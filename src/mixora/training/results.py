@@ -113,11 +113,11 @@ class Trained:
         answers = [{"prompt": p} for p in prompts]
         if compare:
             with self.model.disable_adapter(), self.progress.task("asking the base") as advance:
-                texts = generate(self.model, tokenizer, ids, progress=advance, **settings)
+                texts = generate(self.model, tokenizer, ids, advance=advance, **settings)
             for answer, text in zip(answers, texts, strict=True):
                 answer["base"] = text
         with self.progress.task("answering") as advance:
-            texts = generate(self.model, tokenizer, ids, progress=advance, **settings)
+            texts = generate(self.model, tokenizer, ids, advance=advance, **settings)
         for answer, text in zip(answers, texts, strict=True):
             answer["answer"] = text
         return answers
