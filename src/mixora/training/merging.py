@@ -25,7 +25,7 @@ from mixora.errors import ConfigError
 from mixora.folders import check_folder
 from mixora.loading import check_files, from_pretrained, read_adapter_config, task_of
 from mixora.merging import Approximation, Comparison, Form, Merged, foresee, merge
-from mixora.plan import common_prefix
+from mixora.plan import common_prefix, star_layer
 from mixora.training.material import (
     Material,
     batches_of_tasks,
@@ -183,7 +183,7 @@ def _all_batches(material: Material, config: RunConfig) -> list[Mapping[str, Ten
 
 def summarise_foreseen(form: str, methods: Mapping[str, str], out: Path | None) -> Iterator[RenderableType]:
     """What an export would do, for a terminal."""
-    kinds = Counter((re.sub(r"\.\d+\.", ".*.", path, count=1), method) for path, method in methods.items())
+    kinds = Counter((star_layer(path), method) for path, method in methods.items())
     table = Table("site", "number", "method", title=f"{len(methods)} sites", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for (kind, method), number in kinds.items():
         table.add_row(kind, str(number), method)
