@@ -41,6 +41,8 @@ from transformers import (
     ViTForImageClassification,
 )
 
+from mixora.routing import Tokens
+
 VOCABULARY = 64
 WIDTH = 32
 INNER = 48
@@ -191,3 +193,8 @@ def gradients(model):
     found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     return found
+
+
+def all_real(count, device="cpu"):
+    """`count` real tokens of one group."""
+    return Tokens(torch.ones(count, dtype=torch.bool, device=device), torch.zeros(count, dtype=torch.long).to(device))

@@ -1,11 +1,16 @@
-"""The order of imports: each module only from the left, siblings never from each other."""
+"""The order of imports (each module only from the left, siblings never from each other), and the size of files."""
 
 import ast
 from pathlib import Path
 
 import pytest
 
-SOURCE = Path(__file__).parents[1] / "src" / "mixora"
+ROOT = Path(__file__).parents[1]
+FOLDERS = ("src", "tests", "benchmarks", "examples", "release")
+SOURCE = ROOT / "src" / "mixora"
+MOST_LINES, MOST_LINES_OF_FUNCTION = 300, 40
+# with the reason
+LARGE = {"tests/merging/test_card.py:test_the_whole_card": "a card, word for word"}
 ORDER = [
     {"errors", "short_names", "stages", "console", "world", "documents"},
     {"draws", "completion", "asides", "devices", "base_limits", "inputs"},
@@ -56,3 +61,23 @@ def test_imports_come_only_from_the_left(path):
     assert here in LEVEL, f"{here} has no place in the order of imports"
     wrong = [other for other in imported_families(path) if other != here and LEVEL[other] >= LEVEL[here]]
     assert not wrong, f"{here} imports {wrong}"
+
+
+def test_files_and_functions_are_small():
+    """Lines of a function: from `def` to its end, without its docstring."""
+    large = {}
+    for path in (path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")):
+        text, name = path.read_text(encoding="utf-8"), path.relative_to(ROOT).as_posix()
+        if len(text.splitlines()) > MOST_LINES:
+            large[name] = len(text.splitlines())
+        functions = (
+            node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        )
+        sizes = {f"{name}:{function.name}": count_lines(function) for function in functions}
+        large |= {function: size for function, size in sizes.items() if size > MOST_LINES_OF_FUNCTION}
+    assert large.keys() == LARGE.keys(), large
+
+
+def count_lines(function):
+    whole, first = function.end_lineno - function.lineno + 1, function.body[0]
+    return whole if ast.get_docstring(function) is None else whole - (first.end_lineno - first.lineno + 1)

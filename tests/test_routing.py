@@ -6,7 +6,7 @@ import torch
 import mixora
 from mixora.passes import tracing
 from mixora.routing import Routing, Tokens, Trace
-from tests.models import adapt, tiny_llama, token_ids
+from tests.models import adapt, all_real, tiny_llama, token_ids
 
 SMALL = {"num_experts": 4, "top_k": 2, "rank": 2, "targets": ["q_proj", "o_proj"], "expert_dropout": 0.0}
 Q_0 = "model.layers.0.self_attn.q_proj"
@@ -89,7 +89,7 @@ def test_routings_carry_gradients_to_the_router():
 
 
 def test_all_real_tokens_form_one_group():
-    tokens = Tokens.all_real(4, torch.device("cpu"))
+    tokens = all_real(4, torch.device("cpu"))
     assert tokens.valid_T.tolist() == [True] * 4
     assert tokens.group_T.tolist() == [0] * 4
     assert tokens.group_T.dtype == torch.int64
@@ -112,7 +112,7 @@ def test_by_slot_each_choice_is_a_token_of_its_own():
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_what_is_made_from_nothing_stands_on_the_device_asked_for(device):
-    tokens = Tokens.all_real(3, torch.device(device))
+    tokens = all_real(3, torch.device(device))
     even = Routing.even(tokens.valid_T, (1, 0), 2)
     made = (tokens.valid_T, tokens.group_T, even.experts_TK, even.weights_TK, even.assigned_TK)
     assert {tensor.device.type for tensor in made} == {device}

@@ -122,7 +122,7 @@ def test_names_in_a_model_card_stay_text(tmp_path):
     name = 'x"\n---\nlicense: mit\n---\n`) or __import__("os")'
     site = MergedSite("layers.0.`x`|y", "exact", 4, 0.0)
     for form in ("peft-lora", "averaged", "dense"):
-        write_companions(Merged(tmp_path, form, name, name, (site,)), Facts(name, recipe=name), place=name)
+        write_companions(Merged(tmp_path, form, name, name, (site,)), Facts(name, recipe=name, place=name))
         _, header, text = (tmp_path / "README.md").read_text(encoding="utf-8").split("---\n", 2)
         # a name that is none of the hub's is no metadata
         assert set(yaml.safe_load(header)) == {"library_name", "tags"}

@@ -1,12 +1,15 @@
 """Results of trials: a line of JSON each, in `results/TABLE.jsonl`, added as they come and kept in the repository."""
 
 import json
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from benchmarks.quality.table import Trial, final_trials, match_table, read_table, tuning_trials
 from mixora.comparison.results import is_better_low
+from mixora.documents import UnreadableError, parse_json
+from mixora.errors import DataError
 
 RESULTS = Path(__file__).parent / "results"
 Found = Mapping[str, Any]
@@ -18,8 +21,7 @@ class Results:
     def __init__(self, name: str, folder: Path = RESULTS) -> None:
         self.name = name
         self.path = folder / f"{name.replace('/', '--')}.jsonl"
-        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
-        self._by_digest: dict[str, Found] = {line["digest"]: line for line in map(json.loads, lines)}
+        self._by_digest = _read(self.path) if self.path.exists() else {}
 
     def of(self, trial: Trial) -> Found | None:
         """What `trial` gave; None while it was not made."""
@@ -35,8 +37,9 @@ class Results:
         names = dict(zip(("table", "data", "method", "stage", "rate", "seed"), trial.key, strict=True))
         line = {**names, "digest": trial.digest, **found}
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        with self.path.open("a+b") as file:
+            _end_behind_last_line(file)
+            file.write(json.dumps(line).encode() + b"\n")
         self._by_digest[line["digest"]] = line
 
     def tuning(self, data: str, method: str) -> dict[float, float | None]:
@@ -67,6 +70,31 @@ class Results:
             return None
         (of_way,) = line["metrics"].values()
         return float(of_way[read_table(self.name).metrics[data]])
+
+
+def _read(path: Path) -> dict[str, Found]:
+    """Lines by digest; `DataError` for one that is none. What a crash left of the last one is passed over."""
+    *lines, rest = path.read_text(encoding="utf-8").split("\n")
+    if rest:
+        place = f"{path}, line {len(lines) + 1}"
+        print(f"{place}: was not written to its end and is passed over: its trial is made again", file=sys.stderr)
+    found = {}
+    for number, line in enumerate(lines, 1):
+        try:
+            value = parse_json(line, finite=False)
+            found[value["digest"]] = value
+        except (UnreadableError, TypeError, KeyError) as error:
+            reason = error if isinstance(error, UnreadableError) else "has no digest"
+            raise DataError(
+                f"{path}, line {number}: {reason}; valid: a result, or no line: its trial is made again"
+            ) from None
+    return found
+
+
+def _end_behind_last_line(file: BinaryIO) -> None:
+    """Cut off what a crash left of a line."""
+    file.seek(0)
+    file.truncate(file.read().rfind(b"\n") + 1)
 
 
 def waiting(results: Results, data: str, method: str) -> Iterator[Trial]:

@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 from benchmarks.quality.rows import select_rows
 from mixora.bases import sketch_base
 from mixora.comparison.matching import Matched, match_methods
-from mixora.comparison.settings import Comparison, MethodEntry
+from mixora.comparison.settings import MethodEntry, Setup
 from mixora.config import parse, read_yaml
 from mixora.errors import ConfigError
 from mixora.serving import Served
@@ -40,8 +40,8 @@ class Contender(MethodEntry):
     served_by: Annotated[list[Way], Field(min_length=1)] = ["merged"]
 
 
-class Table(Comparison):
-    """A comparison in two stages.
+class Table(Setup):
+    """Methods compared in two stages.
 
     Each method is trained once with each of the `learning_rates`, with the seed `tuning_seed`, and measured on
     validation rows; then with its best rate and each of the `seeds`, and measured on the rows of `split`, by

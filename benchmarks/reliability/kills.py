@@ -211,7 +211,7 @@ def judge(whole: Path, out: Path) -> dict[str, Any]:
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     # what a run imports, before the first fork
-    for name in ("mixora.training.rehearsal", "mixora.training.results"):
+    for name in ("mixora.training.rehearsal", "mixora.training.run", "mixora.training.summaries"):
         importlib.import_module(name)
     tell_phases()
     # collecting would copy what forks share

@@ -1,9 +1,8 @@
 """From an allocator's weights to experts and ranks for each site, under the budget."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from fractions import Fraction
 
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from mixora.allocators import ALLOCATORS
@@ -14,9 +13,10 @@ from mixora.depth import MOST
 from mixora.errors import ConfigError
 from mixora.method import Method
 from mixora.plan import Plan, Site
+from mixora.sites import frozen_modules
+from mixora.stages import Advance
 
 Batches = Iterable[Mapping[str, Tensor]]
-Report = Callable[[int, int], None]
 Ranks = dict[str, tuple[int, ...]]
 
 
@@ -34,11 +34,11 @@ def is_settled(model: nn.Module, method: Method) -> bool:
     return True
 
 
-def choose_ranks(model: nn.Module, method: Method, batches: Batches | None, progress: Report | None) -> Ranks:
+def choose_ranks(model: nn.Module, method: Method, batches: Batches | None, progress: Advance | None) -> Ranks:
     """The ranks of each site's experts, by path, in the order of the model."""
     allocator = ALLOCATORS[method.allocator.kind](method.allocator)
     given = make_plan(model, method.model_copy(update={"allocation": None}))
-    modules = _frozen_modules(model)
+    modules = dict(frozen_modules(model))
     candidates = [Candidate(site.path, modules[site.path], site.ranks) for site in given.sites]
     weights = allocator.weigh(candidates, Evidence(model, batches, progress or (lambda done, total: None)))
     ones = {path: (1,) * count for path, count in _count_experts(given, weights, allocator).items()}
@@ -51,15 +51,6 @@ def choose_ranks(model: nn.Module, method: Method, batches: Batches | None, prog
     if ranks[0] > MOST:
         raise ConfigError(f"allocator.budget: gives {path} experts of rank {ranks[0]}; valid: at most {MOST}")
     return found
-
-
-def _frozen_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Modules by path without wrappers; one that carries adapters is what it wraps."""
-    return {
-        name.replace(".base_layer", ""): module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-        for name, module in model.named_modules()
-        if not name.endswith("base_layer")
-    }
 
 
 def _count_experts(given: Plan, weights: list[float], allocator: Allocator) -> dict[str, int]:

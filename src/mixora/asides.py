@@ -92,14 +92,20 @@ def leave(aside: Path) -> None:
 
 def why_unwritten(error: Exception) -> str | None:
     """The reason where a disk took no more, as files, safetensors and PyTorch say it; None for other errors."""
-    text = str(error)
-    inner = re.search(r"\(os error (\d+)\)", text)
-    number = error.errno if isinstance(error, OSError) else int(inner[1]) if inner else None
+    text, number = str(error), number_of(error)
     if number in FULL:
         return os.strerror(number)
     # PyTorch's writer does not tell the system's number
     is_writer = isinstance(error, RuntimeError) and ("inline_container" in text or "PytorchStreamWriter" in text)
     return "PyTorch could not write a file to its end" if is_writer else None
+
+
+def number_of(error: Exception) -> int | None:
+    """The system's number of an error; libraries in Rust raise errors of their own that end with it."""
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found[1]) if found else None
 
 
 def tell_room(path: Path) -> str:

@@ -47,5 +47,5 @@ def craft(
         # embeddings are not ours to save, and looking for them would ask the hub for the base
         folder = claim_folder(out, overwrite, [base])
         crafted.save_pretrained(str(folder), save_embedding_layers=False)
-        write_card(folder, Card("adapter", facts_of(crafted.peft_config["default"], base=str(base)), str(folder)))
+        write_card(folder, Card("adapter", facts_of(crafted.peft_config["default"], base=str(base))))
     return table

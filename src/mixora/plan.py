@@ -78,7 +78,7 @@ class Plan:
         """The table as plain data; sites that differ only in their layer share a row unless `full`."""
         groups: dict[tuple[Any, ...], list[Site]] = {}
         for site in self.sites:
-            key = (site.path,) if full else (re.sub(r"\.\d+\.", ".*.", site.path, count=1), _alike(site))
+            key = (site.path,) if full else (star_layer(site.path), _alike(site))
             groups.setdefault(key, []).append(site)
         return [_row(sites) for sites in groups.values()]
 
@@ -155,6 +155,11 @@ def common_prefix(paths: list[str]) -> str:
             break
         shared.append(segments[0])
     return ".".join(shared)
+
+
+def star_layer(path: str) -> str:
+    """The path with a star in the place of its layer."""
+    return re.sub(r"\.\d+\.", ".*.", path, count=1)
 
 
 def _alike(site: Site) -> Site:

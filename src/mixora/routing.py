@@ -26,11 +26,6 @@ class Tokens:
     observed: bool = False
     draw: Draw = MEAN
 
-    @classmethod
-    def all_real(cls, count: int, device: torch.device) -> "Tokens":
-        """`count` real tokens of one group."""
-        return cls(torch.ones(count, dtype=torch.bool, device=device), torch.zeros(count, dtype=torch.long).to(device))
-
 
 @dataclass(frozen=True)
 class Routing:

@@ -91,14 +91,14 @@ def linears_of(model: nn.Module) -> list[Linear]:
     encoder_path = _encoder_path(model)
     causal = _is_causal(model)
     found = []
-    for path, module in _frozen_modules(model):
+    for path, module in frozen_modules(model):
         features = _features(module)
         if features is not None:
             found.append(Linear(path, *features, *_read_by(path, encoder_path, causal)))
     return found
 
 
-def _frozen_modules(module: nn.Module, path: str = "", seen: set[nn.Module] | None = None) -> Iterator[tuple[str, Any]]:
+def frozen_modules(module: nn.Module, path: str = "", seen: set[nn.Module] | None = None) -> Iterator[tuple[str, Any]]:
     """As `named_modules`, without what adapters of any type hold: paths and modules as they are in the bare model."""
     seen = set() if seen is None else seen
     frozen = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
@@ -106,7 +106,7 @@ def _frozen_modules(module: nn.Module, path: str = "", seen: set[nn.Module] | No
         seen.add(frozen)
         yield path, frozen
         for name, child in frozen.named_children():
-            yield from _frozen_modules(child, f"{path}.{name}" if path else name, seen)
+            yield from frozen_modules(child, f"{path}.{name}" if path else name, seen)
 
 
 def _read_by(path: str, encoder_path: str | None, causal: bool) -> tuple[Stream, bool]:
@@ -123,7 +123,7 @@ def places_of(model: nn.Module) -> list[Linear]:
     own_width = getattr(getattr(model, "config", None), "hidden_size", None)
     encoder_path, causal = _encoder_path(model), _is_causal(model)
     found: list[Linear] = []
-    for path, _ in _frozen_modules(model):
+    for path, _ in frozen_modules(model):
         width = widths.get(path, own_width)
         if path in linears:
             found.append(linears[path])

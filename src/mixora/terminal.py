@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mixora.asides import number_of
 from mixora.completion import complete_model, complete_recipe, complete_run, complete_setting
 from mixora.console import Console
 from mixora.errors import MixoraError, StoppedError
@@ -64,6 +65,9 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what mixor
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Check what can be checked, say what would be written; write nothing.")
 ]
+_NEW_FOLDER = typer.Option(help="The folder of the result; new or empty, or with --overwrite one that mixora wrote.")
+NewFolder = Annotated[Path, _NEW_FOLDER]
+OptionalNewFolder = Annotated[Path | None, _NEW_FOLDER]
 Run = Annotated[
     Path, typer.Argument(metavar="RUN", help="The folder that `mixora train` wrote.", autocompletion=complete_run)
 ]
@@ -95,9 +99,7 @@ def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
 
 def find_refusal(error: Exception) -> str | None:
     """What to tell where the file system refused, which is for the user to settle; None for other errors."""
-    # libraries in Rust raise errors of their own that end with the system's number
-    match = re.search(r"\(os error (\d+)\)", str(error))
-    number = error.errno if isinstance(error, OSError) else int(match[1]) if match else None
+    number = number_of(error)
     if number not in REFUSALS:
         return None
     where = getattr(error, "filename", None) or "writing or reading a file"

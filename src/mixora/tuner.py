@@ -10,7 +10,7 @@ from torch import nn
 
 from mixora import entrances, host, keys
 from mixora.admission import check_name, check_room, check_saved_modules, remark_untrained
-from mixora.allocation import Batches, Report, choose_ranks, is_settled
+from mixora.allocation import Batches, choose_ranks, is_settled
 from mixora.assembly import make_plan, parts_of
 from mixora.config import did_you_mean, override, parse
 from mixora.documents import show
@@ -21,6 +21,7 @@ from mixora.plan import Plan, Site
 from mixora.recipes import read_recipe
 from mixora.routers import ROUTERS
 from mixora.sites import kin_of
+from mixora.stages import Advance
 
 
 @dataclass
@@ -87,7 +88,7 @@ def plan(model: nn.Module, config: MixoraConfig) -> Plan:
 
 
 def allocate(
-    model: nn.Module, config: MixoraConfig, batches: Batches | None = None, progress: Report | None = None
+    model: nn.Module, config: MixoraConfig, batches: Batches | None = None, progress: Advance | None = None
 ) -> MixoraConfig:
     """A copy of `config` with the ranks of each site's experts in `allocation`, as its `allocator` chooses them.
 
@@ -235,18 +236,17 @@ class MixoraModel(host.Tuner):
         super().merge_adapter(adapter_names, safe_merge)
 
     def _check_all_foldable(self, adapter_names: list[str] | None) -> None:
-        for module in self.model.modules():
-            if isinstance(module, Mixture):
-                for adapter in adapter_names or module.active_adapters:
-                    if adapter in module.parts:
-                        module.check_foldable(adapter)
+        for module in mixtures_of(self.model):
+            for adapter in adapter_names or module.active_adapters:
+                if adapter in module.parts:
+                    module.check_foldable(adapter)
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
         if merge:
             names = kwargs.get("adapter_names") or (args[2] if len(args) > 2 else None)
             self._check_all_foldable(names)
         model: Any = super()._unload_and_optionally_merge(merge, *args, **kwargs)
-        while any(isinstance(module, Mixture) for module in model.modules()):
+        while mixtures_of(model):
             # PEFT does not look inside of what it unwraps
             model = super()._unload_and_optionally_merge(merge, *args, **kwargs)
         for handle in model.__dict__.pop("_mixora_hooks", ()):

@@ -21,7 +21,7 @@ from benchmarks.quality.rows import select_rows
 from benchmarks.quality.specialisation import count_by_row, judge_specialisation
 from benchmarks.quality.standings import stand
 from benchmarks.quality.trial import run_trial
-from mixora.errors import ConfigError
+from mixora.errors import ConfigError, DataError
 from tests.training.conftest import write_rows
 
 ROOT = Path(__file__).parents[2]
@@ -74,6 +74,13 @@ def test_a_table_can_take_another_base():
     assert table.read_table("mixtures@some/base").model.base == "some/base"
     with pytest.raises(ConfigError, match=r"valid: .*mixtures"):
         table.read_table("mixture")
+
+
+@pytest.mark.parametrize("field, value", [("metric", "accuracy"), ("out", "runs/small")])
+def test_a_table_has_no_settings_without_effect(field, value, tmp_path, monkeypatch):
+    make_table(tmp_path, monkeypatch, data={"intents": {"source": "rows"}}, **{field: value})
+    with pytest.raises(ConfigError, match=f"{field}: unknown key"):
+        table.read_table("small")
 
 
 @pytest.mark.slow
@@ -173,6 +180,28 @@ def test_a_queue_goes_on_where_it_was_stopped(small, tmp_path, monkeypatch):
     assert len(made) == 6
     queue.work(["small"], workers=2, tuning=True, folder=tmp_path / "results")
     assert [trial.stage for trial in made[6:]] == ["tuning"] * 4
+
+
+def test_a_result_that_was_cut_short_is_passed_over_and_made_again(small, tmp_path, capsys):
+    for trial in waiting(small, "intents", "lora"):
+        small.add(trial, invented(trial))
+    whole = small.path.read_text()
+    small.path.write_text(whole[:-30])
+    again = Results("small", tmp_path / "results")
+    assert f"{small.path}, line 2: was not written to its end" in capsys.readouterr().err
+    (missing,) = waiting(again, "intents", "lora")
+    again.add(missing, invented(missing))
+    assert small.path.read_text() == whole
+    assert Results("small", tmp_path / "results").best_rate("intents", "lora") is not None
+
+
+@pytest.mark.parametrize(
+    "line, reason", [('{"digest": "a', "is not JSON"), ("[1, 2]", "has no digest"), ("{}", "has no digest")]
+)
+def test_a_damaged_result_is_named(line, reason, tmp_path):
+    (tmp_path / "small.jsonl").write_text(f'{{"digest": "b"}}\n{line}\n{{"digest": "c"}}\n')
+    with pytest.raises(DataError, match=rf"small\.jsonl, line 2: {reason}"):
+        Results("small", tmp_path)
 
 
 def test_rows_that_would_be_cut_or_are_ambiguous_are_left_out(tmp_path, monkeypatch):

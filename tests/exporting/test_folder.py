@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from mixora.bases import load_base
+from mixora.cards import Card
 from mixora.cli import app
 from mixora.loading import from_pretrained
 from mixora.standalone import writing
@@ -40,6 +41,19 @@ def run(tmp_path_factory):
     done = call("train", "--recipe", "pesc", *words, "evaluate.limit=2", "evaluate.max_new_tokens=2")
     assert done.exit_code == 0, done.output
     return root / "run"
+
+
+@pytest.fixture
+def cards(monkeypatch):
+    """The texts of all cards that are written."""
+    texts, render = [], Card.render
+
+    def keep(card, folder):
+        texts.append(render(card, folder))
+        return texts[-1]
+
+    monkeypatch.setattr(Card, "render", keep)
+    return texts
 
 
 def logits(model):
@@ -75,7 +89,7 @@ def test_a_copy_of_the_adapter_with_another_name_of_the_base(run, tmp_path):
     assert again.exit_code == 2 and "is not empty" in spoken(again)
 
 
-def test_a_standalone_checkpoint_of_a_run(run, tmp_path):
+def test_a_standalone_checkpoint_of_a_run(run, tmp_path, cards):
     words = ["export", run, "--to", "standalone", "--out", tmp_path / "out", "--licence", "apache-2.0"]
     rehearsed = json.loads(call(*words, "--dry-run", "--json").output)
     assert set(rehearsed["sites"].values()) == {"as it is"} and not (tmp_path / "out").exists()
@@ -87,14 +101,17 @@ def test_a_standalone_checkpoint_of_a_run(run, tmp_path):
     card = ModelCard.load(tmp_path / "out" / "README.md")
     assert (card.data.license, card.data.library_name) == ("apache-2.0", "transformers")
     assert "the\nlargest difference was" in card.text and "trust_remote_code=True" in card.text
+    assert len(cards) == 1 and "## Results" in cards[0]
 
 
-def test_a_lora_of_a_run_tells_what_its_run_measured(run, tmp_path):
+def test_a_lora_of_a_run_tells_what_its_run_measured(run, tmp_path, cards):
     lora = shutil.copytree(run, tmp_path / "lora")
     words = ["--recipe", "lora", "--model", run.parent / "llama", "--data", run.parent / "rows.jsonl"]
     small = ["adapter.rank=2", *SMALL[3:], "evaluate.limit=2", "evaluate.max_new_tokens=2"]
     assert call("train", *words, "--out", lora, "--overwrite", *small).exit_code == 0
+    cards.clear()
     assert call("export", lora, "--to", "dense", "--out", tmp_path / "dense").exit_code == 0
+    assert len(cards) == 1
     card = ModelCard.load(tmp_path / "dense" / "README.md")
     assert card.data.eval_results and "## How it was merged" in card.text and "## Results" in card.text
     expected = logits(from_pretrained(load_base(run.parent / "llama")[0], lora / "adapter"))

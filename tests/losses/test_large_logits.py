@@ -8,6 +8,7 @@ from mixora.losses import Consistency, LoadBalance, ZLoss
 from mixora.routers import ROUTERS
 from mixora.routers.linear import LinearRouter
 from mixora.routing import Tokens
+from tests.models import all_real
 
 LARGEST = {torch.float16: 6e4, torch.bfloat16: 1e15, torch.float32: 1e15}
 DTYPES = list(LARGEST)
@@ -27,7 +28,7 @@ def test_routers_and_their_losses(name, dtype):
     sizes = router.parameter_shapes(8)
     parameters = {kind: torch.randn(size, generator=generator).requires_grad_() for kind, size in sizes.items()}
     x_TI = (torch.randn(6, 8, generator=generator).clamp(-1, 1) * LARGEST[dtype]).to(dtype).requires_grad_()
-    routing = router.route(x_TI, parameters, Tokens.all_real(6, x_TI.device), True)
+    routing = router.route(x_TI, parameters, all_real(6, x_TI.device), True)
     losses = [kind(kind.Config()).of_site(routing) for kind in (LoadBalance, ZLoss)]
     weights_TK = routing.weights_TK
     (sum(losses) / max(1.0, float(losses[1].detach())) + weights_TK.square().sum()).backward()

@@ -13,6 +13,7 @@ from mixora.errors import ConfigError
 from mixora.routers import TopK
 from mixora.routers.capacity import CapacityConfig, admit
 from mixora.routing import Tokens
+from tests.models import all_real
 
 FEW = settings(max_examples=40, deadline=None)
 IDENTITY_8 = {"router": torch.eye(8)}
@@ -23,7 +24,7 @@ def all_to_one(count, factor, top_k, experts, **changes):
     config = CapacityConfig(capacity_factor=factor, min_capacity=0, **changes)
     experts_TK = torch.arange(top_k).expand(count, -1)
     assigned_TK = torch.ones(count, top_k, dtype=torch.bool)
-    tokens = Tokens.all_real(count, torch.device("cpu"))
+    tokens = all_real(count, torch.device("cpu"))
     return admit(config, experts_TK, assigned_TK, torch.ones(count, top_k), tokens, experts).sum(dim=0).tolist()
 
 
@@ -59,7 +60,7 @@ def test_places_follow_the_exact_formula(count, tenths, top_k, experts):
 def test_a_minimum_holds_for_short_sequences():
     config = CapacityConfig(capacity_factor=0.1, min_capacity=4)
     experts_TK, ones_TK = torch.zeros(6, 1, dtype=torch.long), torch.ones(6, 1)
-    admitted_TK = admit(config, experts_TK, ones_TK.bool(), ones_TK, Tokens.all_real(6, torch.device("cpu")), 8)
+    admitted_TK = admit(config, experts_TK, ones_TK.bool(), ones_TK, all_real(6, torch.device("cpu")), 8)
     assert admitted_TK[:, 0].tolist() == [True] * 4 + [False] * 2
 
 
@@ -134,7 +135,7 @@ def test_orders_of_admission_differ_as_named():
     }
     for order, admitted in expected.items():
         config = CapacityConfig(capacity_factor=0.1, min_capacity=1, admission=order)
-        tokens = Tokens.all_real(3, torch.device("cpu"))
+        tokens = all_real(3, torch.device("cpu"))
         found_TK = admit(config, experts_TK, torch.ones(3, 2, dtype=torch.bool), priority_TK, tokens, 8)
         assert found_TK.tolist() == admitted, order
 
@@ -146,7 +147,7 @@ def limited(order, **changes):
 
 @pytest.mark.parametrize(("order", "is_causal"), [("token", True), ("choice", False), ("priority", False)])
 def test_only_token_order_keeps_earlier_tokens_independent_of_the_last(order, is_causal):
-    router, tokens = limited(order), Tokens.all_real(10, torch.device("cpu"))
+    router, tokens = limited(order), all_real(10, torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
     changed = 0
     for _ in range(20):
@@ -164,7 +165,7 @@ def test_priority_is_by_probability_also_with_renormalised_weights():
     probs_TE[0, 2:] = 0.59 / 6
     probs_TE[1, 2:] = 0.11 / 6
     routing = limited("priority", renormalise=True).route(
-        probs_TE.log(), IDENTITY_8, Tokens.all_real(2, torch.device("cpu")), training=True
+        probs_TE.log(), IDENTITY_8, all_real(2, torch.device("cpu")), training=True
     )
     assert (routing.gates_TE()[:, 0] > 0).tolist() == [False, True]
 
@@ -172,7 +173,7 @@ def test_priority_is_by_probability_also_with_renormalised_weights():
 def test_no_limit_at_inference_unless_asked():
     x_TI = torch.zeros(10, 8)
     x_TI[:, :2] = torch.tensor([4.0, 3.0])
-    tokens = Tokens.all_real(10, torch.device("cpu"))
+    tokens = all_real(10, torch.device("cpu"))
     free = limited("token").route(x_TI, IDENTITY_8, tokens, training=False)
     assert (free.weights_TK > 0).all()
     capacity = {"capacity_factor": 1.0, "min_capacity": 1, "capacity_at_inference": True}

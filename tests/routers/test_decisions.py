@@ -9,6 +9,7 @@ from mixora.routers.capacity import CapacityConfig, admit
 from mixora.routers.linear import multiply, softmax
 from mixora.routers.uniform import UniformConfig
 from mixora.routing import Tokens
+from tests.models import all_real
 
 LIMITED = {"num_experts": 4, "capacity": {"capacity_factor": 1.0}}
 ORDERS = [{"topk": {**LIMITED, "capacity": {"capacity_factor": 1.0, "admission": order}}} for order in ("choice",)]
@@ -58,7 +59,7 @@ def test_softmax_and_its_gradient(monkeypatch, is_compiling):
 def test_tiny_probabilities_are_0_and_no_choice():
     z_TC = torch.tensor([[0.0, -86.0, -100.0]])
     assert (softmax(z_TC) > 0).tolist() == [[True, True, False]]
-    routing = Soft(Soft.Config(num_experts=3)).decide(z_TC, {}, Tokens.all_real(1, "cpu"), True)
+    routing = Soft(Soft.Config(num_experts=3)).decide(z_TC, {}, all_real(1, "cpu"), True)
     assert routing.assigned_TK.tolist() == [[True, True, False]]
 
 
@@ -132,7 +133,7 @@ def test_what_is_chosen_is_what_is_decided_in_evaluation(kind, settings):
     shapes = router.parameter_shapes(5)
     parameters = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
     z_TC = multiply(torch.randn(9, 5, generator=generator), router.rows(parameters))
-    tokens = Tokens.all_real(9, "cpu")
+    tokens = all_real(9, "cpu")
     weights_TK, experts_TK = router.choose(z_TC, parameters, tokens)
     routing = router.decide(z_TC, parameters, tokens, False)
     assert torch.equal(experts_TK, routing.experts_TK)

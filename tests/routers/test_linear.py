@@ -5,7 +5,7 @@ import torch
 
 from mixora.routers.linear import softmax
 from mixora.routers.topk import TopK, TopKConfig
-from mixora.routing import Tokens
+from tests.models import all_real
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -21,7 +21,7 @@ def test_an_expert_of_denormal_weight_is_no_choice():
     router = TopK(TopKConfig(num_experts=3, top_k=2, renormalise=True))
     x_TI = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     parameters = {"router": torch.tensor([[92.0, 1.0], [0.0, 1.0], [-9.0, 0.0]], requires_grad=True)}
-    routing = router.route(x_TI, parameters, Tokens.all_real(2, x_TI.device), True)
+    routing = router.route(x_TI, parameters, all_real(2, x_TI.device), True)
     assert routing.weights_TK.tolist() == [[1.0, 0.0], [0.5, 0.5]]
     assert routing.assigned_TK.tolist() == [[True, False], [True, True]]
     (gradient,) = torch.autograd.grad(routing.weights_TK.square().sum(), parameters["router"])

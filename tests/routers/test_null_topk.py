@@ -9,8 +9,7 @@ from mixora.errors import ConfigError
 from mixora.kernels import Loop
 from mixora.losses import LoadBalance
 from mixora.routers import NullTopK
-from mixora.routing import Tokens
-from tests.models import OneLinear, adapt
+from tests.models import OneLinear, adapt, all_real
 
 BALANCE = LoadBalance(LoadBalance.Config(coefficient=1.0))
 
@@ -19,7 +18,7 @@ def route(logits_TC, num_experts, top_k):
     columns = logits_TC.shape[1]
     sizes = {"num_experts": num_experts, "null_experts": columns - num_experts, "top_k": top_k}
     router = NullTopK(parse(NullTopK.Config, sizes))
-    tokens = Tokens.all_real(len(logits_TC), logits_TC.device)
+    tokens = all_real(len(logits_TC), logits_TC.device)
     return router.route(logits_TC, {"router": torch.eye(columns)}, tokens, training=True)
 
 

@@ -8,13 +8,13 @@ from mixora.config import parse
 from mixora.losses import LoadBalance
 from mixora.routers import Soft
 from mixora.routing import Tokens
-from tests.models import OneLinear, adapt
+from tests.models import OneLinear, adapt, all_real
 
 BALANCE = LoadBalance(LoadBalance.Config(coefficient=1.0))
 
 
 def route(x_TI, w_EI, valid=None):
-    tokens = Tokens.all_real(len(x_TI), x_TI.device)
+    tokens = all_real(len(x_TI), x_TI.device)
     if valid is not None:
         tokens = Tokens(torch.tensor(valid), tokens.group_T)
     return Soft(parse(Soft.Config, {"num_experts": len(w_EI)})).route(x_TI, {"router": w_EI}, tokens, training=True)

@@ -8,13 +8,14 @@ import torch
 from mixora.config import parse
 from mixora.routers import Threshold
 from mixora.routing import Tokens
+from tests.models import all_real
 
 
 def route(probabilities, bias=0.0, valid=None):
     """Tokens with the given probabilities over E experts, tau = sigmoid(bias) / E for all of them."""
     probs_TE = torch.tensor(probabilities, dtype=torch.float64)
     experts = probs_TE.shape[1]
-    tokens = Tokens.all_real(len(probs_TE), probs_TE.device)
+    tokens = all_real(len(probs_TE), probs_TE.device)
     if valid is not None:
         tokens = Tokens(torch.tensor(valid), tokens.group_T)
     parameters = {

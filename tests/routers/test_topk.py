@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from mixora.config import parse
 from mixora.errors import ConfigError
 from mixora.routers import TopK
-from mixora.routing import Tokens
+from tests.models import all_real
 
 WIDTH = 5
 
@@ -17,7 +17,7 @@ def route(training=True, count=200, dtype=torch.float32, **settings):
     generator = torch.Generator().manual_seed(0)
     x_TI, w_EI = torch.randn(count, WIDTH, generator=generator), torch.randn(6, WIDTH, generator=generator)
     return (x_TI @ w_EI.T).softmax(dim=-1), router.route(
-        x_TI.to(dtype), {"router": w_EI}, Tokens.all_real(count, torch.device("cpu")), training
+        x_TI.to(dtype), {"router": w_EI}, all_real(count, torch.device("cpu")), training
     )
 
 
@@ -72,7 +72,7 @@ def test_a_slot_whose_probability_was_dropped_takes_no_place(monkeypatch):
     allowed_TE[:4, 0] = 0
     monkeypatch.setattr(F, "dropout", lambda x, p, training: x * allowed_TE / (1 - p))
     x_TI = torch.tensor([[2.0, 0.0]]).expand(7, -1)
-    routing = router.route(x_TI, {"router": torch.eye(2)}, Tokens.all_real(7, torch.device("cpu")), training=True)
+    routing = router.route(x_TI, {"router": torch.eye(2)}, all_real(7, torch.device("cpu")), training=True)
     assert (routing.gates_TE()[:, 0] > 0).tolist() == [False] * 4 + [True] * 3
     assert (routing.gates_TE()[:, 1] > 0).tolist() == [True] * 3 + [False] * 4
 

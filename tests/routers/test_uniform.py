@@ -13,6 +13,7 @@ from scipy.stats import chi2
 from mixora.draws import MEAN, Draw
 from mixora.routers.uniform import Uniform, UniformConfig
 from mixora.routing import Tokens
+from tests.models import all_real
 
 DRAWS = 6000
 # a correct draw fails with a probability of one in a million
@@ -127,7 +128,7 @@ def test_the_routing_tells_the_draw(share, key):
 
 
 def test_without_a_draw_all_experts_weigh_the_same():
-    routing = Uniform(UniformConfig(num_experts=4)).route(torch.zeros(2, 2), {}, Tokens.all_real(2, "cpu"), False)
+    routing = Uniform(UniformConfig(num_experts=4)).route(torch.zeros(2, 2), {}, all_real(2, "cpu"), False)
     assert routing.weights_TK.tolist() == [[0.25] * 4] * 2
     assert math.isclose(float(routing.load_E().sum()), 1.0)
 

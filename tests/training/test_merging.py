@@ -13,10 +13,11 @@ import mixora
 from mixora.bases import load_base
 from mixora.errors import CheckpointError, ConfigError
 from mixora.merging.comparison import Comparison
-from mixora.training.merging import _tabulate, merge_folder, summarise_merge
+from mixora.training.merging import merge_folder
 from mixora.training.progress import Progress
 from mixora.training.run import fit
 from mixora.training.run_config import read_run
+from mixora.training.summaries import _tabulate, summarise_merge
 from tests.models import adapt
 
 SILENT = Progress(Console(quiet=True))

@@ -64,7 +64,7 @@ _FORMS: dict[CardForm, _Form] = {
 
 @dataclass(frozen=True)
 class Card:
-    """A card of what loads from `place`, a folder or a repository.
+    """What a card tells.
 
     `base`: what transformers loads the base from, where that is not its name in `facts`. `details`: lines of sections
     between the results and how to load. `has_results`: it computes what the run measured.
@@ -72,18 +72,17 @@ class Card:
 
     form: CardForm
     facts: Facts
-    place: str
     base: str | None = None
     details: tuple[str, ...] = ()
     has_results: bool = True
 
-    def render(self) -> str:
-        """The whole text."""
+    def render(self, folder: Path) -> str:
+        """The whole text, for what is written to `folder`."""
         form = _FORMS[self.form]
         head = write_front_matter(self.facts, form.library, list(form.tags), form.title, self.has_results)
-        return f"---\n{head.strip()}\n---\n\n" + "\n".join(self._lines()) + "\n"
+        return f"---\n{head.strip()}\n---\n\n" + "\n".join(self._lines(self.facts.place or str(folder))) + "\n"
 
-    def _lines(self) -> Iterator[str]:
+    def _lines(self, place: str) -> Iterator[str]:
         facts = self.facts
         recipe = f"recipe {quote(facts.recipe)}" if facts.recipe else "rules of its own"
         yield from (f"# {_FORMS[self.form].title}", "")
@@ -94,15 +93,15 @@ class Card:
         yield from _tell_training(facts)
         yield from _tell_results(facts)
         yield from (("", *self.details) if self.details else ())
-        yield from ("", "## Load", "", "```python", *self._loading(), "```")
+        yield from ("", "## Load", "", "```python", *self._loading(literal(place)), "```")
         if self.form in ("adapter", "averaged"):
             yield from ("", "`mixora.from_pretrained` in place of `PeftModel.from_pretrained` checks every tensor.")
             yield "`peft.AutoPeftModel` and its kin load the base too, where it is a folder or a name of the hub."
         yield from self._tell_limits()
         yield from self._tell_licence()
 
-    def _loading(self) -> Iterator[str]:
-        auto, place = _AUTO.get(str(self.facts.task_type), "AutoModelForCausalLM"), literal(self.place)
+    def _loading(self, place: str) -> Iterator[str]:
+        auto = _AUTO.get(str(self.facts.task_type), "AutoModelForCausalLM")
         if self.form in ("dense", "standalone"):
             trust = ", trust_remote_code=True" if self.form == "standalone" else ""
             yield from (f"from transformers import {auto}", "")
@@ -142,7 +141,7 @@ def write_card(folder: Path, card: Card) -> Path:
     """Write `README.md`, in place of one that PEFT may have left there."""
     path = folder / "README.md"
     with writing(path) as aside:
-        aside.write_text(card.render(), encoding="utf-8")
+        aside.write_text(card.render(folder), encoding="utf-8")
     return path
 
 

@@ -24,7 +24,8 @@ _LICENCE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,63}")
 class Facts:
     """`base`: as the adapter names it. `weights`: what was read as the base, if that has another name.
 
-    `record` and `settings`: of the run that trained it, where they are known.
+    `record` and `settings`: of the run that trained it, where they are known. `place`: the folder or repository that
+    it will be loaded from, if that is not where it is written.
     """
 
     base: str
@@ -35,6 +36,7 @@ class Facts:
     settings: Mapping[str, Any] = field(default_factory=dict)
     licence: str | None = None
     weights: str | None = None
+    place: str | None = None
 
     @property
     def base_id(self) -> str | None:

@@ -2,15 +2,19 @@
 
 import shlex
 import sys
+from collections.abc import Sequence
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mixora.terminal import AsJson, Debug, Out, make_console, print_json, read_tree, reports_errors
+from mixora.terminal import AsJson, Debug, DryRun, Out, make_console, print_json, read_tree, reports_errors
 
 if TYPE_CHECKING:
+    from mixora.comparison.matrix import Matrix, Run
     from mixora.comparison.queue import Launcher
+    from mixora.comparison.results import Results
+    from mixora.training.progress import Progress
 
 
 class Launchers(StrEnum):
@@ -20,28 +24,37 @@ class Launchers(StrEnum):
     ray = "ray"
 
 
+Compared = Annotated[
+    list[str], typer.Argument(metavar="COMPARE.YAML [KEY=VALUE]...", help="What to compare, then changes to it.")
+]
+Workers = Annotated[int | None, typer.Option(min=1, help="Runs at a time; one per GPU, or one.")]
+Devices = Annotated[str | None, typer.Option(help="GPUs to use, such as 0,1; all that are visible.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Of a run; the cores divided by the workers.")]
+Where = Annotated[Launchers, typer.Option(help="This machine, or an existing Ray cluster.")]
+Address = Annotated[str, typer.Option(help="Of the Ray cluster; auto: the one this machine is part of.")]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Make finished runs again where their settings have changed.")
+]
+
+
 @reports_errors
 def compare(
-    settings: Annotated[
-        list[str], typer.Argument(metavar="COMPARE.YAML [KEY=VALUE]...", help="What to compare, then changes to it.")
-    ],
+    settings: Compared,
     out: Out = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="Runs at a time; one per GPU, or one.")] = None,
-    devices: Annotated[str | None, typer.Option(help="GPUs to use, such as 0,1; all that are visible.")] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="Of a run; the cores divided by the workers.")] = None,
-    launcher: Annotated[Launchers, typer.Option(help="This machine, or an existing Ray cluster.")] = Launchers.local,
-    address: Annotated[str, typer.Option(help="Of the Ray cluster; auto: the one this machine is part of.")] = "auto",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the runs and write nothing.")] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Make finished runs again where their settings have changed.")
-    ] = False,
+    workers: Workers = None,
+    devices: Devices = None,
+    threads: Threads = None,
+    launcher: Where = Launchers.local,
+    address: Address = "auto",
+    dry_run: DryRun = False,
+    overwrite: Overwrite = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Compare methods over seeds at equal parameters. Stopped and started again, it makes the runs that are missing."""
     from mixora.comparison.matrix import make_matrix
     from mixora.comparison.queue import find_missing, work_through
-    from mixora.comparison.report import show_matrix, summarise, write_results
+    from mixora.comparison.report import show_matrix
     from mixora.comparison.results import gather
     from mixora.comparison.settings import read_comparison
     from mixora.errors import TrainingError
@@ -59,17 +72,23 @@ def compare(
     options = {"workers": workers, "threads": threads}
     problems = work_through(matrix, missing, lambda: _make(launcher, options, devices, address), progress)
     results = gather(matrix, problems)
+    _report(results, progress, as_json)
+    if problems:
+        raise TrainingError(
+            f"{len(problems)} of {len(matrix.runs)} runs failed: {', '.join(problems)}; their logs lie in "
+            f"{matrix.comparison.out}/queue; the same command makes them again and keeps the others"
+        )
+
+
+def _report(results: "Results", progress: "Progress", as_json: bool) -> None:
+    from mixora.comparison.report import summarise, write_results
+
     page = write_results(results, shlex.join(["mixora", *sys.argv[1:]]))
     for part in summarise(results):
         progress.show(part)
     progress.console.print(f"page  {page}", highlight=False)
     if as_json:
         print_json(results.to_dict())
-    if problems:
-        raise TrainingError(
-            f"{len(problems)} of {len(matrix.runs)} runs failed: {', '.join(problems)}; their logs lie in "
-            f"{matrix.comparison.out}/queue; the same command makes them again and keeps the others"
-        )
 
 
 def _make(launcher: Launchers, options: dict[str, Any], devices: str | None, address: str) -> "Launcher":
@@ -84,7 +103,7 @@ def _make(launcher: Launchers, options: dict[str, Any], devices: str | None, add
     return make_cluster(address, **options)
 
 
-def _describe_plan(matrix: Any, missing: Any) -> dict[str, Any]:
+def _describe_plan(matrix: "Matrix", missing: Sequence["Run"]) -> dict[str, Any]:
     from dataclasses import asdict
 
     return {

@@ -25,8 +25,8 @@ from mixora.exporting import (
 )
 from mixora.merging import Merged
 from mixora.terminal import make_console, print_json
-from mixora.training.merging import summarise_foreseen, summarise_merge
 from mixora.training.progress import Progress
+from mixora.training.summaries import summarise_foreseen, summarise_merge
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,18 @@ HEADINGS = ("base", "adapter", "grads", "optim", "buffers", "activ", "peak", "lo
 LARGE = 10 * 2**30
 
 
+Batch = Annotated[int, typer.Option(help="Rows of a batch, for the memory estimate.", min=1)]
+Length = Annotated[int | None, typer.Option(help="Tokens of a row; 512, or what the base takes.", min=1)]
+Processes = Annotated[int, typer.Option(help="How many processes train together, a GPU each.", min=1)]
+Strategies = Annotated[
+    list[str] | None,
+    typer.Option(help="How they share the work: ddp, fsdp2, zero2, zero3; may be given again. All, if not given."),
+]
+Checkpointing = Annotated[
+    bool, typer.Option("--gradient-checkpointing", help="Keep the input of each block only, and run it again.")
+]
+
+
 @reports_errors
 def recipes(
     name: Annotated[str | None, typer.Argument(help="Show one recipe whole.", autocompletion=complete_recipe)] = None,
@@ -61,16 +73,11 @@ def plan(
     settings: Settings = None,
     recipe: Recipe = None,
     model: Model = None,
-    batch: Annotated[int, typer.Option(help="Rows of a batch, for the memory estimate.", min=1)] = 8,
-    length: Annotated[int | None, typer.Option(help="Tokens of a row; 512, or what the base takes.", min=1)] = None,
-    processes: Annotated[int, typer.Option(help="How many processes train together, a GPU each.", min=1)] = 1,
-    strategy: Annotated[
-        list[str] | None,
-        typer.Option(help="How they share the work: ddp, fsdp2, zero2, zero3; may be given again. All, if not given."),
-    ] = None,
-    gradient_checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="Keep the input of each block only, and run it again.")
-    ] = False,
+    batch: Batch = 8,
+    length: Length = None,
+    processes: Processes = 1,
+    strategy: Strategies = None,
+    gradient_checkpointing: Checkpointing = False,
     full: Annotated[bool, typer.Option("--full", help="One line for every site, not for every kind.")] = False,
     as_json: AsJson = False,
     debug: Debug = False,
@@ -85,12 +92,7 @@ def plan(
     tree = read_tree(settings, adapter__recipe=recipe, model__base=model)
     with Progress(make_console(as_json)).task("planning"):
         outlook = plan_without_weights(
-            tree,
-            batch,
-            length,
-            processes=processes,
-            strategies=strategy or (),
-            recomputes=gradient_checkpointing,
+            tree, batch, length, processes=processes, strategies=strategy or (), recomputes=gradient_checkpointing
         )
     if as_json:
         print_json(_as_data(outlook))

@@ -24,7 +24,8 @@ def evaluate(
 ) -> None:
     """Measure a trained adapter on held-out rows."""
     from mixora.training.progress import Progress
-    from mixora.training.results import metrics_table, reopen
+    from mixora.training.results import reopen
+    from mixora.training.summaries import metrics_table
 
     changes = read_tree(settings, data__source=data, data__evaluation_split=split)
     trained = reopen(run, changes, Progress(make_console(as_json)), task or ())
@@ -81,7 +82,8 @@ def inspect(
 ) -> None:
     """Show what each router does with held-out rows: load per expert, experts per token, entropy, dropped and dead."""
     from mixora.training.progress import Progress
-    from mixora.training.results import reopen, residual_table, routing_table
+    from mixora.training.results import reopen
+    from mixora.training.summaries import residual_table, routing_table
 
     trained = reopen(run, read_tree(settings, data__source=data), Progress(make_console(as_json)), task or ())
     sites = trained.residual_energy() if residual else trained.inspect()

@@ -132,7 +132,7 @@ def _launch(places: "Places", words: list[str], flags: Mapping[str, bool], value
 
 
 def _show(record: "RunRecord", config: "RunConfig", as_json: bool) -> None:
-    from mixora.training.results import summarise_run
+    from mixora.training.summaries import summarise_run
 
     if as_json:
         print_json(asdict(record))

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from mixora.completion import complete_destination, complete_recipe, complete_run
+from mixora.completion import complete_destination, complete_run
 from mixora.terminal import (
     AsJson,
     Changes,
@@ -13,7 +13,10 @@ from mixora.terminal import (
     Debug,
     DryRun,
     Model,
+    NewFolder,
+    OptionalNewFolder,
     Overwrite,
+    Recipe,
     Settings,
     make_console,
     print_json,
@@ -23,19 +26,54 @@ from mixora.terminal import (
     tell_written,
 )
 
+Seed = Annotated[int, typer.Option(help="Of the draw of the experts.", min=0, max=2**32 - 1)]
+Checkpoint = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="The folder of a model or an adapter.")]
+OtherBase = Annotated[
+    str | None, typer.Option(help="The base of a MoE-PEFT adapter, where it is not the one that the adapter names.")
+]
+Adapter = Annotated[
+    Path,
+    typer.Argument(metavar="ADAPTER", help="The folder of a run, or of a saved adapter.", autocompletion=complete_run),
+]
+To = Annotated[
+    str,
+    typer.Option(
+        help="peft-lora, dense, standalone, averaged, adapter (mixora's own), or hub.",
+        autocompletion=complete_destination,
+    ),
+]
+Rank = Annotated[int | None, typer.Option(help="Of the LoRA; what it has, or for routed sites the ranks a token uses.")]
+UniformRank = Annotated[
+    bool,
+    typer.Option("--uniform-rank", help="One rank for all modules, by rows of zeros: what servers of LoRA ask."),
+]
+Soup = Annotated[
+    bool, typer.Option("--soup", help="Where experts are drawn, average only those that lower the held-out loss.")
+]
+Approximate = Annotated[
+    bool, typer.Option("--approximate", help="Where experts are routed by the input, the nearest LoRA on data.")
+]
+FitRows = Annotated[int | None, typer.Option(help="Training rows that --approximate fits on; 256 unless told.")]
+Repo = Annotated[str | None, typer.Option(help="With --to hub: the repository, OWNER/NAME.")]
+Form = Annotated[
+    str | None,
+    typer.Option(
+        help="With --to hub: what goes there, one of the other forms; adapter unless told.",
+        autocompletion=complete_destination,
+    ),
+]
+Private = Annotated[bool, typer.Option("--private", help="With --to hub: a new repository is private.")]
+BaseId = Annotated[str | None, typer.Option(help="What the result calls its base: OWNER/NAME on the hub.")]
+Licence = Annotated[str | None, typer.Option(help="Of the result, for its card; apache-2.0, mit, ...")]
+
 
 @reports_errors
 def craft(
     settings: Settings = None,
     model: Model = None,
-    out: Annotated[
-        str, typer.Option(help="The folder of the adapter; new or empty, or with --overwrite one that mixora wrote.")
-    ] = "runs/crafted",
-    recipe: Annotated[
-        str,
-        typer.Option(help="A method; see `mixora recipes`. Short for adapter.recipe=…", autocompletion=complete_recipe),
-    ] = "pesc",
-    seed: Annotated[int, typer.Option(help="Of the draw of the experts.", min=0, max=2**32 - 1)] = 0,
+    out: NewFolder = Path("runs/crafted"),
+    recipe: Recipe = "pesc",
+    seed: Seed = 0,
     overwrite: Overwrite = False,
     dry_run: DryRun = False,
     as_json: AsJson = False,
@@ -57,14 +95,9 @@ def craft(
 
 @reports_errors
 def convert(
-    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="The folder of a model or an adapter.")],
-    out: Annotated[
-        Path,
-        typer.Option(help="The folder of what is written; new or empty, or with --overwrite one that mixora wrote."),
-    ],
-    model: Annotated[
-        str | None, typer.Option(help="The base of a MoE-PEFT adapter, where it is not the one that the adapter names.")
-    ] = None,
+    checkpoint: Checkpoint,
+    out: NewFolder,
+    model: OtherBase = None,
     overwrite: Overwrite = False,
     dry_run: DryRun = False,
     as_json: AsJson = False,
@@ -87,53 +120,22 @@ def convert(
 
 @reports_errors
 def export(
-    adapter: Annotated[
-        Path,
-        typer.Argument(
-            metavar="ADAPTER", help="The folder of a run, or of a saved adapter.", autocompletion=complete_run
-        ),
-    ],
-    to: Annotated[
-        str,
-        typer.Option(
-            help="peft-lora, dense, standalone, averaged, adapter (mixora's own), or hub.",
-            autocompletion=complete_destination,
-        ),
-    ],
+    adapter: Adapter,
+    to: To,
     settings: Changes = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(help="The folder of the result; new or empty, or with --overwrite one that mixora wrote."),
-    ] = None,
+    out: OptionalNewFolder = None,
     model: Model = None,
-    rank: Annotated[
-        int | None, typer.Option(help="Of the LoRA; what it has, or for routed sites the ranks a token uses.")
-    ] = None,
-    uniform_rank: Annotated[
-        bool,
-        typer.Option("--uniform-rank", help="One rank for all modules, by rows of zeros: what servers of LoRA ask."),
-    ] = False,
-    soup: Annotated[
-        bool, typer.Option("--soup", help="Where experts are drawn, average only those that lower the held-out loss.")
-    ] = False,
-    approximate: Annotated[
-        bool, typer.Option("--approximate", help="Where experts are routed by the input, the nearest LoRA on data.")
-    ] = False,
-    fit_rows: Annotated[
-        int | None, typer.Option(help="Training rows that --approximate fits on; 256 unless told.")
-    ] = None,
+    rank: Rank = None,
+    uniform_rank: UniformRank = False,
+    soup: Soup = False,
+    approximate: Approximate = False,
+    fit_rows: FitRows = None,
     data: Data = None,
-    repo: Annotated[str | None, typer.Option(help="With --to hub: the repository, OWNER/NAME.")] = None,
-    form: Annotated[
-        str | None,
-        typer.Option(
-            help="With --to hub: what goes there, one of the other forms; adapter unless told.",
-            autocompletion=complete_destination,
-        ),
-    ] = None,
-    private: Annotated[bool, typer.Option("--private", help="With --to hub: a new repository is private.")] = False,
-    base_id: Annotated[str | None, typer.Option(help="What the result calls its base: OWNER/NAME on the hub.")] = None,
-    licence: Annotated[str | None, typer.Option(help="Of the result, for its card; apache-2.0, mit, ...")] = None,
+    repo: Repo = None,
+    form: Form = None,
+    private: Private = False,
+    base_id: BaseId = None,
+    licence: Licence = None,
     overwrite: Overwrite = False,
     dry_run: DryRun = False,
     as_json: AsJson = False,

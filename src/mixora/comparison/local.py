@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from mixora.comparison.execution import PAUSE, Execution, Job, Outcome
+from mixora.environment.machine import count_cores
 from mixora.errors import ConfigError
 
 
@@ -59,11 +60,6 @@ def make_local(workers: int | None, threads: int | None, devices: str | None) ->
         raise ConfigError(f"devices: got {devices}; valid here: none, since PyTorch finds no GPU")
     workers = workers or len(chosen) or 1
     return Local(workers, threads or max(1, count_cores() // workers), chosen)
-
-
-def count_cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _visible_devices() -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from mixora.allocators.groups import GroupsConfig
-from mixora.comparison.settings import Comparison, Match, MethodEntry
+from mixora.comparison.settings import Match, MethodEntry, Setup
 from mixora.depth import is_line
 from mixora.errors import ConfigError
 from mixora.method import Method
@@ -34,17 +34,17 @@ class Matched:
     active: int
 
 
-def match_methods(model: nn.Module, comparison: Comparison) -> dict[str, Matched]:
+def match_methods(model: nn.Module, setup: Setup) -> dict[str, Matched]:
     """How each method is run on `model`, by name; weights are not looked at.
 
     Raises one `ConfigError` for all methods that cannot have as many parameters as the reference, with what they can.
     """
-    as_given = {method.name: _describe_as_given(model, method) for method in comparison.methods}
-    if comparison.match is None:
+    as_given = {method.name: _describe_as_given(model, method) for method in setup.methods}
+    if setup.match is None:
         return as_given
-    match, reference = comparison.match, as_given[comparison.reference]
+    match, reference = setup.match, as_given[setup.reference]
     found, problems = {}, []
-    for method in comparison.methods:
+    for method in setup.methods:
         options = _options(model, method, as_given[method.name], reference, match)
         best = min(options, key=lambda option: abs(_excess(option, reference, match)))
         if abs(_excess(best, reference, match)) <= match.tolerance:

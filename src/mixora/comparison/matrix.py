@@ -13,7 +13,7 @@ from mixora.diagnostics.record import RunRecord, read_record
 from mixora.errors import CheckpointError, ConfigError
 from mixora.evaluate import METRICS
 from mixora.training.material import read_task
-from mixora.training.run_config import RunConfig
+from mixora.training.run_config import RunConfig, leaves_of
 from mixora.training.run_folder import RUN_FILE
 
 # a run with another title, or in another place, is the same run
@@ -52,7 +52,7 @@ class Run:
             made = read_yaml(self.folder / RUN_FILE)
         except ConfigError:
             return [f"{RUN_FILE} cannot be read"]
-        was, now = dict(_leaves(made)), dict(_leaves(self.config.model_dump(mode="json")))
+        was, now = dict(leaves_of(made)), dict(leaves_of(self.config.model_dump(mode="json")))
         names = [name for name in {**was, **now} if name.split(".")[0] not in LEFT_OUT]
         return [f"{name}: {was.get(name)!r}, now {now.get(name)!r}" for name in names if was.get(name) != now.get(name)]
 
@@ -111,9 +111,3 @@ def _make_run(comparison: Comparison, data: str, seed: int, method: Matched) -> 
     folder = Path(comparison.out) / "runs" / data / method.method / f"seed-{seed}"
     config = RunConfig(**sections, out=str(folder), title=f"{method.method} on {data}, seed {seed}")
     return Run(data, method.method, seed, config)
-
-
-def _leaves(tree: Any, at: str = "") -> list[tuple[str, Any]]:
-    if not isinstance(tree, Mapping):
-        return [(at, tree)]
-    return [leaf for name, value in tree.items() for leaf in _leaves(value, f"{at}.{name}" if at else str(name))]

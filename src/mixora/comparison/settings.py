@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
@@ -50,13 +50,12 @@ class Match(Strict):
     reference: str | None = None
 
 
-class Comparison(Strict):
-    """All of it. `out` is the folder of the runs and the results.
+class Setup(Strict):
+    """Which methods are run on what.
 
     `data`: sections of a run by name; one section alone is named after its source. `adapter`: overrides that all
     methods take, where they do not say otherwise themselves. `seeds`: a list, or how many, from 0. `match`: null leaves
-    every method as it is given. `metric`: by which methods are told apart; `loss` if it is measured, else the first one
-    that is.
+    every method as it is given.
     """
 
     model: ModelSection
@@ -67,8 +66,6 @@ class Comparison(Strict):
     match: Match | None = Match()
     train: TrainSection = TrainSection()
     evaluate: EvaluateSection = EvaluateSection()
-    metric: str | None = None
-    out: Annotated[str, Field(min_length=1)] = "runs/comparison"
     title: str = "Comparison"
 
     @field_validator("methods", mode="before")
@@ -106,7 +103,7 @@ class Comparison(Strict):
         return train
 
     @model_validator(mode="after")
-    def _reference_is_a_method(self) -> "Comparison":
+    def _reference_is_a_method(self) -> Self:
         names = [method.name for method in self.methods]
         if self.match and self.match.reference not in (None, *names):
             near = did_you_mean(str(self.match.reference), names)
@@ -122,6 +119,16 @@ class Comparison(Strict):
     def reference(self) -> str:
         """The method that the others are held against."""
         return (self.match and self.match.reference) or self.methods[0].name
+
+
+class Comparison(Setup):
+    """All of it. `out` is the folder of the runs and the results.
+
+    `metric`: by which methods are told apart; `loss` if it is measured, else the first one that is.
+    """
+
+    metric: str | None = None
+    out: Annotated[str, Field(min_length=1)] = "runs/comparison"
 
 
 def read_comparison(tree: Mapping[str, Any]) -> Comparison:

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from mixora.errors import DataError, ModelError
-from mixora.mixture import Mixture, Parts, mixtures_of
+from mixora.mixture import Mixture, mixtures_of
+from mixora.parts import Parts
 from mixora.passes import tracing
 from mixora.routing import Routing
 

@@ -1,8 +1,7 @@
 """What mixora finds around itself: packages, machine, and what works here and what does not.
 
 Nothing here needs a library before it is known to be there, so that a broken installation can be examined too. No
-values
-of environment variables and no paths are told.
+values of environment variables and no paths are told.
 """
 
 from dataclasses import asdict, dataclass

@@ -47,12 +47,17 @@ def read_machine() -> Machine:
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
         processor=processor,
         features=features,
-        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        cores=count_cores(),
         memory=memory,
         memory_free=free,
         disk_free=shutil.disk_usage(Path.cwd()).free,
         accelerators=_read_accelerators(),
     )
+
+
+def count_cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _lines_of(path: str) -> dict[str, str]:

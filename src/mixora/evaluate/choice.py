@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from mixora.errors import DataError
-from mixora.evaluate.inference import Progress
 from mixora.evaluate.perplexity import IGNORED, Collate, log_likelihoods
+from mixora.stages import Advance
 
 Ids = Sequence[int]
 
@@ -17,7 +17,7 @@ def choose(
     texts: Sequence[Sequence[str]],
     collator: Collate,
     batch_size: int,
-    progress: Progress | None = None,
+    advance: Advance | None = None,
 ) -> tuple[list[int], list[int]]:
     """The likeliest choice of each row: by summed log-probability, and by that sum per character of the choice.
 
@@ -28,7 +28,7 @@ def choose(
         choices: token ids of each row's choices as they follow the prompt.
         texts: the choices as text.
         batch_size: choices (not rows) per batch.
-        progress: counts choices too.
+        advance: counts choices too.
 
     Returns:
         Two lists of indices from 0, one index per row; the first of equals wins.
@@ -41,7 +41,7 @@ def choose(
         raise DataError(f"row {empty[0]} has a choice without tokens")
     join = _target if model.config.is_encoder_decoder else _continuation
     rows = [join(prompt, ids) for prompt, row in zip(prompts, choices, strict=True) for ids in row]
-    likelihoods = iter(log_likelihoods(model, rows, collator, batch_size, progress))
+    likelihoods = iter(log_likelihoods(model, rows, collator, batch_size, advance))
     plain, normalised = [], []
     for row in texts:
         sums = [next(likelihoods) for _ in row]

@@ -10,12 +10,13 @@ from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from torch import nn
 
 from mixora.errors import DataError
-from mixora.evaluate.inference import Progress, batch_by_length, inference
+from mixora.evaluate.inference import batch_by_length, inference
 from mixora.evaluate.perplexity import Collate
+from mixora.stages import Advance
 
 
 def predict(
-    model: nn.Module, dataset: Any, collator: Collate, batch_size: int, progress: Progress | None = None
+    model: nn.Module, dataset: Any, collator: Collate, batch_size: int, advance: Advance | None = None
 ) -> list[int] | list[float]:
     """The most likely class of each row, or the predicted number where the labels are floats; in row order.
 
@@ -25,7 +26,7 @@ def predict(
     rows = list(dataset)
     results: list[Any] = [None] * len(rows)
     with inference(model) as device:
-        for batch in batch_by_length([len(row["input_ids"]) for row in rows], batch_size, progress):
+        for batch in batch_by_length([len(row["input_ids"]) for row in rows], batch_size, advance):
             tensors = {name: tensor.to(device) for name, tensor in collator([rows[r] for r in batch]).items()}
             labels = tensors.pop("labels")
             logits = model(**tensors).logits.float()

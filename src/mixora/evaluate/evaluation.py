@@ -11,9 +11,9 @@ from mixora.errors import ConfigError, DataError
 from mixora.evaluate.choice import choose
 from mixora.evaluate.classification import classification_scores, predict, regression_scores
 from mixora.evaluate.generation import generate
-from mixora.evaluate.inference import Progress
 from mixora.evaluate.perplexity import Collate, token_loss
 from mixora.evaluate.scores import SCORES, parse_call
+from mixora.stages import Advance
 
 LOSSES = ("loss", "perplexity")
 _LABELLED = ("accuracy", "f1", "mcc", "pearson", "spearman")
@@ -88,14 +88,14 @@ class Evaluation:
     predictions: tuple[Prediction, ...]
 
 
-def evaluate(model: Any, examples: Examples, config: EvaluationConfig, progress: Progress | None = None) -> Evaluation:
+def evaluate(model: Any, examples: Examples, config: EvaluationConfig, advance: Advance | None = None) -> Evaluation:
     """Measure `model` on `examples`.
 
     Args:
         model: a model whose head suits the form: sequence classification for labelled rows, else language modelling.
         examples: see `Examples`.
         config: see `EvaluationConfig`.
-        progress: called after each batch; the count starts again for each pass (loss, then answers).
+        advance: told the rows done and the rows in all after each batch, anew for each pass (loss, then answers).
 
     Raises:
         ConfigError: a metric that the form or its rows do not have.
@@ -110,10 +110,10 @@ def evaluate(model: Any, examples: Examples, config: EvaluationConfig, progress:
     measured: dict[str, float] = {}
     if set(wanted) & set(LOSSES):
         dataset = _needed(examples, "dataset")
-        measured |= token_loss(model, dataset, examples.collator, config.batch_size, progress)
+        measured |= token_loss(model, dataset, examples.collator, config.batch_size, advance)
     predictions: Sequence[Prediction] = ()
     if set(wanted) - set(LOSSES):
-        answers, predictions = _PASSES[examples.form](model, examples, config, wanted, progress)
+        answers, predictions = _PASSES[examples.form](model, examples, config, wanted, advance)
         measured |= answers
     return Evaluation({name: measured[name] for name in wanted}, tuple(predictions))
 
@@ -173,13 +173,13 @@ def _references(examples: Examples) -> list[list[str]]:
 
 
 Pass = Callable[
-    [Any, Examples, EvaluationConfig, tuple[str, ...], Progress | None],
+    [Any, Examples, EvaluationConfig, tuple[str, ...], Advance | None],
     tuple[dict[str, float], Sequence[Prediction]],
 ]
 
 
 def _generate(
-    model: Any, examples: Examples, config: EvaluationConfig, wanted: tuple[str, ...], progress: Progress | None
+    model: Any, examples: Examples, config: EvaluationConfig, wanted: tuple[str, ...], advance: Advance | None
 ) -> tuple[dict[str, float], Sequence[Prediction]]:
     texts = generate(
         model,
@@ -187,16 +187,16 @@ def _generate(
         _needed(examples, "prompts"),
         max_new_tokens=config.max_new_tokens,
         batch_size=config.batch_size,
-        progress=progress,
+        advance=advance,
     )
     references = _references(examples)
     return {name: SCORES[name](texts, references) for name in wanted if name in SCORES}, texts
 
 
 def _predict(
-    model: Any, examples: Examples, config: EvaluationConfig, wanted: tuple[str, ...], progress: Progress | None
+    model: Any, examples: Examples, config: EvaluationConfig, wanted: tuple[str, ...], advance: Advance | None
 ) -> tuple[dict[str, float], Sequence[Prediction]]:
-    predictions: Any = predict(model, _needed(examples, "dataset"), examples.collator, config.batch_size, progress)
+    predictions: Any = predict(model, _needed(examples, "dataset"), examples.collator, config.batch_size, advance)
     labels = [row["label"] for row in examples.rows]
     if _is_regression(examples):
         return regression_scores(predictions, labels), predictions
@@ -204,11 +204,11 @@ def _predict(
 
 
 def _choose(
-    model: Any, examples: Examples, config: EvaluationConfig, wanted: tuple[str, ...], progress: Progress | None
+    model: Any, examples: Examples, config: EvaluationConfig, wanted: tuple[str, ...], advance: Advance | None
 ) -> tuple[dict[str, float], Sequence[Prediction]]:
     prompts, choices = _needed(examples, "prompts"), _needed(examples, "choices")
     texts = [row["choices"] for row in examples.rows]
-    plain, normalised = choose(model, prompts, choices, texts, examples.collator, config.batch_size, progress)
+    plain, normalised = choose(model, prompts, choices, texts, examples.collator, config.batch_size, advance)
     answers = [row["answer"] for row in examples.rows]
     return {"accuracy": _share(plain, answers), "accuracy_norm": _share(normalised, answers)}, plain
 

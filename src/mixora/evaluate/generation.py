@@ -8,7 +8,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from mixora.errors import DataError
-from mixora.evaluate.inference import Progress, batch_by_length, inference
+from mixora.evaluate.inference import batch_by_length, inference
+from mixora.stages import Advance
 
 # Values under which generation changes no score: set outright, since a model may bring others of its own.
 GREEDY = {"num_beams": 1, "temperature": 1.0, "top_p": 1.0, "top_k": 50, "repetition_penalty": 1.0}
@@ -22,7 +23,7 @@ def generate(
     max_new_tokens: int,
     batch_size: int,
     do_sample: bool = False,
-    progress: Progress | None = None,
+    advance: Advance | None = None,
     **settings: Any,
 ) -> list[str]:
     """Continue each prompt until EOS or `max_new_tokens`.
@@ -47,7 +48,7 @@ def generate(
     options |= ({} if do_sample else GREEDY) | settings
     left, texts = not model.config.is_encoder_decoder, [""] * len(prompts)
     with inference(model) as device:
-        for batch in batch_by_length([len(prompt) for prompt in prompts], batch_size, progress):
+        for batch in batch_by_length([len(prompt) for prompt in prompts], batch_size, advance):
             ids, mask = pad_prompts([prompts[row] for row in batch], padding, left=left)
             output = model.generate(input_ids=ids.to(device), attention_mask=mask.to(device), **options)
             new = output[:, ids.shape[1] :] if left else output

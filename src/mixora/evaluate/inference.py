@@ -1,15 +1,13 @@
 """Running a model to measure it: evaluation mode without gradients, and batches of like length."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import nn
 
 from mixora.errors import DataError
-
-Progress = Callable[[int, int], None]
-"""Called after each batch with the rows done and the rows in all."""
+from mixora.stages import Advance
 
 
 @contextmanager
@@ -26,9 +24,11 @@ def inference(model: nn.Module) -> Iterator[torch.device]:
 
 
 def batch_by_length(
-    lengths: Sequence[int], batch_size: int, progress: Progress | None = None
+    lengths: Sequence[int], batch_size: int, advance: Advance | None = None
 ) -> Iterator[tuple[int, ...]]:
     """Row numbers of each batch, longest rows first: little padding, and too large a batch fails at once.
+
+    `advance` is told, after each batch, the rows done and the rows in all.
 
     Raises:
         DataError: no rows, or a batch size under 1.
@@ -40,5 +40,5 @@ def batch_by_length(
     order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
     for start in range(0, len(order), batch_size):
         yield tuple(order[start : start + batch_size])
-        if progress:
-            progress(min(start + batch_size, len(order)), len(order))
+        if advance:
+            advance(min(start + batch_size, len(order)), len(order))

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixora.errors import DataError
-from mixora.evaluate.inference import Progress, batch_by_length, inference
+from mixora.evaluate.inference import batch_by_length, inference
+from mixora.stages import Advance
 
 IGNORED = -100
 
@@ -18,7 +19,7 @@ Collate = Callable[[list[dict[str, Any]]], dict[str, Tensor]]
 
 
 def token_loss(
-    model: nn.Module, dataset: Any, collator: Collate, batch_size: int, progress: Progress | None = None
+    model: nn.Module, dataset: Any, collator: Collate, batch_size: int, advance: Advance | None = None
 ) -> dict[str, float]:
     """Mean negative log-likelihood over all supervised tokens.
 
@@ -30,7 +31,7 @@ def token_loss(
         dataset: a sequence of encoded rows, each a mapping with `input_ids` and `labels` (-100: not supervised).
         collator: see `Collate`.
         batch_size: rows per batch.
-        progress: see `Progress`.
+        advance: told the rows done and the rows in all, after each batch.
 
     Returns:
         "loss" in nats per token, "perplexity" (infinite where exp overflows), "tokens" counted.
@@ -41,7 +42,7 @@ def token_loss(
     rows = list(dataset)
     sums, counts = [], []
     with inference(model) as device:
-        for batch in batch_by_length([len(row["input_ids"]) for row in rows], batch_size, progress):
+        for batch in batch_by_length([len(row["input_ids"]) for row in rows], batch_size, advance):
             losses, tokens = _row_losses(model, collator([rows[row] for row in batch]), device)
             sums += losses
             counts += tokens
@@ -57,12 +58,12 @@ def log_likelihoods(
     rows: Sequence[dict[str, Any]],
     collator: Collate,
     batch_size: int,
-    progress: Progress | None = None,
+    advance: Advance | None = None,
 ) -> list[float]:
     """Summed log-probability of the supervised tokens of each row, in nats; rows must not be packed."""
     results = [0.0] * len(rows)
     with inference(model) as device:
-        for batch in batch_by_length([len(row["input_ids"]) for row in rows], batch_size, progress):
+        for batch in batch_by_length([len(row["input_ids"]) for row in rows], batch_size, advance):
             losses, _ = _row_losses(model, collator([rows[row] for row in batch]), device)
             for row, loss in zip(batch, losses, strict=True):
                 results[row] = -loss

@@ -18,10 +18,9 @@ from mixora.errors import ConfigError
 from mixora.folders import check_folder, claim_folder
 from mixora.loading import read_adapter_config
 from mixora.merging import Form, Merged
-from mixora.merging.card import write_companions
 from mixora.merging.export import name_base
 from mixora.short_names import SHORT_NAMES
-from mixora.standalone import Standalone, check_standalone, write_companion, write_standalone
+from mixora.standalone import Standalone, check_standalone, write_standalone
 from mixora.training.merging import find_settings, foresee_merge, load_adapted, merge_folder, sketch_adapted
 from mixora.training.progress import Progress
 from mixora.training.run_config import ModelSection
@@ -72,26 +71,22 @@ def export_folder(
     from, for which it may name no folder of this machine. Raises what `merge_folder` and `write_standalone` do.
     """
     adapter, tree = _check(source, changes, form, options)
-    facts = _read_facts(source, adapter, tree, base_id, licence)
+    facts = replace(_read_facts(source, adapter, tree, base_id, licence), place=repository)
     if repository is not None:
         _check_base_name(facts.base, form)
-    place = repository or str(out)
     if form in MERGED:
         settings: dict[str, Any] = {"to": form, **vars(options), "base_id": base_id, "overwrite": overwrite}
-        merged = merge_folder(source, out, changes, progress, **settings)
-        write_companions(merged, facts, place=place)
-        return Exported(out, form, merged)
+        return Exported(out, form, merge_folder(source, out, changes, progress, facts=facts, **settings))
     base = tree["model"]["base"]
     check_folder(out, overwrite, [source, base])
     if form == "standalone":
         progress.say(f"reading {adapter} and {base}")
         model, tokenizer = load_adapted(adapter, parse(ModelSection, tree["model"], "model"))
-        made = write_standalone(model, out, tokenizer=tokenizer, overwrite=overwrite, progress=progress.task)
-        write_companion(made, facts, place)
-        return Exported(out, form, made)
+        companions: dict[str, Any] = {"tokenizer": tokenizer, "facts": facts, "progress": progress.task}
+        return Exported(out, form, write_standalone(model, out, overwrite=overwrite, **companions))
     _copy_adapter(adapter, claim_folder(out, overwrite, [source, base]), base_id)
     read_tokenizer(base).save_pretrained(str(out))
-    write_card(out, Card(form, facts, place))
+    write_card(out, Card(form, facts))
     return Exported(out, form, None)
 
 

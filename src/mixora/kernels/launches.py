@@ -24,6 +24,43 @@ def _read(pointer, is_in):
 
 
 @triton.jit
+def _read_row(table_ptr):
+    """What the table tells this program."""
+    row = table_ptr + tl.program_id(0) * WIDTH
+    first, ranks, first_z, experts = tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
+    return first, ranks, first_z, experts, tl.load(row + 4), tl.load(row + 5), tl.load(row + 6)
+
+
+@triton.jit
+def _tokens_of_program(T: tl.constexpr):
+    """In 64 bits: tokens times columns may be more than 32 hold."""
+    return tl.program_id(1).to(tl.int64) * T + tl.arange(0, T)
+
+
+@triton.jit
+def _load(pointer, token_T, columns, column_C, is_token, is_column):
+    """A block of a matrix with so many columns, 0 outside of it."""
+    place_TC = token_T[:, None] * columns + column_C[None, :]
+    return tl.load(pointer + place_TC, is_token[:, None] & is_column[None, :], 0)
+
+
+@triton.jit
+def _load_if_given(pointer, token_T, columns, column_C, is_token, is_column):
+    """As `_load`, in fp32; zeros where there is no pointer."""
+    block_TC = tl.zeros((token_T.shape[0], column_C.shape[0]), tl.float32)
+    if pointer is not None:
+        block_TC += _load(pointer, token_T, columns, column_C, is_token, is_column).to(tl.float32)
+    return block_TC
+
+
+@triton.jit
+def _store(pointer, token_T, columns, column_C, is_token, is_column, numbers_TC):
+    """A block of a matrix with so many columns, in its dtype."""
+    place_TC = token_T[:, None] * columns + column_C[None, :]
+    tl.store(pointer + place_TC, numbers_TC.to(pointer.dtype.element_ty), is_token[:, None] & is_column[None, :])
+
+
+@triton.jit
 def _choose(p_TE, expert_E, slot_K, experts, top_k):
     """The K largest of each row, in falling order: their columns and values [T, K]."""
     experts_TK = tl.zeros((p_TE.shape[0], slot_K.shape[0]), tl.int32)
@@ -90,65 +127,32 @@ def _spread(experts_TK, weights_TK, slot_K, top_k, expert_R):
 
 @triton.jit
 def shrink(
-    x_ptr,
-    rows_ptr,
-    valid_ptr,
-    table_ptr,
-    scale_ptr,
-    expert_ptr,
-    h_ptr,
-    gated_ptr,
-    z_ptr,
-    p_ptr,
-    weights_ptr,
-    experts_ptr,
-    tokens,
-    width,
-    all_ranks,
-    all_experts,
-    all_slots,
+    x_ptr, rows_ptr, valid_ptr,
+    table_ptr, scale_ptr, expert_ptr,
+    h_ptr, gated_ptr, z_ptr, p_ptr, weights_ptr, experts_ptr,
+    tokens, width, all_ranks, all_experts, all_slots,
     RENORMALISE: tl.constexpr,
-    T: tl.constexpr,
-    IN: tl.constexpr,
-    R: tl.constexpr,
-    E: tl.constexpr,
-    K: tl.constexpr,
-):
+    T: tl.constexpr, IN: tl.constexpr, R: tl.constexpr, E: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
     """The hidden of one block of columns for T tokens, its site's routing, and the hidden times the gates."""
-    row = table_ptr + tl.program_id(0) * WIDTH
-    first, ranks, first_z, experts = tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
-    first_k, top_k, is_head = tl.load(row + 4), tl.load(row + 5), tl.load(row + 6)
-    # 64 bits: tokens times columns may be more than 32 hold
-    token_T = tl.program_id(1).to(tl.int64) * T + tl.arange(0, T)
+    first, ranks, first_z, experts, first_k, top_k, is_head = _read_row(table_ptr)
     rank_R, expert_E, slot_K = tl.arange(0, R), tl.arange(0, E), tl.arange(0, K)
-    is_token, is_rank, is_expert = token_T < tokens, rank_R < ranks, expert_E < experts
+    token_T = _tokens_of_program(T)
+    is_token, is_rank, is_expert, is_slot = token_T < tokens, rank_R < ranks, expert_E < experts, slot_K < top_k
     a_at_R, w_at_E = first + rank_R, all_ranks + first_z + expert_E
     h_TR, z_TE = _multiply(x_ptr, rows_ptr, token_T, is_token, a_at_R, is_rank, w_at_E, is_expert, width, IN)
     p_TE = _softmax(z_TE, is_expert)
     is_valid = tl.load(valid_ptr + token_T, is_token, 0) != 0
     experts_TK, weights_TK = _weigh(p_TE, is_valid, expert_E, slot_K, experts, top_k, RENORMALISE)
-    gate_TR = _spread(experts_TK, weights_TK, slot_K, top_k, tl.load(expert_ptr + first + rank_R, is_rank, -1))
+    gate_TR = _spread(experts_TK, weights_TK, slot_K, top_k, tl.load(expert_ptr + a_at_R, is_rank, -1))
     gate_TR *= tl.load(scale_ptr + tl.program_id(0))
-    place_TR = token_T[:, None] * all_ranks + first + rank_R[None, :]
-    is_in_TR = is_token[:, None] & is_rank[None, :]
-    tl.store(h_ptr + place_TR, h_TR.to(h_ptr.dtype.element_ty), is_in_TR)
-    tl.store(gated_ptr + place_TR, (h_TR * gate_TR).to(gated_ptr.dtype.element_ty), is_in_TR)
+    _store(h_ptr, token_T, all_ranks, a_at_R, is_token, is_rank, h_TR)
+    _store(gated_ptr, token_T, all_ranks, a_at_R, is_token, is_rank, h_TR * gate_TR)
     if is_head != 0:
-        place_TE = token_T[:, None] * all_experts + first_z + expert_E[None, :]
-        tl.store(z_ptr + place_TE, z_TE, is_token[:, None] & is_expert[None, :])
-        tl.store(p_ptr + place_TE, p_TE, is_token[:, None] & is_expert[None, :])
-        place_TK = token_T[:, None] * all_slots + first_k + slot_K[None, :]
-        is_in_TK = is_token[:, None] & (slot_K < top_k)[None, :]
-        tl.store(weights_ptr + place_TK, weights_TK, is_in_TK)
-        tl.store(experts_ptr + place_TK, experts_TK.to(tl.int64), is_in_TK)
-
-
-@triton.jit
-def _load_added(pointer, place_TE, is_in_TE, IS_GIVEN: tl.constexpr):
-    added_TE = tl.zeros(place_TE.shape, tl.float32)
-    if IS_GIVEN:
-        added_TE += tl.load(pointer + place_TE, is_in_TE, 0.0).to(tl.float32)
-    return added_TE
+        _store(z_ptr, token_T, all_experts, first_z + expert_E, is_token, is_expert, z_TE)
+        _store(p_ptr, token_T, all_experts, first_z + expert_E, is_token, is_expert, p_TE)
+        _store(weights_ptr, token_T, all_slots, first_k + slot_K, is_token, is_slot, weights_TK)
+        _store(experts_ptr, token_T, all_slots, first_k + slot_K, is_token, is_slot, experts_TK)
 
 
 @triton.jit
@@ -178,66 +182,38 @@ def _undo_gate(dgates_TE, gates_TE, p_TE, RENORMALISE: tl.constexpr):
 
 @triton.jit
 def shrink_backward(
-    dgated_ptr,
-    h_ptr,
-    p_ptr,
-    weights_ptr,
-    experts_ptr,
-    dgates_ptr,
-    dp_ptr,
-    dz_ptr,
-    table_ptr,
-    scale_ptr,
-    expert_ptr,
+    dgated_ptr, h_ptr, p_ptr, weights_ptr, experts_ptr, dgates_ptr, dp_ptr, dz_ptr,
+    table_ptr, scale_ptr, expert_ptr,
     out_ptr,
-    tokens,
-    all_ranks,
-    all_experts,
-    all_slots,
-    RENORMALISE: tl.constexpr,
-    HAS_DGATES: tl.constexpr,
-    HAS_DP: tl.constexpr,
-    HAS_DZ: tl.constexpr,
-    T: tl.constexpr,
-    R: tl.constexpr,
-    E: tl.constexpr,
-    K: tl.constexpr,
-):
+    tokens, all_ranks, all_experts, all_slots,
+    RENORMALISE: tl.constexpr, T: tl.constexpr, R: tl.constexpr, E: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
     """The gradients of one site's hidden and router outputs for T tokens, out of that of the gated hidden.
 
     Gradients that reach the gates, the probabilities or the router's outputs from elsewhere are added where given.
     """
-    row = table_ptr + tl.program_id(0) * WIDTH
-    first, ranks, first_z, experts = tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
-    first_k, top_k = tl.load(row + 4), tl.load(row + 5)
+    first, ranks, first_z, experts, first_k, top_k, _ = _read_row(table_ptr)
     scale, columns = tl.load(scale_ptr + tl.program_id(0)), all_ranks + all_experts
-    token_T = tl.program_id(1).to(tl.int64) * T + tl.arange(0, T)
-    expert_E, slot_K = tl.arange(0, E), tl.arange(0, K)
-    is_token = token_T < tokens
-    place_TE = token_T[:, None] * all_experts + first_z + expert_E[None, :]
-    is_in_TE = is_token[:, None] & (expert_E < experts)[None, :]
-    dgates_TE = _load_added(dgates_ptr, place_TE, is_in_TE, HAS_DGATES)
-    place_TK = token_T[:, None] * all_slots + first_k + slot_K[None, :]
-    is_in_TK = is_token[:, None] & (slot_K < top_k)[None, :]
-    experts_TK = tl.load(experts_ptr + place_TK, is_in_TK, 0).to(tl.int32)
-    weights_TK = tl.load(weights_ptr + place_TK, is_in_TK, 0.0)
+    token_T, expert_E, slot_K = _tokens_of_program(T), tl.arange(0, E), tl.arange(0, K)
+    is_token, is_expert, is_slot = token_T < tokens, expert_E < experts, slot_K < top_k
+    z_at_E, k_at_K = first_z + expert_E, first_k + slot_K
+    experts_TK = _load(experts_ptr, token_T, all_slots, k_at_K, is_token, is_slot).to(tl.int32)
+    weights_TK = _load(weights_ptr, token_T, all_slots, k_at_K, is_token, is_slot)
+    dgates_TE = _load_if_given(dgates_ptr, token_T, all_experts, z_at_E, is_token, is_expert)
     for start in range(0, ranks, R):
         rank_R = start + tl.arange(0, R)
-        expert_R = tl.load(expert_ptr + first + rank_R, rank_R < ranks, -1)
-        is_in_TR = is_token[:, None] & (rank_R < ranks)[None, :]
-        place_TR = token_T[:, None] * all_ranks + first + rank_R[None, :]
-        h_TR = tl.load(h_ptr + place_TR, is_in_TR, 0.0).to(tl.float32)
-        dgated_TR = tl.load(dgated_ptr + place_TR, is_in_TR, 0.0).to(tl.float32) * scale
+        a_at_R, is_rank = first + rank_R, rank_R < ranks
+        expert_R = tl.load(expert_ptr + a_at_R, is_rank, -1)
+        h_TR = _load(h_ptr, token_T, all_ranks, a_at_R, is_token, is_rank).to(tl.float32)
+        dgated_TR = _load(dgated_ptr, token_T, all_ranks, a_at_R, is_token, is_rank).to(tl.float32) * scale
         dh_TR = dgated_TR * _spread(experts_TK, weights_TK, slot_K, top_k, expert_R)
-        place_TR = token_T[:, None] * columns + first + rank_R[None, :]
-        tl.store(out_ptr + place_TR, dh_TR.to(out_ptr.dtype.element_ty), is_in_TR)
+        _store(out_ptr, token_T, columns, a_at_R, is_token, is_rank, dh_TR)
         dgates_TE += _collect(dgated_TR * h_TR, experts_TK, slot_K, top_k, expert_R, expert_E)
 
     gates_TE = _spread(experts_TK, weights_TK, slot_K, top_k, expert_E)
-    p_TE = tl.load(p_ptr + place_TE, is_in_TE, 0.0)
-    dp_TE = _load_added(dp_ptr, place_TE, is_in_TE, HAS_DP)
+    p_TE = _load(p_ptr, token_T, all_experts, z_at_E, is_token, is_expert)
+    dp_TE = _load_if_given(dp_ptr, token_T, all_experts, z_at_E, is_token, is_expert)
     dp_TE += _undo_gate(dgates_TE, gates_TE, p_TE, RENORMALISE)
     dz_TE = p_TE * (dp_TE - tl.sum(p_TE * dp_TE, axis=1)[:, None])
-    dz_TE += _load_added(dz_ptr, place_TE, is_in_TE, HAS_DZ)
-    place_TE = token_T[:, None] * columns + all_ranks + first_z + expert_E[None, :]
-    tl.store(out_ptr + place_TE, dz_TE.to(out_ptr.dtype.element_ty), is_in_TE)
+    dz_TE += _load_if_given(dz_ptr, token_T, all_experts, z_at_E, is_token, is_expert)
+    _store(out_ptr, token_T, columns, all_ranks + z_at_E, is_token, is_expert, dz_TE)

@@ -205,15 +205,10 @@ class _Shrink(torch.autograd.Function):
             (
                 _fill(dhidden, x_TI, layout.widths),
                 *(h_TR, p_TE, weights_TK, experts_TK),
-                # a pointer that is not read, where nothing is added
-                *(p_TE if one is None else one for one in added),
-                *(*tables.backward, tables.expert_R, dz_TC),
+                *(*added, *tables.backward, tables.expert_R, dz_TC),
             ),
             (len(x_TI), h_TR.shape[1], p_TE.shape[1], experts_TK.shape[1]),
             RENORMALISE=ctx.renormalise,
-            HAS_DGATES=added[0] is not None,
-            HAS_DP=added[1] is not None,
-            HAS_DZ=added[2] is not None,
             **layout.blocks,
         )
         drows_CI = (dz_TC.T @ x_TI).split([*layout.widths, *layout.experts])
@@ -243,9 +238,9 @@ def _scatter(dweights: Sequence[Tensor | None], experts: Sequence[Tensor], sizes
 
 
 def _launch(
-    name: str, size: tuple[int, int], tensors: Sequence[Tensor], sizes: Sequence[int], **constants: Any
+    name: str, size: tuple[int, int], tensors: Sequence[Tensor | None], sizes: Sequence[int], **constants: Any
 ) -> None:
-    """Programs for so many (rows of the table, tokens)."""
+    """Programs for so many (rows of the table, tokens). Gradients that nothing gives are None among the tensors."""
     from mixora.kernels import launches
 
     if not size[1]:

@@ -15,19 +15,14 @@ _METHODS = {
 }
 
 
-def write_companions(
-    merged: Merged, facts: Facts, tokenizer: PreTrainedTokenizerBase | None = None, place: str | None = None
-) -> None:
-    """Write `README.md` and the tokenizer, where it is known, to the folder of the result.
-
-    `place`: where it will be loaded from, if not from there.
-    """
+def write_companions(merged: Merged, facts: Facts, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+    """Write `README.md` and the tokenizer, where it is known, to the folder of the result."""
     if tokenizer is not None:
         tokenizer.save_pretrained(str(merged.out))
     details = tuple(_how(merged)) + (("", *_changes(merged)) if merged.changes else ())
     # what was cut, fitted or chosen on data computes something else than what the run measured
     is_same = merged.soup is None and all(site.method in ("exact", "averaged") for site in merged.sites)
-    write_card(merged.out, Card(merged.form, facts, place or str(merged.out), merged.base, details, is_same))
+    write_card(merged.out, Card(merged.form, facts, merged.base, details, is_same))
 
 
 def _how(merged: Merged) -> Iterator[str]:

@@ -70,7 +70,7 @@ def _write_adapter(folder: Path, model: PeftModel, adapter: str, config: Any, te
     config.save_pretrained(str(folder))
 
 
-def write_dense(folder: Path, model: PeftModel, adapter: str, pairs: Pairs) -> None:
+def write_dense(folder: Path, model: PeftModel, pairs: Pairs) -> None:
     """Add `pairs` to the frozen weights and write the model without adapters; `model` is used up."""
     base = model.get_base_model()
     embeddings = base.get_input_embeddings()  # type: ignore[operator]

@@ -9,7 +9,7 @@ import torch
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from mixora.cards import facts_of
+from mixora.cards import Facts, facts_of
 from mixora.config import did_you_mean
 from mixora.errors import CheckpointError, ConfigError
 from mixora.folders import check_folder, claim_folder
@@ -21,7 +21,7 @@ from mixora.merging.comparison import Comparison, compare
 from mixora.merging.export import Pairs, name_base, write_dense, write_lora, write_mixture
 from mixora.merging.result import Form, Merged, MergedSite
 from mixora.merging.soup import Soup, cook
-from mixora.mixture import Mixture
+from mixora.mixture import Mixture, mixtures_of
 from mixora.stages import Stage, silently
 from mixora.tuner import MixoraConfig
 
@@ -39,6 +39,7 @@ def merge(
     soup: Collection[Batch] | None = None,
     approximation: Approximation | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    facts: Facts | None = None,
     overwrite: bool = False,
     progress: Stage = silently,
 ) -> Merged:
@@ -50,8 +51,8 @@ def merge(
     rank up with zeros, so that all have one. Drawn experts (AdaMix) are averaged, all of them or those that a greedy
     `soup` on held-out batches chooses. Sites routed by the input get the LoRA that is nearest on `approximation.fit`,
     of `rank` (by default `active_rank`); loss and logits are compared on its `held_out`. `tokenizer` is written beside.
-    `overwrite`: replace what mixora wrote to `out` before. `progress` is told what is being done and gives a context
-    with a function of (done, total).
+    `facts`: what the card tells, by default what the adapter's configuration knows. `overwrite`: replace what mixora
+    wrote to `out` before. `progress` is told what is being done and gives a context with a function of (done, total).
 
     Raises `ConfigError` for routed sites without `approximation`, options without effect, and an `out` that is not
     empty; `MixoraError` for routed experts behind modules.
@@ -77,7 +78,9 @@ def merge(
         origin = f"{len(approximation.fit)} batches of {approximation.origin}"
         merged = replace(merged, fitted_on=origin, changes=_measure(model, modules, pairs, approximation, progress))
     with progress(f"writing {folder}"):
-        _write(merged, model, adapter, pairs, tokenizer)
+        _write(merged, model, adapter, pairs)
+        # a dense model has used `model` up, but not its configuration
+        write_companions(merged, facts or facts_of(config), tokenizer)
     return merged
 
 
@@ -100,16 +103,13 @@ def foresee(
     return {module.path: "fitted" if module in routed else static for module in modules}
 
 
-def _write(
-    merged: Merged, model: PeftModel, adapter: str, pairs: Pairs, tokenizer: PreTrainedTokenizerBase | None
-) -> None:
-    # a dense model has no configuration of an adapter any more
-    facts = facts_of(model.peft_config[adapter])
+def _write(merged: Merged, model: PeftModel, adapter: str, pairs: Pairs) -> None:
     if merged.form == "averaged":
         write_mixture(merged.out, model, adapter, merged.soup.members if merged.soup else None)
+    elif merged.form == "dense":
+        write_dense(merged.out, model, pairs)
     else:
-        (write_dense if merged.form == "dense" else write_lora)(merged.out, model, adapter, pairs)
-    write_companions(merged, facts, tokenizer)
+        write_lora(merged.out, model, adapter, pairs)
 
 
 def _check_form(
@@ -149,8 +149,7 @@ def _read_sites(model: PeftModel) -> tuple[str, list[Mixture]]:
     kind = model.peft_config[adapter].peft_type
     if kind != MIXORA:
         raise CheckpointError(f"the active adapter {adapter!r} is of type {kind}; valid: {MIXORA.value}")
-    found = (module for module in model.modules() if isinstance(module, Mixture))
-    modules = [module for module in found if adapter in module.parts]
+    modules = [module for module in mixtures_of(model) if adapter in module.parts]
     if any(module.merged for module in modules):
         raise ConfigError("the adapter is merged into the weights; valid: call unmerge_adapter() first")
     return adapter, modules

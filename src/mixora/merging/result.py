@@ -1,12 +1,12 @@
 """What a merge did, as plain data."""
 
-import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from mixora.merging.comparison import Comparison
 from mixora.merging.soup import Soup
+from mixora.plan import star_layer
 
 Form = Literal["peft-lora", "averaged", "dense"]
 
@@ -48,7 +48,7 @@ class Merged:
         """A line for the sites that differ only in their layer: ranks, mean and largest error."""
         groups: dict[tuple[str, str], list[MergedSite]] = {}
         for site in self.sites:
-            groups.setdefault((re.sub(r"\.\d+\.", ".*.", site.path, count=1), site.method), []).append(site)
+            groups.setdefault((star_layer(site.path), site.method), []).append(site)
         return [_row(kind, method, sites) for (kind, method), sites in groups.items()]
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,5 +1,5 @@
 """A mixture as a checkpoint that transformers loads without mixora."""
 
-from mixora.standalone.writing import Standalone, check_standalone, write_companion, write_standalone
+from mixora.standalone.writing import Standalone, check_standalone, write_standalone
 
-__all__ = ["Standalone", "check_standalone", "write_companion", "write_standalone"]
+__all__ = ["Standalone", "check_standalone", "write_standalone"]

@@ -48,6 +48,7 @@ def write_standalone(
     out: str | Path,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    facts: Facts | None = None,
     overwrite: bool = False,
     progress: Stage = silently,
 ) -> Standalone:
@@ -55,7 +56,7 @@ def write_standalone(
 
     Neither mixora nor PEFT is needed there. Weights of the base stay as they are: nothing is folded into them. The
     folder is read back, and logits of random tokens are compared, so the model is in memory twice. A model card and
-    the `tokenizer` are written beside. `overwrite` and `progress` as in `mixora.merge`. Raises
+    the `tokenizer` are written beside. `facts`, `overwrite` and `progress` as in `mixora.merge`. Raises
     `CheckpointError` for an adapter of other experts or routers than the file knows, and `ModelError` for a base that
     is no causal language model of transformers, or quantised, or where the logits differ by more than rounding.
     """
@@ -71,20 +72,18 @@ def write_standalone(
     with progress("reading it back"):
         difference, largest = _compare(model, folder)
     made = Standalone(folder, len(sites), difference, largest)
-    write_companion(made, facts_of(model.peft_config[adapter]))
+    write_card(folder, Card("standalone", facts or facts_of(model.peft_config[adapter]), details=_describe(made)))
     return made
 
 
-def write_companion(made: Standalone, facts: Facts, place: str | None = None) -> None:
-    """Write `README.md` to the folder. `place`: where it will be loaded from, if not from there."""
-    details = (
+def _describe(made: Standalone) -> tuple[str, ...]:
+    return (
         "## How it was made",
         "",
         f"The weights of the base are as they were; beside {made.sites} of its modules stand the adapter's tensors.",
         "When it was written, its logits of random tokens were compared with those of the adapter in mixora: the",
         f"largest difference was {made.difference:.3g}, where the largest logit was {made.largest:.3g}.",
     )
-    write_card(made.out, Card("standalone", facts, place or str(made.out), details=details))
 
 
 def check_standalone(model: PeftModel) -> tuple[str, PreTrainedModel]:

@@ -16,8 +16,21 @@ from mixora.training.run_folder import CHECKPOINTS
 
 def make_arguments(config: RunConfig) -> TrainingArguments:
     """The trainer's arguments as `config` says; `ConfigError` for those that transformers refuses."""
+    given = config.train.arguments
+    _check_types(given)
+    try:
+        arguments = TrainingArguments(**{**_name_arguments(config), **given})
+    except Exception as error:
+        # each argument has a check of its own
+        raise ConfigError(f"train.arguments: {error}") from None
+    _check_effective(arguments)
+    return arguments
+
+
+def _name_arguments(config: RunConfig) -> dict[str, Any]:
+    """The settings of a run by the names that they have with transformers."""
     settings = config.train
-    defaults: dict[str, Any] = {
+    return {
         "output_dir": str(Path(config.out) / CHECKPOINTS),
         "max_steps": settings.steps or -1,
         # what is drawn from tasks is as long as the run and in its order
@@ -44,12 +57,9 @@ def make_arguments(config: RunConfig) -> TrainingArguments:
         # every adapter has a gradient in every pass, but where routes are drawn, which the trainer knows
         "ddp_find_unused_parameters": False,
     }
-    _check_types(settings.arguments)
-    try:
-        arguments = TrainingArguments(**{**defaults, **settings.arguments})
-    except Exception as error:
-        # each argument has a check of its own
-        raise ConfigError(f"train.arguments: {error}") from None
+
+
+def _check_effective(arguments: TrainingArguments) -> None:
     if arguments.eval_strategy != "no":
         raise ConfigError(
             f"train.arguments.eval_strategy: got {arguments.eval_strategy.value!r}; valid: 'no', "
@@ -59,7 +69,6 @@ def make_arguments(config: RunConfig) -> TrainingArguments:
         raise ConfigError(
             "train.arguments.save_only_model: got True; valid: False, since a run could not go on from there"
         )
-    return arguments
 
 
 def _check_types(arguments: Mapping[str, Any]) -> None:

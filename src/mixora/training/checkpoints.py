@@ -20,7 +20,7 @@ from mixora.errors import CheckpointError, ConfigError, NonFiniteError, StoppedE
 from mixora.folders import MARK
 from mixora.training.bad_steps import count_left_out
 from mixora.training.manifest import find_damage
-from mixora.training.run_config import RunConfig, read_settings
+from mixora.training.run_config import RunConfig, leaves_of, read_settings
 from mixora.training.run_folder import CHECKPOINTS, RUN_FILE
 from mixora.training.start import START
 
@@ -46,7 +46,7 @@ def read_resumed(run: Path, changes: Mapping[str, Any]) -> RunConfig:
         raise CheckpointError(f"{run}: this run is finished; valid: one that was stopped, or a new run")
     tree = {**read_settings(run / RUN_FILE), "out": str(run)}
     before, after = (parse(RunConfig, settings) for settings in (tree, merge_trees(tree, changes)))
-    old, new = (dict(_leaves(settings.model_dump(mode="json"))) for settings in (before, after))
+    old, new = (dict(leaves_of(settings.model_dump(mode="json"))) for settings in (before, after))
     for path in {**old, **new}:
         if old.get(path) != new.get(path) and not _may_change(path):
             raise ConfigError(
@@ -58,14 +58,6 @@ def read_resumed(run: Path, changes: Mapping[str, Any]) -> RunConfig:
 
 def _may_change(path: str) -> bool:
     return any(path == name or path.startswith(name + ".") for name in MAY_CHANGE)
-
-
-def _leaves(tree: Mapping[str, Any], at: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            yield from _leaves(value, f"{at}{name}.")
-        else:
-            yield f"{at}{name}", value
 
 
 def find_checkpoint(run: Path) -> tuple[Path | None, list[str]]:

@@ -2,8 +2,7 @@
 
 import random
 import re
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,21 +10,17 @@ from typing import Any
 from datasets import concatenate_datasets
 from peft import PeftModel, get_peft_model
 from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME
-from rich.box import SIMPLE_HEAD
-from rich.console import RenderableType
-from rich.table import Table
 from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from mixora.bases import load_base, sketch_base
-from mixora.cards import show_name
+from mixora.cards import Facts, show_name
 from mixora.config import merge_trees, parse
 from mixora.errors import ConfigError
 from mixora.folders import check_folder
 from mixora.loading import check_files, from_pretrained, read_adapter_config, task_of
-from mixora.merging import Approximation, Comparison, Form, Merged, foresee, merge
-from mixora.plan import common_prefix
+from mixora.merging import Approximation, Form, Merged, foresee, merge
 from mixora.training.material import (
     Material,
     batches_of_tasks,
@@ -53,11 +48,13 @@ def merge_folder(
     soup: bool = False,
     fit_rows: int | None = None,
     base_id: str | None = None,
+    facts: Facts | None = None,
     overwrite: bool = False,
 ) -> Merged:
     """`mixora.merge` for the folder of a run, or of a saved adapter; `changes` are settings of a run.
 
-    `base_id`: what the result calls its base, where that is not the name by which it is read here.
+    `base_id`: what the result calls its base, where that is not the name by which it is read here. `facts`: for the
+    card, as in `mixora.merge`.
     With `soup`, the experts are chosen on the evaluation rows. With `fit_rows`, sites routed by the input get the
     nearest LoRA on as many training rows, drawn by the run's seed, and the change is measured on the evaluation rows.
     Without either, the data are not looked at.
@@ -79,7 +76,7 @@ def merge_folder(
     if base_id is not None:
         model.peft_config[model.active_adapter].base_model_name_or_path = base_id
     settings: dict[str, Any] = {"rank": rank, "uniform_rank": uniform_rank, "overwrite": overwrite, "soup": held_out}
-    companions: dict[str, Any] = {"tokenizer": tokenizer, "progress": progress.task}
+    companions: dict[str, Any] = {"tokenizer": tokenizer, "facts": facts, "progress": progress.task}
     return merge(model, out, to=to, approximation=approximation, **settings, **companions)
 
 
@@ -177,43 +174,3 @@ def sample(material: Material, config: RunConfig, fit_rows: int) -> Approximatio
 def _all_batches(material: Material, config: RunConfig) -> list[Mapping[str, Tensor]]:
     """All evaluation rows."""
     return batches_of_tasks(make_examples(material, config), config, None)
-
-
-def summarise_foreseen(form: str, methods: Mapping[str, str], out: Path | None) -> Iterator[RenderableType]:
-    """What an export would do, for a terminal."""
-    kinds = Counter((re.sub(r"\.\d+\.", ".*.", path, count=1), method) for path, method in methods.items())
-    table = Table("site", "number", "method", title=f"{len(methods)} sites", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for (kind, method), number in kinds.items():
-        table.add_row(kind, str(number), method)
-    yield table
-    yield f"nothing was written; without --dry-run:\n{form}  {out}"
-
-
-def summarise_merge(merged: Merged) -> Iterator[RenderableType]:
-    """What was merged and what it changed, for a terminal."""
-    prefix = common_prefix([row["sites"] for row in merged.rows()])
-    title = f"{len(merged.sites)} sites" + (f" in {prefix}" if prefix else "")
-    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("site", overflow="fold")
-    for column in ("number", "method", "rank", "mean error", "largest error"):
-        table.add_column(column, justify="right")
-    for row in merged.rows():
-        errors = f"{row['mean_error']:.3g}", f"{row['largest_error']:.3g}"
-        table.add_row(row["sites"].removeprefix(prefix + "."), str(row["count"]), row["method"], row["rank"], *errors)
-    yield table
-    if merged.soup:
-        members = ", ".join(map(str, merged.soup.members))
-        yield f"soup of experts {members}: held-out loss {merged.soup.loss:.4f}, of all {merged.soup.loss_of_all:.4f}"
-    if merged.changes:
-        yield _tabulate(merged.changes)
-    yield f"{merged.form}  {merged.out}"
-
-
-def _tabulate(changes: Comparison) -> Table:
-    table = Table("", "mixture", "merged", title=f"{changes.predictions} held-out predictions")
-    table.add_row("loss", f"{changes.loss_of_mixture:.4f}", f"{changes.loss_of_merged:.4f}")
-    table.add_row("difference of a logit, mean", "", f"{changes.mean_difference:.4g}")
-    table.add_row("difference of a logit, largest", "", f"{changes.max_difference:.4g}")
-    if changes.divergence is not None:
-        table.add_row("KL divergence, nats", "", f"{changes.divergence:.4g}")
-    return table

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -107,7 +108,7 @@ def weigh(
 
 def craft_adapter(
     tree: Mapping[str, Any],
-    out: str,
+    out: Path,
     seed: int,
     *,
     overwrite: bool = False,

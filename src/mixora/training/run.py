@@ -112,9 +112,7 @@ def _fit(config: RunConfig, progress: Progress, overwrite: bool, resume: bool) -
             notes=[*table.notes, *_remark(rows, trainer), *begun.notes],
             bad_steps=trainer.bad_steps,
         )
-        with progress.task("writing the report"):
-            _write_card(record, config)
-            write_report(record, out)
+        _write_pages(record, config, progress)
     finish(out, config.train.keep_checkpoints)
     wait_for_all()
     return record
@@ -182,12 +180,14 @@ def _read_back(
     return measure(from_pretrained(model.unload(), folder), examples, config, progress, "read back")
 
 
-def _write_card(record: RunRecord, config: RunConfig) -> None:
-    """The card of the adapter, in place of PEFT's, which knows nothing of the run."""
+def _write_pages(record: RunRecord, config: RunConfig, progress: Progress) -> None:
+    """The report, and the card of the adapter, in place of PEFT's, which knows nothing of the run."""
     folder = Path(config.out) / "adapter"
     settings = config.model_dump(mode="json")
-    facts = facts_of(read_adapter_config(folder), base=config.model.base, record=record, settings=settings)
-    write_card(folder, Card("adapter", facts, str(folder)))
+    with progress.task("writing the report"):
+        facts = facts_of(read_adapter_config(folder), base=config.model.base, record=record, settings=settings)
+        write_card(folder, Card("adapter", facts))
+        write_report(record, Path(config.out))
 
 
 def _show_plan(table: Plan, rows: TrainingSet, progress: Progress) -> None:

@@ -38,15 +38,16 @@ class AdapterSection(Strict):
     def build(self, **for_peft: Any) -> MixoraConfig:
         """The adapter's configuration; `ConfigError` names the path of what is wrong."""
         try:
-            return recipe(self.recipe, **dict(_leaves(self.model_extra or {})), **for_peft)
+            return recipe(self.recipe, **dict(leaves_of(self.model_extra or {})), **for_peft)
         except ConfigError as error:
             raise ConfigError(f"adapter: {error}") from None
 
 
-def _leaves(tree: Mapping[str, Any], at: str = "") -> Iterator[tuple[str, Any]]:
+def leaves_of(tree: Mapping[str, Any], at: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted path and value of each setting; a line over depth is one value."""
     for name, value in tree.items():
         if isinstance(value, Mapping) and not is_line(value):
-            yield from _leaves(value, f"{at}{name}.")
+            yield from leaves_of(value, f"{at}{name}.")
         else:
             yield f"{at}{name}", value
 
