@@ -13,7 +13,7 @@ MOST_LINES, MOST_LINES_OF_FUNCTION = 300, 40
 LARGE = {"tests/merging/test_card.py:test_the_whole_card": "a card, word for word"}
 ORDER = [
     {"errors", "short_names", "stages", "console", "world", "documents"},
-    {"draws", "completion", "asides", "devices", "base_limits", "inputs"},
+    {"draws", "completion", "asides", "devices", "base_limits", "inputs", "packed"},
     {"routing", "config", "folders", "low_rank", "fused_loss", "activations", "host", "sharding"},
     {"contracts", "passes", "depth", "outside", "gguf_files"},
     {"experts", "routers", "kernels", "losses", "allocators", "slots", "parts", "plan", "entrances"},

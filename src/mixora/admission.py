@@ -60,8 +60,10 @@ def remark_untrained(model: nn.Module, plan: Plan, saved: Iterable[str]) -> Iter
     """
     sites, trained = {site.path for site in plan.sites}, {*_HEADS, *saved}
     for path, module in model.named_modules():
-        bias = module.bias if isinstance(module, nn.Linear) else None
-        is_looked_at = not (bias is None or bias.is_meta or is_repeated(path) or path in sites)
-        if is_looked_at and trained.isdisjoint(path.split(".")) and not bias.any():
+        if not isinstance(module, nn.Linear) or is_repeated(path) or path in sites:
+            continue
+        if module.bias is None or module.bias.is_meta or not trained.isdisjoint(path.split(".")):
+            continue
+        if not module.bias.any():
             name = path.removesuffix(".dense").rpartition(".")[2]
             yield f"{path}: frozen, and its bias of zeros looks never trained; modules_to_save: [{name}] trains it"

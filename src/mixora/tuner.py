@@ -17,6 +17,7 @@ from mixora.documents import show
 from mixora.errors import ConfigError, MixoraError
 from mixora.method import Method
 from mixora.mixture import PREFIX, Mixture, mixtures_of
+from mixora.packed import keep_differentiable
 from mixora.plan import Plan, Site
 from mixora.recipes import read_recipe
 from mixora.routers import ROUTERS
@@ -115,6 +116,7 @@ class MixoraModel(host.Tuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Plan, compare with the stored plan where there is one, wrap the sites, hook the model's entrances."""
         check_name(adapter_name, model)
+        keep_differentiable(model)
         # TRL makes its reference so and copies the tensors whose names hold ".default.", which none of ours does
         is_reference = adapter_name == "ref" and self.peft_config["ref"] is self.peft_config.get("default")
         # the user's config stays as it is: it may serve for another model
