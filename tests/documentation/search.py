@@ -14,7 +14,7 @@ from lunr import lunr
 # what a reader types, and a page that has to be among the first found
 WANTED = {
     "capacity_factor": "methods/sira/",
-    "4-bit": "methods/pesc/",
+    "4-bit": "guide/four_bit/",
     "ZeRO-3": "guide/sharding/",
     "vLLM": "guide/serve_elsewhere/",
     "dead experts": "guide/router/",
