@@ -4,6 +4,7 @@ Without a GPU, Triton's interpreter computes kernel `triton`. No test asks the h
 """
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # how long an example takes depends on what else the machine does
 settings.register_profile("mixora", deadline=None, max_examples=60)
 settings.load_profile("mixora")
+# a shell has its jobs in the background ignore it, and tests send it
+signal.signal(signal.SIGINT, signal.default_int_handler)
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
