@@ -94,12 +94,13 @@ def test_a_process_that_does_not_start_is_told(script, none_running, monkeypatch
 
 
 def test_a_process_that_ends_or_writes_too_much_is_told_and_replaced(none_running, monkeypatch, tmp_path):
-    running = start(monkeypatch, tmp_path, READY + "sys.stdin.readline(); sys.stdin.readline(); sys.exit()")
+    asked = READY + "sys.stdin.readline(); sys.stdin.readline(); "
+    running = start(monkeypatch, tmp_path, asked + "sys.exit()")
     assert templates._serving() is running
     assert running.ask("{}") == {"error": "it ends the process that renders it, most likely for its memory"}
     assert not running.is_alive
     monkeypatch.setattr(templates, "MOST_ANSWER", 2**20)
-    other = start(monkeypatch, tmp_path, READY + "print('x' * 2**21, flush=True)")
+    other = start(monkeypatch, tmp_path, asked + "print('x' * 2**21, flush=True)")
     assert other is not running
     assert other.ask("{}") == {"error": "it writes more than 1 MiB"}
 
