@@ -8,7 +8,7 @@ from torch import nn
 from mixora.errors import ConfigError
 from mixora.mixture import PREFIX
 from mixora.plan import Plan
-from mixora.sites import is_repeated
+from mixora.sites import frozen_modules, is_repeated
 
 # what PEFT trains whole with `task_type="SEQ_CLS"`
 _HEADS = ("classifier", "score")
@@ -58,11 +58,11 @@ def remark_untrained(model: nn.Module, plan: Plan, saved: Iterable[str]) -> Iter
     Sentence encoders carry such a pooler, since they average their tokens; a head that has to learn through its random
     projection learns little. `saved`: the names in `modules_to_save`.
     """
-    sites, trained = {site.path for site in plan.sites}, {*_HEADS, *saved}
-    for path, module in model.named_modules():
+    sites, trained = {site.path for site in plan.sites}, [f".{name}." for name in (*_HEADS, *saved)]
+    for path, module in frozen_modules(model):
         if not isinstance(module, nn.Linear) or is_repeated(path) or path in sites:
             continue
-        if module.bias is None or module.bias.is_meta or not trained.isdisjoint(path.split(".")):
+        if module.bias is None or module.bias.is_meta or any(name in f".{path}." for name in trained):
             continue
         if not module.bias.any():
             name = path.removesuffix(".dense").rpartition(".")[2]
