@@ -20,7 +20,7 @@ def print_plan(names: Sequence[str]) -> None:
             methods = [method for of, method in cells(name) if of == data]
             each = len(table.learning_rates) + len(table.seed_list)
             made, seconds = _look(results, data, methods)
-            minutes = statistics.mean(seconds) / 60 if seconds else table.minutes
+            minutes = statistics.median(seconds) / 60 if seconds else table.minutes
             total += minutes * each * len(methods)
             row = (len(methods), each * len(methods), made, f"{minutes:.1f}", f"{minutes * each * len(methods):.0f}")
             grid.add_row(name, data, *map(str, row))

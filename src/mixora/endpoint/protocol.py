@@ -20,7 +20,7 @@ R = TypeVar("R", bound="Request")
 
 
 def _nothing(value: Any) -> Any:
-    if value not in (None, 0, {}, [], "") or value is True:
+    if value not in (None, 0, {}, [], ""):
         raise ValueError("is not served; valid: left out")
     return value
 
