@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from benchmarks.plotting import COLOURS, MARKERS, make_figure
@@ -32,9 +33,15 @@ def write_page(page: Path = PAGE, plots: Path = PLOTS, folder: Path = RESULTS) -
         results = Results(name, folder)
         is_shown = name in (found for _, found, _ in MARKED.findall(text))
         if is_shown and any(is_complete(results, data) for data in read_table(name).data):
-            draw_differences(results).savefig(plots / f"{name}.svg")
+            _save(draw_differences(results), plots / f"{name}.svg")
             if costs := read_costs(name, folder):
-                draw_front(results, costs).savefig(plots / f"{name}-front.svg")
+                _save(draw_front(results, costs), plots / f"{name}-front.svg")
+
+
+def _save(figure: Figure, path: Path) -> None:
+    """The same bytes for the same results."""
+    with rc_context({"svg.hashsalt": path.stem}):
+        figure.savefig(path, metadata={"Date": None})
 
 
 def fill(text: str, folder: Path = RESULTS) -> str:
@@ -154,6 +161,7 @@ def draw_differences(results: Results) -> Figure:
         axis.set_ylim(len(names) - 0.5, -0.5)
         axis.grid(axis="x", alpha=0.3)
         axis.tick_params(axis="x", labelsize=8)
+        axis.locator_params(axis="x", nbins=4)
     figure.supxlabel(f"better than {table.reference} to the right; 95 % of paired differences", fontsize=9)
     return figure
 
