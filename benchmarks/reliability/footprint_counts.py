@@ -15,7 +15,7 @@ class AllocatedBytes:
 
     def __init__(self) -> None:
         activities = [torch.profiler.ProfilerActivity.CPU]
-        self._profile = torch.profiler.profile(activities=activities, profile_memory=True)
+        self._profile = torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True)
 
     def __enter__(self) -> "AllocatedBytes":
         self._profile.__enter__()

@@ -19,7 +19,8 @@ from mixora.kernels.triton import Term, find_obstacle, shrink
 from tests.kernels.test_joint import TEXT
 from tests.models import adapt, gradients, tiny_gpt2, tiny_llama
 
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+OBJECTION = Triton.objection(Shape(8, 8, (2, 2)), torch.float32)
+needs_triton = pytest.mark.skipif(OBJECTION is not None, reason=f"kernel triton {OBJECTION}")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # by name: tokens, input width, and each site's ranks, K and scale
 CASES = {
@@ -253,7 +254,7 @@ compile(launches.shrink_backward, "*bf16 *bf16 *fp32 *fp32 *i64 *i32 *fp32 *i32 
 """
 
 
-@needs_triton
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 def test_it_compiles_for_a_gpu_that_is_not_there(tmp_path):
     """For compute capability 9.0, within the shared memory of 8.6, which has the least."""
     done = run_python(COMPILE, TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
