@@ -93,12 +93,15 @@ class Trial:
 
     @cached_property
     def digest(self) -> str:
-        """Stands for all settings that its result depends on, beside the code."""
-        tree: dict[str, Any] = self.config.model_dump(mode="json", exclude={"out", "title"}, exclude_defaults=True)
-        # a recipe's numbers may change under its name
-        method = self.config.adapter.build().method.model_dump(mode="json", exclude_defaults=True)
+        """Stands for all settings that its result depends on, beside the code; of the adapter, its numbers."""
+        tree: dict[str, Any] = self.config.model_dump(
+            mode="json", exclude={"out", "title", "adapter"}, exclude_defaults=True
+        )
+        built = self.config.adapter.build()
+        method = built.method.model_dump(mode="json", exclude_defaults=True)
+        adapter = {**method, "modules_to_save": built.modules_to_save}
         looks = {"served_by": list(self.served_by), "also": self.also, "group_by": self.group_by}
-        text = json.dumps([self.stage, {**tree, "method": method, **looks}], sort_keys=True)
+        text = json.dumps([self.stage, {**tree, "adapter": adapter, **looks}], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

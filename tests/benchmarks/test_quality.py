@@ -151,6 +151,20 @@ def test_differences_are_those_of_a_paired_test(small, tmp_path, monkeypatch):
     assert "(4 of 5 seeds)" in fill(text, tmp_path / "results")
 
 
+def test_a_digest_tells_settings_not_how_they_are_written(small, tmp_path, monkeypatch):
+    """A recipe's own numbers may be written down; any other number, or head that is trained, is another trial."""
+    data = yaml.safe_load((tmp_path / "tables/small.yaml").read_text())["data"]
+
+    def digest(**overrides):
+        methods = [{"recipe": "sira", "num_experts": 4, "top_k": 2, **overrides}]
+        make_table(tmp_path, monkeypatch, data=data, methods=methods)
+        return table.tuning_trials("small", "intents", "sira")[0].digest
+
+    assert digest() == digest(scale=8.0) == digest(rules={"attention": {"expert": {"scale": 8.0}}})
+    changed = [digest(scale=2.0), digest(modules_to_save=["pooler"]), digest(targets=["all-linear"])]
+    assert len({digest(), *changed}) == 4
+
+
 def test_a_queue_goes_on_where_it_was_stopped(small, tmp_path, monkeypatch):
     made = []
 
