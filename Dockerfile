@@ -26,7 +26,7 @@ COPY src ./src
 ARG VERSION=0.1.0.dev0
 RUN SETUPTOOLS_SCM_PRETEND_VERSION_FOR_MIXORA=$VERSION pip install --constraint constraints.txt ".[serve,quantised]"
 
-USER mixora
+USER 10001
 WORKDIR /runs
 # `mixora serve` listens at loopback; with --host 0.0.0.0 and a key it is reached at this port
 EXPOSE 8000

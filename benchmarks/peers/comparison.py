@@ -16,8 +16,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks.environments import FOLDER, make_environment
 from benchmarks.measuring import alternate, relate, tabulate
-from benchmarks.peers.environments import FOLDER, make_environment
 from benchmarks.peers.processes import PeerError, Worker
 from benchmarks.running import DTYPES
 
@@ -74,7 +74,7 @@ def measure_group(name: str, dtype: str, options: argparse.Namespace) -> tuple[l
     rows: list[Row] = []
     with ExitStack() as stack:
         try:
-            python = make_environment(name, options.environments)
+            python = make_environment(Path(__file__).with_name(f"{name}.txt"), options.environments)
             workers = start_workers(GROUPS[name], python, dtype, options, stack, reasons)
             rows = [{**row, **describe(row["variant"], name, workers)} for row in measure(workers, facts, options)]
         except (subprocess.CalledProcessError, PeerError, OSError) as error:

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import running
-from benchmarks.peers import comparison, environments, models, worker
+from benchmarks import environments, running
+from benchmarks.peers import comparison, models, worker
 from benchmarks.peers.processes import PeerError, Worker
 
+PINNED = Path(comparison.__file__).parent
 # what takes the place of Python in a peer's environment: 10 ms for a LoRA, 25 for anything else
 STUB = f"""#!{sys.executable}
 import json, sys, time
@@ -47,7 +48,7 @@ def peers(stub, tmp_path, monkeypatch):
         assert path.with_suffix(".png").is_file()
         return json.loads(path.read_text())
 
-    monkeypatch.setattr(comparison, "make_environment", lambda name, folder: stub)
+    monkeypatch.setattr(comparison, "make_environment", lambda requirements, folder: stub)
     monkeypatch.setattr(sys, "executable", str(stub))
     return run
 
@@ -74,8 +75,8 @@ def test_what_cannot_run_has_a_reason_and_stops_nothing(peers):
 
 
 def test_an_environment_that_cannot_be_made_stops_no_other(peers, stub, monkeypatch):
-    def make(name, folder):
-        if name == "peft":
+    def make(requirements, folder):
+        if requirements.name == "peft.txt":
             raise subprocess.CalledProcessError(1, ["pip", "install"])
         return stub
 
@@ -96,19 +97,20 @@ def test_an_environment_is_made_once_for_its_versions(tmp_path, monkeypatch):
     made, installed = [], []
     monkeypatch.setattr(environments.venv, "create", lambda folder, **_: made.append(folder) or folder.mkdir())
     monkeypatch.setattr(environments.subprocess, "run", lambda words, **_: installed.append(words))
+    requirements = PINNED / "peft.txt"
     for _ in range(2):
-        assert environments.make_environment("peft", tmp_path) == tmp_path / "peft" / "bin" / "python"
+        assert environments.make_environment(requirements, tmp_path) == tmp_path / "peft" / "bin" / "python"
     assert made == [tmp_path / "peft"]
-    assert [words[-1] for words in installed] == ["torch", str(Path(environments.__file__).with_name("peft.txt"))]
+    assert [words[-1] for words in installed] == ["torch", str(requirements)]
     (tmp_path / "peft" / "made-from.txt").write_text("torch==1.0\n")
     (tmp_path / "peft").rename(tmp_path / "older")
-    environments.make_environment("peft", tmp_path)
+    environments.make_environment(requirements, tmp_path)
     assert len(made) == 2
 
 
 @pytest.mark.parametrize("name", comparison.GROUPS)
 def test_versions_are_pinned(name):
-    lines = Path(environments.__file__).with_name(f"{name}.txt").read_text().splitlines()
+    lines = (PINNED / f"{name}.txt").read_text().splitlines()
     assert all(line.count("==") == 1 for line in lines)
     wanted = {"peft": "peft==0.21.2", "moe_peft": "moe_peft==2.0.2", "mixlora": "mixlora==0.2.3"}
     assert wanted[name] in lines and any(line.startswith("torch==") for line in lines)
