@@ -51,12 +51,14 @@ def fetch_source(python: Path, folder: Path) -> Path:
         (pinned,) = (
             line for line in (HERE / "llama_cpp.txt").read_text().split() if line.startswith("llama-cpp-python")
         )
-        with tempfile.TemporaryDirectory() as place:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as place:
             words = ["download", "--quiet", "--no-deps", "--no-binary", ":all:", "--dest", place, pinned]
             subprocess.run([python, "-m", "pip", *words], check=True, stdout=sys.stderr)
             (archive,) = Path(place).glob("*.tar.gz")
             with tarfile.open(archive) as file:
-                file.extractall(folder, filter="data")
+                file.extractall(Path(place) / "tree", filter="data")
+            (Path(place) / "tree").rename(folder)  # whole, or not there
     (source,) = folder.glob("*/vendor/llama.cpp")
     return source
 
