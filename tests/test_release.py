@@ -155,7 +155,7 @@ def test_the_image_copies_what_is_there_and_not_ignored():
 def test_the_image_is_pinned_and_unprivileged():
     (base,) = instructions("FROM")
     assert re.fullmatch(r"nvidia/cuda:[\d.]+-runtime-ubuntu[\d.]+", base)
-    assert instructions("USER") == ["mixora"]
+    assert instructions("USER") == ["10001"]
     runs = " ".join(instructions("RUN"))
     assert runs.count("pip install") == runs.count("--constraint constraints.txt") == 2
     assert f'"{TORCH}"' in runs and TORCH in lines_of("constraints.txt")
