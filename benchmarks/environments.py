@@ -9,7 +9,7 @@ from pathlib import Path
 FOLDER = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "mixora" / "environments"
 
 
-def make_environment(requirements: Path, folder: Path = FOLDER) -> Path:
+def make_environment(requirements: Path, folder: Path) -> Path:
     """The Python of an environment in `folder`, named as the file is; made where it is missing or of other versions.
 
     Raises `CalledProcessError` where pip cannot install.

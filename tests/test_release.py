@@ -157,6 +157,7 @@ def test_the_image_is_pinned_and_unprivileged():
     assert re.fullmatch(r"nvidia/cuda:[\d.]+-runtime-ubuntu[\d.]+", base)
     assert instructions("USER") == ["10001"]
     runs = " ".join(instructions("RUN"))
+    assert "--uid 10001 mixora" in runs
     assert runs.count("pip install") == runs.count("--constraint constraints.txt") == 2
     assert f'"{TORCH}"' in runs and TORCH in lines_of("constraints.txt")
     named = PROJECT["tool"]["hatch"]["version"]["raw-options"]["dist_name"]
