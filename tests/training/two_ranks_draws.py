@@ -32,8 +32,8 @@ class Watched(mixora.Trainer):
 def find(folder):
     found = {}
     for name, (recipe, changes) in CASES.items():
-        model = make_model(recipe, changes)
-        # experts that weigh enough to be seen in a loss
+        # experts that weigh enough, and digits enough, to be seen in a loss
+        model = make_model(recipe, changes).double()
         arguments = arguments_for(folder / "draws", max_steps=3, learning_rate=2.0)
         trainer = Watched(model=model, args=arguments, train_dataset=ROWS, data_collator=collate)
         assert dist.get_world_size() == 2, dist.get_world_size()
