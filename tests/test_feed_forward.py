@@ -5,7 +5,7 @@ from torch import nn
 
 import mixora
 from mixora.errors import ConfigError
-from mixora.kernels.choice import STACKED_UP_TO
+from mixora.kernels.choice import Choice
 from tests.models import tiny_llama
 from tests.parts import Part, ffn_only, mixlora
 
@@ -85,7 +85,7 @@ def test_one_part_has_one_number_of_experts():
 
 def test_broad_experts_are_computed_one_by_one():
     """Each choice of a token has a row of its own: the breadth is the sum of ranks."""
-    at_most = STACKED_UP_TO["cpu"]["float32"] // 8
+    at_most = Choice.on(tiny_llama()).limit // 8
     for rank, kernel in ((at_most, "stacked"), (at_most + 1, "sorted")):
         sites = mixora.plan(tiny_llama(), mixora.recipe("mixlora", **{"rules.ffn.expert.rank": rank})).sites
         assert {site.kernel for site in sites if site.rule == "ffn"} == {kernel}

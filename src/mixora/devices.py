@@ -11,6 +11,13 @@ def counts_as_cpu(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" or (tensor.is_meta and not torch.cuda.is_available())
 
 
+def kind_of(tensor: Tensor) -> str:
+    """What computes: `cuda`, which other accelerators count as; `amx`, a CPU with units for bf16 products; or `cpu`."""
+    if not counts_as_cpu(tensor):
+        return "cuda"
+    return "amx" if torch.cpu.get_capabilities().get("amx_bf16") else "cpu"
+
+
 def is_autocast(device: str) -> bool:
     """Whether autocast is on for a type of device; the meta device knows none."""
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)

@@ -18,15 +18,24 @@ from tests.models import OneLinear, adapt, tiny_llama, token_ids
 FP32 = STACKED_UP_TO["cpu"]["float32"]
 
 
-def newest_result() -> dict:
-    """By the date inside, then by name."""
+@pytest.fixture(params=["cpu", "amx"])
+def kind(request, monkeypatch):
+    """Of the processor, as torch tells it."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": request.param == "amx"})
+    return request.param
+
+
+def newest_result(kind: str) -> dict:
+    """Of such a processor, by the date inside, then by name."""
     results = [(json.loads(path.read_text()), path.name) for path in Path(RESULTS).glob("kernels-*.json")]
-    return max(results, key=lambda found: (found[0]["date"], found[1]))[0]
+    of_kind = [found for found in results if ("amx_bf16" in found[0]["machine"]) == (kind == "amx")]
+    return max(of_kind, key=lambda found: (found[0]["date"], found[1]))[0]
 
 
-def test_the_limits_on_a_cpu_are_those_of_the_newest_measurement():
-    found = newest_result()
-    assert found["limits"] == find_limits(found["speed"]) == STACKED_UP_TO["cpu"]
+@pytest.mark.parametrize("kind", ["cpu", "amx"])
+def test_the_limits_on_a_cpu_are_those_of_the_newest_measurement(kind):
+    found = newest_result(kind)
+    assert found["limits"] == find_limits(found["speed"]) == STACKED_UP_TO[kind]
 
 
 def rows(dtype, **ratios):
@@ -65,7 +74,7 @@ def test_no_crossing_is_no_limit():
     ],
 )
 def test_auto(ranks, top_k, kernel):
-    assert Choice.on(torch.nn.Linear(8, 8)).settle("auto", Shape(8, 8, ranks), top_k, "here") == kernel
+    assert Choice(torch.float32, FP32).settle("auto", Shape(8, 8, ranks), top_k, "here") == kernel
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
@@ -78,15 +87,15 @@ def test_auto(ranks, top_k, kernel):
         (torch.float16, "bfloat16"),
     ],
 )
-def test_the_limit_follows_the_dtype_of_the_model(monkeypatch, device, dtype, row):
+def test_the_limit_follows_the_dtype_of_the_model_and_the_processor(monkeypatch, kind, device, dtype, row):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert Choice.on(torch.nn.Linear(2, 2, dtype=dtype, device=device)).limit == STACKED_UP_TO["cpu"][row]
+    assert Choice.on(torch.nn.Linear(2, 2, dtype=dtype, device=device)).limit == STACKED_UP_TO[kind][row]
 
 
-def test_the_meta_device_stands_for_cuda_where_there_is_any(monkeypatch):
+def test_the_meta_device_stands_for_cuda_where_there_is_any(monkeypatch, kind):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert Choice.on(torch.nn.Linear(2, 2, device="meta")).limit == STACKED_UP_TO["cuda"]["float32"]
-    assert Choice.on(torch.nn.Linear(2, 2)).limit == FP32
+    assert Choice.on(torch.nn.Linear(2, 2)).limit == STACKED_UP_TO[kind]["float32"]
 
 
 def test_reasons():
@@ -110,7 +119,8 @@ def test_the_package_offers_what_it_names():
 
 def test_a_plan_tells_its_kernels_with_the_reasons():
     text = " ".join(str(mixora.plan(tiny_llama(), mixora.recipe("pesc"))).split())
-    assert f"kernel: joint (all experts in use), sorted (R/K 2048 > {FP32})" in text
+    limit = Choice.on(tiny_llama()).limit
+    assert f"kernel: joint (all experts in use), sorted (R/K 2048 > {limit})" in text
     named = mixora.plan(tiny_llama(), mixora.recipe("sira", kernel="grouped", rank=8))
     assert named.kernels == ("grouped (named by a rule)",)
     low = mixora.plan(tiny_llama().bfloat16(), mixora.recipe("lora"))

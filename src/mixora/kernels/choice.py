@@ -12,14 +12,16 @@ import torch
 from torch import nn
 
 from mixora.contracts import Shape
-from mixora.devices import counts_as_cpu
+from mixora.devices import kind_of
 from mixora.errors import ConfigError
 from mixora.kernels import KERNELS
 
-# `cpu`: what `python -m benchmarks.kernels` found, as the newest file in benchmarks/results says.
-# `cuda`: an estimate from the traffic and the arithmetic of an H100, not a measurement; other accelerators follow it.
+# By `devices.kind_of`. `cpu` and `amx`: what `mixora bench kernels` found, as the newest files in benchmarks/results
+# say; where products in bf16 are cheap, it takes many to outweigh the way there and back.
+# `cuda`: an estimate from the traffic and the arithmetic of an H100, not a measurement.
 STACKED_UP_TO: Mapping[str, Mapping[str, int]] = {
-    "cpu": {"float32": 64, "bfloat16": 496},
+    "cpu": {"float32": 40, "bfloat16": 72},
+    "amx": {"float32": 64, "bfloat16": 496},
     "cuda": {"float32": 340, "bfloat16": 340},
 }
 
@@ -47,9 +49,9 @@ class Choice:
 
     @classmethod
     def on(cls, model: nn.Module, is_stored: bool = False) -> "Choice":
-        """The choice on a model; one on the meta device counts as on CUDA where there is any, else as on the CPU."""
+        """The choice on a model; one on the meta device counts as on CUDA where there is any, else as on this CPU."""
         first = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-        limits = STACKED_UP_TO["cpu" if counts_as_cpu(first) else "cuda"]
+        limits = STACKED_UP_TO[kind_of(first)]
         return cls(first.dtype, limits["bfloat16" if first.dtype.itemsize == 2 else "float32"], is_stored)
 
     def settle(self, kernel: str, shape: Shape, top_k: int, where: str, joins: bool = False) -> str:
