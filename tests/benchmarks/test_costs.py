@@ -4,14 +4,18 @@ Two layers of the benchmark's model, forward and backward. A ceiling is what was
 and about 5 % more, for other versions of the libraries. Who lowers a figure lowers its ceiling.
 """
 
+from functools import partial
+
 import pytest
 import torch
 from peft import get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode, mm_flop
 
 import mixora
 from benchmarks import training_step
 from benchmarks.measuring import peak_mebibytes
+from mixora.mixture import mixtures_of
 
 CALLS = {"mola": 2500, "sira": 1750, "adamix-lora": 1300, "mixlora": 3080, "pesc": 1990}
 # times the peak of PEFT's LoRA of rank 16
@@ -72,3 +76,33 @@ def test_a_step_costs_no_more_than_it_did(recipe, lora):
     step = make_step(recipe)
     assert count_calls(step) <= CALLS[recipe]
     assert peak_mebibytes(step) <= MEMORY[recipe] * peak_mebibytes(lora)
+
+
+def count_operations(step):
+    """Floating-point operations of all matrix products but those of attention."""
+
+    def in_place(sum_shape, left, right, *, out_shape=None, **kwargs):
+        return mm_flop(left, right)
+
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: in_place}) as counter:
+        step()
+    return counter.get_total_flops()
+
+
+def test_the_products_of_a_step_are_those_that_the_experts_of_its_linears_need():
+    """Two for each of the rows of A, of B and of the routers in forward, and four in backward, as LoRA has them too.
+
+    The input of the first block needs no gradient. The gates are spread over the ranks in forward and again in
+    backward, and their gradients are gathered.
+    """
+    model, lora = training_step.make_mixture(make_base()), training_step.make_lora(make_base())
+    compute_loss = partial(training_step.compute_mixture_loss, fused=False)
+    ours = count_operations(warm(training_step.make_step(model, torch.float32, compute_loss=compute_loss)))
+    theirs = count_operations(warm(training_step.make_step(lora, torch.float32)))
+    experts, columns, columns_of_lora = 8, 8 * 8, 16
+    more, expected = columns - columns_of_lora, 0
+    for linear in mixtures_of(model):
+        is_first = linear.path.startswith("model.layers.0.") and linear.path.endswith(("q_proj", "k_proj", "v_proj"))
+        inputs, outputs = linear.base_layer.in_features, linear.base_layer.out_features
+        expected += (2 if is_first else 3) * inputs * (more + experts) + 3 * outputs * more + 3 * experts * columns
+    assert ours - theirs == 2 * training_step.ROWS * training_step.LENGTH * expected

@@ -100,7 +100,7 @@ class _Expand(torch.autograd.Function):
         ctx.save_for_backward(x_TI, mask_TI, *matrices)
         ctx.experts, ctx.dropout = experts, dropout
         ctx.sizes, ctx.dtypes = [len(matrix) for matrix in matrices], [matrix.dtype for matrix in matrices]
-        return x_TI.view_as(x_TI), *z_TC.split(ctx.sizes, dim=1)
+        return _pass_on(ctx, x_TI), *z_TC.split(ctx.sizes, dim=1)
 
     @staticmethod
     @once_differentiable
@@ -148,7 +148,7 @@ class _Contract(torch.autograd.Function):
         y_TO.addmm_(_weigh(h_TR, _spread(gates_TE, segments_ER, scale)), b_RO)
         kept, places = (h_TR, None) if chosen_TK is None else _take(h_TR, chosen_TK, len(segments_ER))
         ctx.save_for_backward(kept, places, gates_TE, b_RO, segments_ER, weight_OI)
-        return y_TO, x_TI.view_as(x_TI)
+        return y_TO, _pass_on(ctx, x_TI)
 
     @staticmethod
     @once_differentiable
@@ -166,6 +166,14 @@ class _Contract(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dx_TI = add_product(dx_TI, dy_TO, weight_OI.to(dy_TO.dtype))
         return dx_TI, dh_TR, dgates_TE, None, db_RO, None, None, None, None
+
+
+def _pass_on(ctx: Any, x_TI: Tensor) -> Tensor:
+    """The first input of a function as an output, which needs a gradient only where that does."""
+    tail_TI = x_TI.view_as(x_TI)
+    if not ctx.needs_input_grad[0]:
+        ctx.mark_non_differentiable(tail_TI)
+    return tail_TI
 
 
 def _take(h_TR: Tensor, chosen_TK: Tensor, experts: int) -> tuple[Tensor, Tensor]:
