@@ -12,7 +12,7 @@ def counts_as_cpu(tensor: Tensor) -> bool:
 
 
 def kind_of(tensor: Tensor) -> str:
-    """What computes: `cuda`, which other accelerators count as; `amx`, a CPU with units for bf16 products; or `cpu`."""
+    """What computes: `cuda`, which other accelerators count as; `amx`, a CPU with matrix units for bf16; or `cpu`."""
     if not counts_as_cpu(tensor):
         return "cuda"
     return "amx" if torch.cpu.get_capabilities().get("amx_bf16") else "cpu"

@@ -32,7 +32,6 @@ def newest_result(kind: str) -> dict:
     return max(of_kind, key=lambda found: (found[0]["date"], found[1]))[0]
 
 
-@pytest.mark.parametrize("kind", ["cpu", "amx"])
 def test_the_limits_on_a_cpu_are_those_of_the_newest_measurement(kind):
     found = newest_result(kind)
     assert found["limits"] == find_limits(found["speed"]) == STACKED_UP_TO[kind]

@@ -103,6 +103,16 @@ def assert_near(case, dtype, renormalise, felt=(0, 1, 2, 3)):
 
 
 @needs_triton
+@pytest.mark.parametrize("needs_gradient", [True, False])
+def test_no_site_makes_a_gradient_of_an_input_that_needs_none(needs_gradient):
+    x_TI, valid_T, terms = make("a single expert", torch.float32)
+    for term in terms:
+        term.a_RI.requires_grad_()
+    x_TI.requires_grad_(needs_gradient)
+    assert shrink(x_TI, x_TI, terms, valid_T, True).x_TI.requires_grad == needs_gradient
+
+
+@needs_triton
 @pytest.mark.parametrize("renormalise", [True, False])
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("case", CASES)

@@ -17,7 +17,7 @@ from mixora.errors import ConfigError
 from mixora.kernels import KERNELS
 
 # By `devices.kind_of`. `cpu` and `amx`: what `mixora bench kernels` found, as the newest files in benchmarks/results
-# say; where products in bf16 are cheap, it takes many to outweigh the way there and back.
+# say; where matrix units make products in bf16 cheap, it takes many to outweigh the way there and back.
 # `cuda`: an estimate from the traffic and the arithmetic of an H100, not a measurement.
 STACKED_UP_TO: Mapping[str, Mapping[str, int]] = {
     "cpu": {"float32": 40, "bfloat16": 72},

@@ -54,7 +54,7 @@ def join(x: Tensor, x_TI: Tensor, experts: dict[str, Tensor], routers: dict[str,
     hidden = dict(zip(experts, found, strict=False))
     # a trace keeps them; as views they would keep the hidden of all sites too
     outputs = {path: z_TC.clone() for path, z_TC in zip(routers, found[len(experts) :], strict=True)}
-    return Joined(Input.of(x), tail_TI, hidden, outputs)
+    return Joined(Input.of(x), hand_on(x_TI, tail_TI), hidden, outputs)
 
 
 def contract(
@@ -73,8 +73,14 @@ def contract(
     b_RO = b_RO.to(x_TI.dtype)
     gates_TE = None if routing is None else routing.gates_TE()
     chosen_TK = routing.experts_TK if routing is not None and _are_few_chosen(routing, ranks) else None
-    y_TO, joined.x_TI = _Contract.apply(x_TI, h_TR, gates_TE, chosen_TK, b_RO, segments, weight_OI, bias_O, scale)
+    y_TO, tail_TI = _Contract.apply(x_TI, h_TR, gates_TE, chosen_TK, b_RO, segments, weight_OI, bias_O, scale)
+    joined.x_TI = hand_on(x_TI, tail_TI)
     return y_TO
+
+
+def hand_on(x_TI: Tensor, tail_TI: Tensor) -> Tensor:
+    """The input for the next site: `tail_TI`, a function's own output of it, only where a gradient has to come back."""
+    return tail_TI if x_TI.requires_grad else x_TI
 
 
 def _are_few_chosen(routing: Routing, ranks: tuple[int, ...]) -> bool:
@@ -100,7 +106,7 @@ class _Expand(torch.autograd.Function):
         ctx.save_for_backward(x_TI, mask_TI, *matrices)
         ctx.experts, ctx.dropout = experts, dropout
         ctx.sizes, ctx.dtypes = [len(matrix) for matrix in matrices], [matrix.dtype for matrix in matrices]
-        return _pass_on(ctx, x_TI), *z_TC.split(ctx.sizes, dim=1)
+        return x_TI.view_as(x_TI), *z_TC.split(ctx.sizes, dim=1)
 
     @staticmethod
     @once_differentiable
@@ -148,7 +154,7 @@ class _Contract(torch.autograd.Function):
         y_TO.addmm_(_weigh(h_TR, _spread(gates_TE, segments_ER, scale)), b_RO)
         kept, places = (h_TR, None) if chosen_TK is None else _take(h_TR, chosen_TK, len(segments_ER))
         ctx.save_for_backward(kept, places, gates_TE, b_RO, segments_ER, weight_OI)
-        return y_TO, _pass_on(ctx, x_TI)
+        return y_TO, x_TI.view_as(x_TI)
 
     @staticmethod
     @once_differentiable
@@ -166,14 +172,6 @@ class _Contract(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dx_TI = add_product(dx_TI, dy_TO, weight_OI.to(dy_TO.dtype))
         return dx_TI, dh_TR, dgates_TE, None, db_RO, None, None, None, None
-
-
-def _pass_on(ctx: Any, x_TI: Tensor) -> Tensor:
-    """The first input of a function as an output, which needs a gradient only where that does."""
-    tail_TI = x_TI.view_as(x_TI)
-    if not ctx.needs_input_grad[0]:
-        ctx.mark_non_differentiable(tail_TI)
-    return tail_TI
 
 
 def _take(h_TR: Tensor, chosen_TK: Tensor, experts: int) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from mixora.contracts import Shape
 from mixora.inputs import Input
-from mixora.kernels.joint import Joined, Joint, add_product
+from mixora.kernels.joint import Joined, Joint, add_product, hand_on
 from mixora.routing import Routing
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -83,7 +83,7 @@ def shrink(x: Tensor, x_TI: Tensor, terms: Sequence[Term], valid_T: Tensor, reno
     tail_TI, *found = _Shrink.apply(x_TI, valid_T, layout, renormalise, *rows)
     hidden, logits, probs, weights, experts = (found[n * count : (n + 1) * count] for n in range(5))
     paths = [term.path for term in terms]
-    joined = Joined(Input.of(x), tail_TI, dict(zip(paths, hidden, strict=True)), {})
+    joined = Joined(Input.of(x), hand_on(x_TI, tail_TI), dict(zip(paths, hidden, strict=True)), {})
     for path, experts_TK, weights_TK, z_TE, p_TE in zip(paths, experts, weights, logits, probs, strict=True):
         # not "> 0": what is not a number must show
         used_TK = weights_TK != 0
