@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -178,6 +179,42 @@ def test_one_that_does_not_end_is_killed(monkeypatch):
     stubborn = "import signal, time; signal.signal(15, signal.SIG_IGN); time.sleep(60)"
     script = f"import os, time\nexec({stubborn!r} if os.environ['RANK'] == '0' else 'time.sleep(1); 1 / 0')"
     assert launch([sys.executable, "-c", script], Places(2), print) == 1
+
+
+def test_none_outlives_a_launcher_that_was_killed(tmp_path):
+    held = (
+        "import os, pathlib, signal, sys, time\n"
+        "from mixora.training.lifeline import hold_on\n"
+        f"mark = pathlib.Path({str(tmp_path)!r}) / os.environ['RANK']\n"
+        "signal.signal(signal.SIGTERM, lambda *_: (mark.write_text('ended'), sys.exit()))\n"
+        "hold_on()\n"
+        "mark.touch()\n"
+        "time.sleep(60)\n"
+    )
+    script = (
+        "import sys\n"
+        "from mixora.training.launcher import Places, launch\n"
+        f"launch([sys.executable, '-c', {held!r}], Places(2), print)\n"
+    )
+
+    def told():
+        return [path.read_text() for path in sorted(tmp_path.iterdir())]
+
+    launched = subprocess.Popen([sys.executable, "-c", script])
+    try:
+        wait_until(lambda: told() == ["", ""])
+        assert launched.poll() is None
+    finally:
+        launched.kill()
+        launched.wait()
+    wait_until(lambda: told() == ["ended", "ended"])
+
+
+def wait_until(is_so, seconds=60):
+    end = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 def test_a_signal_reaches_each_process_once(tmp_path):

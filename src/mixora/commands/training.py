@@ -73,9 +73,11 @@ def train(
 ) -> None:
     """Fine-tune, evaluate before and after, save the adapter, read it back, write a report."""
     from mixora.training.launcher import choose_places
+    from mixora.training.lifeline import hold_on
     from mixora.training.progress import Progress
     from mixora.training.run import fit
 
+    hold_on()
     places = choose_places(processes, nodes, node_rank, address)
     changes = {"adapter__recipe": recipe, "model__base": model, "data__source": data, "out": out}
     tree = read_tree(settings, **changes, train__skip_bad_steps=skip_bad_steps)

@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from mixora.training import lifeline
+
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
 INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
 GRACE = 30.0  # seconds that a run has to save what it wants to save
@@ -58,15 +60,13 @@ class Execution:
         """Start the process."""
         command = [sys.executable, "-m", "mixora.cli", "train", self.job.settings, "--overwrite"]
         with self._log.open("wb") as log, hold_signals():
-            # ctrl-C reaches a session of its own through us alone
-            self._process = subprocess.Popen(
+            self._process = lifeline.start(
                 command,
+                self._environment,
                 cwd=self.job.directory,
-                env=self._environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,
             )
 
     def poll(self) -> Outcome | None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from types import FrameType
 
 from mixora.errors import ConfigError
+from mixora.training import lifeline
 from mixora.training.interruption import SIGNALS
 from mixora.training.processes import count_asked
 
@@ -81,7 +82,8 @@ def launch(command: Sequence[str], places: Places, tell: Callable[[str], None]) 
     """Run `command` once for each of the places on this machine; gives the exit code.
 
     It is that of the first process if this failed, else that of the one that failed first; 1 for one that a signal
-    ended, of which `tell` is told. The others are ended. Signals are handed on to all.
+    ended, of which `tell` is told. The others are ended. Signals are handed on to all; where this process is killed,
+    all are ended that `hold_on` to it.
     """
     started: list[subprocess.Popen[bytes]] = []
 
@@ -91,17 +93,9 @@ def launch(command: Sequence[str], places: Places, tell: Callable[[str], None]) 
     previous = {number: signal.signal(number, hand_on) for number in SIGNALS}
     try:
         for environment in places.environments():
-            is_first = environment["LOCAL_RANK"] == "0"
-            # a session of its own: a terminal's Ctrl-C shall reach each process once, by `hand_on`
-            started.append(
-                subprocess.Popen(
-                    command,
-                    env=environment,
-                    stdin=None if is_first else subprocess.DEVNULL,
-                    stdout=None if is_first else subprocess.DEVNULL,
-                    start_new_session=True,
-                )
-            )
+            # the first process alone reads and prints
+            stream = None if environment["LOCAL_RANK"] == "0" else subprocess.DEVNULL
+            started.append(lifeline.start(command, environment, stdin=stream, stdout=stream))
         return _wait(started, tell)
     finally:
         _end(started)
