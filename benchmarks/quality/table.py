@@ -19,6 +19,7 @@ from mixora.comparison.matching import Matched, match_methods
 from mixora.comparison.settings import MethodEntry, Setup
 from mixora.config import parse, read_yaml
 from mixora.errors import ConfigError
+from mixora.method import Method
 from mixora.serving import Served
 from mixora.training.material import read_task
 from mixora.training.run_config import DataSection, EvaluateSection, RunConfig, TrainSection
@@ -99,10 +100,16 @@ class Trial:
         )
         built = self.config.adapter.build()
         method = built.method.model_dump(mode="json", exclude_defaults=True)
-        adapter = {**method, "modules_to_save": built.modules_to_save}
+        adapter = {**method, "kinds": _kinds_of(built.method), "modules_to_save": built.modules_to_save}
         looks = {"served_by": list(self.served_by), "also": self.also, "group_by": self.group_by}
         text = json.dumps([self.stage, {**tree, "adapter": adapter, **looks}], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _kinds_of(method: Method) -> list[str]:
+    """Of the parts, in order: each is the default of its own settings, so that a dump without defaults lacks it."""
+    rules = [part.kind for rule in method.rules.values() for part in (rule.expert, rule.router)]
+    return [*rules, method.allocator.kind]
 
 
 def table_names() -> list[str]:

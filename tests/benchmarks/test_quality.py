@@ -165,6 +165,17 @@ def test_a_digest_tells_settings_not_how_they_are_written(small, tmp_path, monke
     assert len({digest(), *changed}) == 4
 
 
+def test_parts_of_another_kind_are_another_trial(small, tmp_path, monkeypatch):
+    """Though all their settings have the same names and values."""
+    data = yaml.safe_load((tmp_path / "tables/small.yaml").read_text())["data"]
+    kinds = ("proportional", "spectral", "sensitivity")
+    methods = [{"name": kind, "recipe": "hilo", "allocator": {"kind": kind, "budget": 400000}} for kind in kinds]
+    methods += [{"recipe": name, "num_experts": 4, "rank": 4, "scale": 2.0} for name in ("adamole", "adamoe")]
+    make_table(tmp_path, monkeypatch, data=data, methods=methods)
+    digests = {table.tuning_trials("small", "intents", name)[0].digest for name in (*kinds, "adamole", "adamoe")}
+    assert len(digests) == 5
+
+
 def test_a_queue_goes_on_where_it_was_stopped(small, tmp_path, monkeypatch):
     made = []
 
