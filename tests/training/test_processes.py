@@ -19,7 +19,7 @@ from mixora.cli import app
 from mixora.errors import CheckpointError, ConfigError, TrainingError
 from mixora.losses import LoadBalance, ZLoss
 from mixora.routing import Routing
-from mixora.training import launcher
+from mixora.training import launcher, lifeline
 from mixora.training.launcher import Places, choose_places, launch
 from mixora.training.processes import check_processes, check_resumable
 from mixora.training.run import fit
@@ -279,11 +279,12 @@ def test_places_without_processes_are_a_mistake():
 
 
 def test_each_process_is_given_the_words_of_the_command(tmp_path, monkeypatch):
-    given = []
+    given, held = [], []
     monkeypatch.setattr(launcher, "launch", lambda *words: given.append(words) or 3)
+    monkeypatch.setattr(lifeline, "hold_on", lambda: held.append(True))
     words = ["model.base=tiny", "data.source=rows", "out=run"]
     result = CliRunner().invoke(app, ["train", *words, "--recipe", "sira", "--processes", "2", "--overwrite"])
     assert result.exit_code == 3, result.output
     ((command, places, _),) = given
-    assert places == Places(2)
+    assert places == Places(2) and held
     assert command == [sys.executable, "-m", "mixora", "train", *words, "--overwrite", "--recipe=sira"]
