@@ -117,16 +117,19 @@ def _specialist_lines(results: Results, known: Found) -> Iterator[str]:
     table = read_table(results.name)
     if table.group_by is None:
         return
-    yield f"Mutual information of expert and {table.group_by}, mean over sites (permutation test over rows, each seed):"
+    yield (
+        f"Mutual information of expert and {table.group_by} in nats, mean over sites, before and after training; a "
+        "permutation test over the rows of each seed:"
+    )
     yield ""
-    yield _row("method", "data", "nats", "by chance", "largest p")
-    yield _row("---", "---", "---:", "---:", "---:")
+    yield _row("method", "data", "untrained", "trained", "by chance", "largest p")
+    yield _row("---", "---", "---:", "---:", "---:", "---:")
     for data in known:
         for method in table.methods:
             found = [line["specialisation"] for line in results.finals(data, method.name).values()]
             found = [of_seed for of_seed in found if of_seed["sites"]]
             if found:
-                nats = [sum(of[key] for of in found) / len(found) for key in ("information", "by_chance")]
+                nats = [sum(of[key] for of in found) / len(found) for key in ("untrained", "information", "by_chance")]
                 yield _row(
                     method.name, data, *(f"{value:.4f}" for value in nats), f"{max(of['p'] for of in found):.3f}"
                 )

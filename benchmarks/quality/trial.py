@@ -48,6 +48,7 @@ def _run(trial: Trial) -> dict[str, Any]:
         examples = make_examples(material, config)
         torch.manual_seed(config.train.seed)
         model = get_peft_model(material.model, adapter)
+        untrained = _look_for_specialists(model, examples, config, trial.group_by)
         trainer = make_trainer(model, material, rows, config)
         began = time.perf_counter(), time.process_time()
         trainer.train()
@@ -61,8 +62,8 @@ def _run(trial: Trial) -> dict[str, Any]:
             "seconds": round(seconds, 2),
             "cpu_seconds": round(busy, 2),
         }
-        if trial.group_by:
-            found["specialisation"] = _look_for_specialists(model, examples, config, trial.group_by)
+        if trained := _look_for_specialists(model, examples, config, trial.group_by):
+            found["specialisation"] = {**trained, "untrained": untrained.get("information")}
     return found
 
 
@@ -91,8 +92,12 @@ def _choose_experts(model: Any, config: RunConfig) -> tuple[int, ...]:
     return cook(model, list(mixtures_of(model)), model.active_adapter, batches, lambda done, total: None).members
 
 
-def _look_for_specialists(model: Any, examples: dict[str, Examples], config: RunConfig, field: str) -> dict[str, Any]:
-    """Whether the experts serve different groups of rows, by a field of theirs."""
+def _look_for_specialists(
+    model: Any, examples: dict[str, Examples], config: RunConfig, field: str | None
+) -> dict[str, Any]:
+    """Whether the experts serve different groups of rows, by a field of theirs; nothing where none is asked for."""
+    if field is None:
+        return {}
     (of_data,) = examples.values()
     counts = count_by_row(model, batches_of(of_data, config, range(len(of_data.rows))))
     return judge_specialisation(counts, [str(row[field]) for row in of_data.rows])

@@ -47,7 +47,7 @@ def small(tmp_path, monkeypatch):
     lines = (ROOT / "examples/quickstart/data/train.jsonl").read_text(encoding="utf-8").splitlines()
     rows = list(map(json.loads, lines))
     domains = sorted({row["domain"] for row in rows})
-    labelled = [{"text": row["prompt"], "label": domains.index(row["domain"])} for row in rows]
+    labelled = [{"text": row["prompt"], "label": domains.index(row["domain"]), "domain": row["domain"]} for row in rows]
     for split, part in {"train": labelled[120:600], "validation": labelled[:60], "test": labelled[60:120]}.items():
         write_rows(tmp_path / "rows", split, part)
     return make_table(tmp_path, monkeypatch, data={"intents": {"source": str(tmp_path / "rows"), "max_length": 24}})
@@ -84,8 +84,9 @@ def test_a_table_has_no_settings_without_effect(field, value, tmp_path, monkeypa
 
 
 @pytest.mark.slow
-def test_a_small_table_shows_what_it_must(small, tmp_path):
+def test_a_small_table_shows_what_it_must(small, tmp_path, monkeypatch):
     """A rate that changes nothing loses in tuning, methods learn, and the page tells it."""
+    small = make_table(tmp_path, monkeypatch, data=table.read_table("small").model_dump()["data"], group_by="domain")
     for method in ("lora", "sira"):
         for _ in range(2):
             for trial in waiting(small, "intents", method):
@@ -104,6 +105,11 @@ def test_a_small_table_shows_what_it_must(small, tmp_path):
     assert all(row["ms"] > 0 and row["mebibytes"] > 0 for row in (costs["lora"], costs["sira"]))
     write_page(page, tmp_path / "plots", tmp_path / "results")
     assert "| sira |" in page.read_text()
+    (of_sira,) = small.finals("intents", "sira").values()
+    before, after = (of_sira["specialisation"][key] for key in ("untrained", "information"))
+    assert before > 0 and after > 0 and before != after
+    assert f"| sira | intents | {before:.4f} | {after:.4f} |" in page.read_text()
+    assert "| lora | intents | 0." not in page.read_text()
     assert {path.name for path in (tmp_path / "plots").iterdir()} == {"small.svg", "small-front.svg"}
 
 
