@@ -19,7 +19,7 @@ Piece = TypeVar("Piece")
 CHUNK = 128
 """Tokens at a time with a head in 32 bits; of others as many bytes (benchmarks/fused_loss.py)."""
 BLOCK = 2**18
-"""Logits at a time, on a CPU, between the products: few enough to stay in a core's cache."""
+"""Logits at a time, on a CPU, between the products: few enough for a core's cache, enough to outweigh the calls."""
 
 
 def cross_entropy(
