@@ -16,10 +16,12 @@ def count_by_row(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> d
     counts: dict[str, list[Tensor]] = {}
     for batch, observations in _with_batches(model, list(batches)):
         rows = len(batch["input_ids"])
-        for seen in observations:
+        routed = [seen for seen in observations if seen.routing.num_experts > 1]
+        if not routed:
+            # nor in another batch
+            return {}
+        for seen in routed:
             routing = seen.routing
-            if routing.num_experts < 2:
-                continue
             chosen_TE = torch.zeros(len(routing.valid_T), routing.num_experts, dtype=torch.float64)
             chosen_TE.scatter_add_(1, routing.experts_TK, routing.assigned_TK.double())
             counts.setdefault(seen.path, []).append(chosen_TE.view(rows, -1, routing.num_experts).sum(dim=1))
@@ -35,13 +37,11 @@ def judge_specialisation(counts: Mapping[str, Tensor], groups: Sequence[str], se
     """
     if not counts:
         return {"sites": 0}
-    names = sorted(set(groups))
-    labels = torch.tensor([names.index(group) for group in groups])
+    labels = _number(groups)
     generator = torch.Generator().manual_seed(seed)
-    real = _information(counts, labels, len(names))
+    real = _information(counts, labels)
     dealt = [
-        _information(counts, labels[torch.randperm(len(labels), generator=generator)], len(names))
-        for _ in range(PERMUTATIONS)
+        _information(counts, labels[torch.randperm(len(labels), generator=generator)]) for _ in range(PERMUTATIONS)
     ]
     reached = sum(value >= real for value in dealt)
     return {
@@ -49,17 +49,27 @@ def judge_specialisation(counts: Mapping[str, Tensor], groups: Sequence[str], se
         "by_chance": sum(dealt) / len(dealt),
         "p": (reached + 1) / (len(dealt) + 1),
         "sites": len(counts),
-        "groups": names,
+        "groups": sorted(set(groups)),
     }
+
+
+def measure_information(counts: Mapping[str, Tensor], groups: Sequence[str]) -> float | None:
+    """What `judge_specialisation` calls information, without its test; nothing where nothing is routed."""
+    return _information(counts, _number(groups)) if counts else None
+
+
+def _number(groups: Sequence[str]) -> Tensor:
+    names = sorted(set(groups))
+    return torch.tensor([names.index(group) for group in groups])
 
 
 def _with_batches(model: nn.Module, batches: list[Mapping[str, Tensor]]) -> Iterable[tuple[Mapping[str, Tensor], Any]]:
     return zip(batches, observe(model, batches), strict=True)
 
 
-def _information(counts: Mapping[str, Tensor], labels: Tensor, groups: int) -> float:
+def _information(counts: Mapping[str, Tensor], labels: Tensor) -> float:
     """Mean over sites of `sum p(g, e) log (p(g, e) / p(g) p(e))`."""
-    found = []
+    found, groups = [], int(labels.max()) + 1
     for rows_NE in counts.values():
         joint_GE = torch.zeros(groups, rows_NE.shape[1], dtype=torch.float64).index_add_(0, labels, rows_NE)
         joint_GE = joint_GE / joint_GE.sum()

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from peft import get_peft_model
+from torch import Tensor
 
-from benchmarks.quality.specialisation import count_by_row, judge_specialisation
+from benchmarks.quality.specialisation import count_by_row, judge_specialisation, measure_information
 from benchmarks.quality.table import Trial, Way
 from mixora.console import Console
 from mixora.draws import serving
@@ -48,7 +49,7 @@ def _run(trial: Trial) -> dict[str, Any]:
         examples = make_examples(material, config)
         torch.manual_seed(config.train.seed)
         model = get_peft_model(material.model, adapter)
-        untrained = _look_for_specialists(model, examples, config, trial.group_by)
+        untrained = _count_choices(model, examples, config) if trial.group_by else {}
         trainer = make_trainer(model, material, rows, config)
         began = time.perf_counter(), time.process_time()
         trainer.train()
@@ -62,8 +63,10 @@ def _run(trial: Trial) -> dict[str, Any]:
             "seconds": round(seconds, 2),
             "cpu_seconds": round(busy, 2),
         }
-        if trained := _look_for_specialists(model, examples, config, trial.group_by):
-            found["specialisation"] = {**trained, "untrained": untrained.get("information")}
+        if trial.group_by:
+            groups = _read_groups(examples, trial.group_by)
+            trained = judge_specialisation(_count_choices(model, examples, config), groups)
+            found["specialisation"] = {**trained, "untrained": measure_information(untrained, groups)}
     return found
 
 
@@ -92,12 +95,12 @@ def _choose_experts(model: Any, config: RunConfig) -> tuple[int, ...]:
     return cook(model, list(mixtures_of(model)), model.active_adapter, batches, lambda done, total: None).members
 
 
-def _look_for_specialists(
-    model: Any, examples: dict[str, Examples], config: RunConfig, field: str | None
-) -> dict[str, Any]:
-    """Whether the experts serve different groups of rows, by a field of theirs; nothing where none is asked for."""
-    if field is None:
-        return {}
+def _count_choices(model: Any, examples: dict[str, Examples], config: RunConfig) -> dict[str, Tensor]:
+    """How often the held-out rows chose each expert, `[rows, experts]`, by routed site."""
     (of_data,) = examples.values()
-    counts = count_by_row(model, batches_of(of_data, config, range(len(of_data.rows))))
-    return judge_specialisation(counts, [str(row[field]) for row in of_data.rows])
+    return count_by_row(model, batches_of(of_data, config, range(len(of_data.rows))))
+
+
+def _read_groups(examples: dict[str, Examples], field: str) -> list[str]:
+    (of_data,) = examples.values()
+    return [str(row[field]) for row in of_data.rows]
