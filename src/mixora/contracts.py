@@ -175,6 +175,11 @@ class Router(ABC):
         """By which names the tensors of a site are kept, per kind: one entry for each expert that a pass may draw."""
         return [{kind: kind for kind in kinds}]
 
+    @property
+    def starts_alike(self) -> bool:
+        """Whether all `alternatives` begin with the numbers of the first."""
+        return False
+
     def at_once(self, shape: Shape) -> Shape:
         """The experts of a site that its tensors, as `serve` gives them, hold."""
         return replace(shape, ranks=shape.ranks[:1]) if self.draws else shape
@@ -188,6 +193,18 @@ def kept_shapes(expert: Expert, router: Router, shape: Shape) -> dict[str, tuple
     """Name and shape of each tensor of a site's experts."""
     shapes = expert.parameter_shapes(router.at_once(shape))
     return {name: shapes[kind] for names in router.alternatives(shapes) for kind, name in names.items()}
+
+
+def fill_experts(expert: Expert, router: Router, shape: Shape, tensors: Parameters) -> None:
+    """Initialise the new tensors of a site's experts, by their names, in place."""
+    first, *others = router.alternatives(expert.parameter_shapes(shape))
+    expert.initialise({kind: tensors[name] for kind, name in first.items()}, shape)
+    for names in others:
+        if router.starts_alike:
+            for kind, name in names.items():
+                tensors[name].data.copy_(tensors[first[kind]].data)
+        else:
+            expert.initialise({kind: tensors[name] for kind, name in names.items()}, shape)
 
 
 class Loss(ABC):

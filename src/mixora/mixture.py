@@ -19,7 +19,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from mixora import decoding, injection, joining, passes, slots
-from mixora.contracts import Parameters, kept_shapes
+from mixora.contracts import Parameters, fill_experts, kept_shapes
 from mixora.draws import MEAN, Draw
 from mixora.errors import ModelError, TrainingError
 from mixora.folding import Foldable
@@ -83,8 +83,7 @@ class Mixture(nn.Module, Foldable):
             for kind, shape in shapes.items():
                 self._bank(kind)[adapter] = nn.Parameter(torch.empty(shape, device=device, dtype=kind_dtype))
         tensors = self.parameters_of(adapter)
-        for names in parts.router.alternatives(parts.expert.parameter_shapes(parts.shape)):
-            parts.expert.initialise({kind: tensors[name] for kind, name in names.items()}, parts.shape)
+        fill_experts(parts.expert, parts.router, parts.shape, tensors)
         if router_shapes:
             parts.router.initialise({kind: tensors[kind] for kind in router_shapes})
         self.parts[adapter] = parts

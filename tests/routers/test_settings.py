@@ -28,7 +28,7 @@ DEFAULTS = {
         "expert_dropout": 0.0,
         "capacity": CAPACITY,
     },
-    "uniform": {"num_experts": 4, "share": "up", "tied": False},
+    "uniform": {"num_experts": 4, "share": "up", "tied": False, "start": "apart"},
     "single": {},
     "soft": LEARNT,
     "threshold": LEARNT,

@@ -21,13 +21,16 @@ class UniformConfig(Strict):
     """One of `num_experts` serves a pass, drawn for the down and for the up projection apart.
 
     `share`: the projection that all experts have in common: `up`, `down` or `none`. `tied`: one draw for both
-    projections; then it is the mean of the products that serves in evaluation.
+    projections; then it is the mean of the products that serves in evaluation. `start`: whether each expert is drawn
+    for itself (`apart`), or all begin with the numbers of the first (`alike`), so that the model is that of one expert
+    until training sets them apart.
     """
 
     kind: Literal["uniform"] = "uniform"
     num_experts: OverDepth = 4
     share: Literal["up", "down", "none"] = "up"
     tied: bool = False
+    start: Literal["apart", "alike"] = "apart"
 
     @model_validator(mode="after")
     def _fits(self) -> "UniformConfig":
@@ -53,6 +56,11 @@ class Uniform(Router):
     def num_experts(self) -> int:
         """M."""
         return self.config.num_experts
+
+    @property
+    def starts_alike(self) -> bool:
+        """As `start` says."""
+        return self.config.start == "alike"
 
     def parameter_shapes(self, in_features: int) -> dict[str, tuple[int, ...]]:
         """None."""
