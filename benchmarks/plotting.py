@@ -82,8 +82,8 @@ def mark(scale: Axis, at: Iterable[float]) -> None:
 
 
 def make_figure(width: float, height: float, title: str) -> Figure:
-    """Without pyplot, so that nothing needs a display."""
-    figure = Figure((width, height), dpi=100, layout="constrained")
+    """In inches, but no narrower than its title. Without pyplot, so that nothing needs a display."""
+    figure = Figure((max(width, 0.1 * len(title)), height), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=12)
     return figure
