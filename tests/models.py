@@ -173,12 +173,14 @@ def token_ids(rows, length, seed=0, low=3):
 
 
 def fill(model, seed=0, std=0.3, names=("mixora_B", "mixora_router")):
-    """Random values for what starts at (or near) zero, so that experts and routers make a difference."""
-    generator = torch.Generator().manual_seed(seed)
+    """Random values for what starts at (or near) zero, or alike, so that experts and routers make a difference."""
+    generator, of_downs = (torch.Generator().manual_seed(seed + n) for n in range(2))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if any(part in name for part in names):
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+            elif "mixora_A_" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=of_downs) * parameter.std())
     return model
 
 
