@@ -17,9 +17,11 @@ from mixora.mixture import mixtures_of
 from mixora.training.bad_steps import FiniteSteps
 from mixora.training.batch_loss import run_passes, sum_losses
 from mixora.training.fused_head import FusedHead, why_not_fused
+from mixora.training.own_loss import reads_num_items
 from mixora.training.processes import OwnDraws, check_processes
 from mixora.training.processes import average as average_over_processes
 from mixora.training.routing_figures import CollapseAlarm, RoutingFigures, average
+from mixora.training.second_pass import base_of
 from mixora.training.sharding import ShardingCheck, save_adapter, shard_on_cpu
 from mixora.training.terms import Terms
 from mixora.training.whole_checkpoints import WholeCheckpoints
@@ -44,6 +46,8 @@ class AuxiliaryLossMixin(FiniteSteps):
         super().__init__(*args, **kwargs)
         trainer: Any = self
         check_processes()
+        if trainer.model_accepts_loss_kwargs and not reads_num_items(base_of(trainer.model)):
+            trainer.model_accepts_loss_kwargs = False
         trainer.add_callback(OwnDraws())
         if trainer.accelerator.ddp_handler is not None and _draws_routes(trainer.model):
             # no expert that a pass did not draw has a gradient, on purpose
