@@ -78,7 +78,8 @@ A run that was interrupted, and what works on this machine:
 Any setting can follow as key=value: train.steps=200 adapter.rank=8 data.max_length=256. The same settings can stand
 in a file: mixora train run.yaml train.steps=200
 
-Commands that write take --dry-run, and replace nothing without --overwrite.
+train, craft, convert, export and compare take --dry-run. Nothing is replaced without --overwrite, but for the page
+that `mixora report` writes anew.
 
 Exit codes: 0 done, 1 a fault in mixora, 2 a mistake in what was asked, 130 interrupted.
 """

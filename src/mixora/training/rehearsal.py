@@ -107,5 +107,7 @@ def _plan(material: Material, config: RunConfig, adapter: MixoraConfig) -> tuple
         return None, None
     length = min(config.data.max_length, longest_row(material.model))
     table, sizes = plan(material.model, adapter), (config.train.batch_size, length)
-    recomputes = bool(config.train.arguments.get("gradient_checkpointing"))
+    given = config.train.arguments
+    # the second is what transformers called the first
+    recomputes = bool(given.get("activation_checkpointing", given.get("gradient_checkpointing")))
     return table, weigh(material.model, adapter, *sizes, fused=config.train.fused_loss, recomputes=recomputes)
