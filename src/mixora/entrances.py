@@ -8,10 +8,10 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache
+from transformers import Cache, PreTrainedModel
 
 from mixora.draws import current_serving
-from mixora.passes import Pass, Stream, begin, current, current_trace, end, seed_of
+from mixora.passes import Pass, Stream, abandon, begin, current, current_trace, end, seed_of
 
 _kept: WeakKeyDictionary[Cache, dict[str, Any]] = WeakKeyDictionary()
 
@@ -49,35 +49,66 @@ def followed_by(model: nn.Module, then: Callable[..., Any]) -> Iterator[None]:
 
 def install(model: nn.Module) -> list[Any]:
     """Hook the entrances of `model`; returns the handles that remove the hooks."""
-    handles = []
-    for entrance in _entrances(model):
+    handles, entrances = [], _entrances(model)
+    for entrance in entrances:
+        inside = set(entrance.modules()) - {entrance}
+        entrance._mixora_entrances = entrances  # type: ignore[assignment]
+        entrance._mixora_entrances_inside = [e for e in entrances if e in inside]  # type: ignore[assignment]
         handles.append(entrance.register_forward_pre_hook(_enter, with_kwargs=True))
         handles.append(entrance.register_forward_hook(_leave, with_kwargs=True, always_call=True))
     return handles
 
 
 def _entrances(model: nn.Module) -> list[nn.Module]:
-    """The modules a forward pass can begin at: the model, its backbone, and the halves of an encoder-decoder."""
+    """The modules a forward pass can begin at: a model, its backbone, and the halves of an encoder-decoder.
+
+    A module around models of transformers, which may name its inputs as it likes, is entered at each of these.
+    """
+    inner = [] if isinstance(model, PreTrainedModel) else _outermost_models(model)
+    if inner:
+        return [entrance for each in inner for entrance in _entrances(each)]
     found = [model, getattr(model, getattr(model, "base_model_prefix", "") or "-", None)]
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         found += [model.get_encoder(), model.get_decoder()]  # type: ignore[operator]
     return list(dict.fromkeys(m for m in found if isinstance(m, nn.Module)))
 
 
+def _outermost_models(module: nn.Module) -> list[nn.Module]:
+    if isinstance(module, PreTrainedModel):
+        return [module]
+    return list(dict.fromkeys(model for child in module.children() for model in _outermost_models(child)))
+
+
 def _enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    here = current()
+    here = _open_pass(module)
     if here is None:
         here = _read_pass(module, _named(module, args, kwargs))
         begin(here)
-    here.depth += 1
+    here.opened.append(module)
+
+
+def _open_pass(module: nn.Module) -> Pass | None:
+    """The pass that an entrance is called in; None where one begins.
+
+    A pass which this call cannot be a part of was interrupted: after a `KeyboardInterrupt`, torch calls no hook.
+    """
+    while (here := current()) is not None and not here.is_replay:
+        outer = here.opened[-1] if here.opened else module
+        if module in outer._mixora_entrances_inside:  # type: ignore[operator]
+            return here
+        if module not in outer._mixora_entrances:  # type: ignore[operator]
+            # another model, called by this one
+            return None
+        abandon(here)
+    return here
 
 
 def _leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
     here = current()
     if here is None:
         return
-    here.depth -= 1
-    if here.depth == 0:
+    here.opened.pop()
+    if not here.opened and not here.is_replay:
         end(here, output)
 
 
@@ -99,19 +130,29 @@ def _read_pass(module: nn.Module, inputs: dict[str, Any]) -> Pass:
         serving=current_serving(),
         kept=_kept_for(inputs.get("past_key_values")) if seed is None else None,
     )
+    length = _length_of(inputs, "input_ids", "inputs_embeds")
+    kept = inputs.get("logits_to_keep")
+    here.head_columns = kept if isinstance(kept, Tensor) or kept else None
     if inputs.get("encoder_hidden_states") is not None:
         # a decoder called by itself
         _put(here.mask_BS, "source", inputs.get("encoder_attention_mask"), torch.bool)
-        _put(here.mask_BS, "target", inputs.get("attention_mask"), torch.bool)
+        _put(here.mask_BS, "target", inputs.get("attention_mask"), torch.bool, length)
         return here
-    _put(here.positions_BS, "source", inputs.get("position_ids"), None)
+    _put(here.positions_BS, "source", inputs.get("position_ids"), None, length)
     mask_BS = inputs.get("attention_mask")
     if mask_BS is None and module.training and "source" in here.positions_BS:
         mask_BS = _mask_of_packed(here.positions_BS["source"])
-    _put(here.mask_BS, "source", mask_BS, torch.bool)
+    _put(here.mask_BS, "source", mask_BS, torch.bool, length)
     if getattr(getattr(module, "config", None), "is_encoder_decoder", False):
-        _put(here.mask_BS, "target", _target_mask(inputs), torch.bool)
+        length = _length_of(inputs, "decoder_input_ids", "decoder_inputs_embeds")
+        _put(here.mask_BS, "target", _target_mask(inputs), torch.bool, length)
     return here
+
+
+def _length_of(inputs: dict[str, Any], *names: str) -> int | None:
+    """How many tokens of each row come in, where that is said."""
+    given = next((inputs[name] for name in names if isinstance(inputs.get(name), Tensor)), None)
+    return None if given is None or given.dim() < 2 else given.shape[1]
 
 
 def _mask_of_packed(positions_BS: Tensor) -> Tensor:
@@ -128,8 +169,12 @@ def _kept_for(cache: Any) -> dict[str, Any] | None:
     return _kept.setdefault(cache, {}) if isinstance(cache, Cache) and not torch.compiler.is_compiling() else None
 
 
-def _put(into: dict[Stream, Tensor], stream: Stream, value: Any, dtype: torch.dtype | None) -> None:
+def _put(
+    into: dict[Stream, Tensor], stream: Stream, value: Any, dtype: torch.dtype | None, length: int | None = None
+) -> None:
+    """With a cache, a mask speaks of earlier tokens too; the last `length` come in."""
     if isinstance(value, Tensor) and value.dim() == 2:
+        value = value if length is None else value[:, -length:]
         into[stream] = value if dtype is None else value.to(dtype)
 
 

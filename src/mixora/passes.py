@@ -10,11 +10,11 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from mixora.draws import MERGED, Draw, Serving, current_serving, draw_seed
@@ -56,26 +56,28 @@ class Pooled:
 class Pass:
     """The tokens of one forward pass.
 
-    mask_BS: bool per stream, True on real tokens; `source` is the (only) input of a decoder or encoder and the
-    encoder's input of an encoder-decoder, `target` the decoder's input of the latter. positions_BS: position ids,
-    which restart where another sequence begins (packing). `trace` is set while the pass runs under one, `is_observed`
-    and `owns_losses` outlive it. `with_grad`: gradients were on at the entrance. `again`: this pass as recomputed
-    layers see it. `seed`: what this pass's routes are drawn by, where they are; `serving`: what serves where not.
-    `shared`: per adapter the last routing, which other layers may use. `joined`: per adapter the products that layers
-    made for each other; `outputs`: what takes their place without gradients. `kept`: what the passes that go on with
-    one cache of keys and values keep for each other; None without a cache and where routes are drawn;
-    `is_kept_checked`: nothing of it is old. `pooled`: per site and adapter, a call after the other, what goes to the
-    other processes.
+    mask_BS: bool per stream, True on the real of the tokens that come in; `source` is the (only) input of a decoder or
+    encoder and the encoder's input of an encoder-decoder, `target` the decoder's input of the latter. positions_BS:
+    position ids, which restart where another sequence begins (packing). `head_columns`: which tokens the head gets, as
+    `logits_to_keep` says it; None for all. `opened`: the entrances that the pass is in, the outermost first.
+    `trace` is set while the pass runs under one, `is_observed` and `owns_losses` outlive it. `with_grad`: gradients
+    were on at the entrance. `again`: this pass as recomputed layers see it. `seed`: what this pass's routes are
+    drawn by, where they are; `serving`: what serves where not. `shared`: per adapter the last routing, which other
+    layers may use. `joined`: per adapter the products that layers made for each other; `outputs`: what takes their
+    place without gradients. `kept`: what the passes that go on with one cache of keys and values keep for each
+    other; None without a cache and where routes are drawn; `is_kept_checked`: nothing of it is old. `pooled`: per
+    site and adapter, a call after the other, what goes to the other processes.
     """
 
     mask_BS: dict[Stream, Tensor] = field(default_factory=dict)
     positions_BS: dict[Stream, Tensor] = field(default_factory=dict)
+    head_columns: int | Tensor | None = None
+    opened: list[nn.Module] = field(default_factory=list)
     trace: Trace | None = None
     is_observed: bool = False
     owns_losses: bool = False
     with_grad: bool = False
     is_replay: bool = False
-    depth: int = 0
     again: "Pass | None" = None
     seed: int | None = None
     serving: Serving = MERGED
@@ -97,7 +99,7 @@ class Pass:
         key = (stream, x.shape[:-1], times)
         if key not in self._tokens:
             if times == 1:
-                self._tokens[key] = self._read_tokens(stream, x)
+                self._tokens[key] = self._read_tokens(stream, x.shape[:-1], x.device)
             else:
                 once = self.tokens(stream, x)
                 valid_T, group_T = (t.repeat_interleave(times) for t in (once.valid_T, once.group_T))
@@ -111,23 +113,47 @@ class Pass:
             self._has_padding[stream] = mask_BS is not None and (mask_BS.device.type != "cpu" or not mask_BS.all())
         return self._has_padding[stream]
 
-    def _read_tokens(self, stream: Stream, x: Tensor) -> Tokens:
-        mask, positions = _fit(self.mask_BS.get(stream), x), _fit(self.positions_BS.get(stream), x)
+    def _read_tokens(self, stream: Stream, shape: torch.Size, device: torch.device) -> Tokens:
+        mask, positions = self.mask_BS.get(stream), self.positions_BS.get(stream)
+        if _counts_time_first(mask, shape):
+            turned = self._read_tokens(stream, shape[::-1], device)
+            valid_T, group_T = (t.view(shape[::-1]).T.flatten() for t in (turned.valid_T, turned.group_T))
+            return replace(turned, valid_T=valid_T, group_T=group_T)
+        mask, positions = (self._fit(per_token, shape) for per_token in (mask, positions))
         known = [t for t in (mask, positions) if t is not None]
-        shape = known[0].shape if known else x.shape[:-1]
-        valid = torch.ones(shape, dtype=torch.bool, device=x.device) if mask is None else mask.to(x.device)
-        starts = torch.zeros(shape, dtype=torch.bool, device=x.device)
+        shape = known[0].shape if known else shape
+        valid = torch.ones(shape, dtype=torch.bool, device=device) if mask is None else mask.to(device)
+        starts = torch.zeros(shape, dtype=torch.bool, device=device)
         if len(shape) > 1:
             starts[..., 0] = True
         if positions is not None:
-            positions = positions.to(x.device)
-            index = torch.arange(valid.shape[-1], device=x.device)
+            positions = positions.to(device)
+            index = torch.arange(valid.shape[-1], device=device)
             # the real token before each token: padding between two sequences belongs to neither
             last = torch.where(valid, index, -1).cummax(dim=-1).values.roll(1, dims=-1)
             before = positions.gather(-1, last.clamp(min=0))
             starts |= valid & (index > 0) & (last >= 0) & (positions != before + 1)
         group_T = (starts.flatten().cumsum(0) - 1).clamp(min=0)
         return Tokens(valid.flatten(), group_T, observed=self.is_observed)
+
+    def _fit(self, per_token_BS: Tensor | None, shape: torch.Size) -> Tensor | None:
+        """`per_token_BS` for the tokens of a layer's input, of leading `shape`; None where these are not known ones."""
+        if per_token_BS is None:
+            return None
+        if len(shape) == 2 and per_token_BS.shape[0] in (1, shape[0]):
+            for of_layer in (per_token_BS, self._cut_for_head(per_token_BS)):
+                if of_layer.shape[1] == shape[1]:
+                    return of_layer.expand(shape)
+        elif per_token_BS.numel() == shape.numel():
+            return per_token_BS
+        _tell_misfit()
+        return None
+
+    def _cut_for_head(self, per_token_BS: Tensor) -> Tensor:
+        columns = self.head_columns
+        if columns is None:
+            return per_token_BS
+        return per_token_BS[:, -columns:] if isinstance(columns, int) else per_token_BS[:, columns]
 
     def record(self, path: str, adapter: str, routing: Routing) -> None:
         """Hand a routing to the open trace, once: what is recomputed was seen before."""
@@ -137,17 +163,17 @@ class Pass:
             mark((routing.probs_TE, routing.logits_TE), self)
 
 
-def _fit(per_token_BS: Tensor | None, x: Tensor) -> Tensor | None:
-    """`per_token_BS` cut to the tokens of `x` [..., I]: with a cache, only the last ones of each row are computed."""
-    if per_token_BS is None:
-        return None
-    shape = x.shape[:-1]
-    if len(shape) == 2 and per_token_BS.shape[0] in (1, shape[0]) and per_token_BS.shape[1] >= shape[1]:
-        return per_token_BS[:, per_token_BS.shape[1] - shape[1] :].expand(shape)
-    if per_token_BS.numel() == shape.numel():
-        return per_token_BS
-    logger.debug("a per-token input of shape %s does not fit a layer input of shape %s", per_token_BS.shape, x.shape)
-    return None
+def _counts_time_first(mask_BS: Tensor | None, shape: torch.Size) -> bool:
+    """Whether a layer's input is [S, B, I], as inside of XLNet and Longformer."""
+    return mask_BS is not None and len(shape) == 2 and shape[0] != shape[1] and mask_BS.shape == shape[::-1]
+
+
+@cache
+def _tell_misfit() -> None:
+    logger.warning(
+        "a layer computes with other tokens than the attention mask or the position ids speak of (chunks, frames, "
+        "patches): there, padding counts as real, and limits of capacity hold for all rows of its input together"
+    )
 
 
 class _State(threading.local):
@@ -174,6 +200,11 @@ def current_trace() -> Trace | None:
 def begin(here: Pass) -> None:
     """Make `here` the pass being run."""
     _state.stack.append(here)
+
+
+def abandon(here: Pass) -> None:
+    """Forget a pass that was left without its end, and those that were begun in it."""
+    del _state.stack[_state.stack.index(here) :]
 
 
 def end(here: Pass, output: Any) -> None:
@@ -213,7 +244,7 @@ def tracing(owns_losses: bool = False) -> Iterator[Trace]:
 def replay(seen: Pass) -> Iterator[None]:
     """Run a layer again as in pass `seen`: the same tokens, nothing recorded twice."""
     if seen.again is None:
-        seen.again = replace(seen, trace=None, is_replay=True, depth=1, shared={}, joined={}, outputs=None)
+        seen.again = replace(seen, trace=None, is_replay=True, opened=[], shared={}, joined={}, outputs=None)
     _state.stack.append(seen.again)
     try:
         yield
