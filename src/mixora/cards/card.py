@@ -7,6 +7,7 @@ from typing import Literal
 
 import mixora
 from mixora.asides import writing
+from mixora.bases import TASK_TYPES
 from mixora.cards.facts import Facts, licence_of_base, show_name
 from mixora.cards.front_matter import write_front_matter
 from mixora.cards.text import literal, make_table, quote
@@ -17,6 +18,7 @@ CardForm = Literal["adapter", "peft-lora", "averaged", "dense", "standalone"]
 # settings that change what a run shows or keeps, not what it learns
 _ASIDE = {"log_every", "save_every", "keep_checkpoints", "fused_loss", "interruptions"}
 _AUTO = {"SEQ_CLS": "AutoModelForSequenceClassification", "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM"}
+_TASKS = {kind: task for task, kind in TASK_TYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,8 @@ class Card:
         yield from ("", "## Load", "", "```python", *self._loading(literal(place)), "```")
         if self.form in ("adapter", "averaged"):
             yield from ("", "`mixora.from_pretrained` in place of `PeftModel.from_pretrained` checks every tensor.")
-            yield "`peft.AutoPeftModel` and its kin load the base too, where it is a folder or a name of the hub."
+            asked = "" if self._outputs() is None else f", given `{self._outputs()}`,"
+            yield f"`peft.AutoPeftModel` and its kin{asked} load a base too that is a folder or a name of the hub."
         yield from self._tell_limits()
         yield from self._tell_licence()
 
@@ -110,13 +113,22 @@ class Card:
         if self.form != "peft-lora":
             yield "import mixora  # PEFT and transformers know the adapter from here on"
         base = self.base or self.facts.base
-        if base in SHORT_NAMES:
+        if base in SHORT_NAMES or base.endswith(".gguf"):
             yield from ("from mixora.bases import load_base", "from peft import PeftModel", "")
-            yield f"base, tokenizer = load_base({literal(base)})"
+            yield f"base, tokenizer = load_base({_join(literal(base), self._task(), self._outputs())})"
         else:
             yield from ("from peft import PeftModel", f"from transformers import {auto}", "")
-            yield f"base = {auto}.from_pretrained({literal(base)})"
+            yield f"base = {auto}.from_pretrained({_join(literal(base), self._outputs())})"
         yield f"model = PeftModel.from_pretrained(base, {place})"
+
+    def _task(self) -> str | None:
+        """As an argument, where it is not the one that mixora takes a base to be for."""
+        task = _TASKS.get(str(self.facts.task_type), "causal-lm")
+        return None if task == "causal-lm" else f"task={literal(task)}"
+
+    def _outputs(self) -> str | None:
+        """As an argument: a base knows of two, or of those that it had before."""
+        return None if self.facts.outputs is None else f"num_labels={self.facts.outputs}"
 
     def _tell_limits(self) -> Iterator[str]:
         yield from ("", "## Limits", "", f"- {_FORMS[self.form].limit}")
@@ -143,6 +155,10 @@ def write_card(folder: Path, card: Card) -> Path:
     with writing(path) as aside:
         aside.write_text(card.render(folder), encoding="utf-8")
     return path
+
+
+def _join(*arguments: str | None) -> str:
+    return ", ".join(filter(None, arguments))
 
 
 def _tell_recipe(facts: Facts) -> Iterator[str]:

@@ -3,7 +3,7 @@
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from peft import PeftConfig, PeftModel
@@ -81,7 +81,7 @@ def merge(
     with progress(f"writing {folder}"):
         _write(merged, model, adapter, pairs)
         # a dense model has used `model` up, but not its configuration
-        write_companions(merged, facts or facts_of(config), tokenizer)
+        write_companions(merged, facts or _read_facts(model, config), tokenizer)
     return merged
 
 
@@ -144,6 +144,11 @@ def _describe(module: Mixture, adapter: str, found: Found, members: tuple[int, .
         return found[module.path][1]
     served = module.parts[adapter].router.serve(module.parameters_of(adapter), Draw(members=members))
     return MergedSite(module.path, "averaged", len(served["A"]), 0.0)
+
+
+def _read_facts(model: PeftModel, config: PeftConfig) -> Facts:
+    base: Any = model.get_base_model()
+    return facts_of(config, outputs=base.config.num_labels if config.task_type == "SEQ_CLS" else None)
 
 
 def _read_sites(model: PeftModel) -> tuple[str, list[Mixture]]:
