@@ -69,7 +69,8 @@ class Card:
     """What a card tells.
 
     `base`: what transformers loads the base from, where that is not its name in `facts`. `details`: lines of sections
-    between the results and how to load. `has_results`: it computes what the run measured.
+    between the results and how to load. `has_results`: it computes what the run measured; else the card says that the
+    scores are of something else.
     """
 
     form: CardForm
@@ -93,7 +94,7 @@ class Card:
         yield from _tell_recipe(facts)
         yield from _tell_plan(facts)
         yield from _tell_training(facts)
-        yield from _tell_results(facts)
+        yield from _tell_results(facts, self.has_results)
         yield from (("", *self.details) if self.details else ())
         yield from ("", "## Load", "", "```python", *self._loading(literal(place)), "```")
         if self.form in ("adapter", "averaged"):
@@ -137,9 +138,10 @@ class Card:
             if (copy := self.facts.quantised_copy) is not None:
                 yield f"- These were {quote(copy)}: on the original's weights it computes something else."
         if self.facts.record is not None:
-            yield "- The results are of one run with one seed, on the rows named above. Nothing else was measured."
+            yield "- The results are of one run with one seed, on the rows named above."
+            yield "- What does not stand here was not measured."
         else:
-            yield "- Nothing is known here of how the adapter was trained, or of its quality."
+            yield "- Nothing is known here of how the adapter was trained, or of its quality but what stands above."
 
     def _tell_licence(self) -> Iterator[str]:
         yield from ("", "## Licence", "")
@@ -194,13 +196,16 @@ def _tell_training(facts: Facts) -> Iterator[str]:
         yield from ("", f"Note: {quote(note)}")
 
 
-def _tell_results(facts: Facts) -> Iterator[str]:
+def _tell_results(facts: Facts, is_of_this: bool) -> Iterator[str]:
     if facts.record is None:
         return
     before, after = facts.record.before, facts.record.after
     rows = after.get("rows")
     count = f" of {int(rows):,} held-out rows" if rows else ""
-    yield from ("", "## Results", "", f"Scores{count}, by the run itself.", "")
+    yield from ("", "## Results", "", f"Scores{count}, by the run itself.")
+    if not is_of_this:
+        yield "They are those of the mixture before it was merged. What is here computes something else, as told below."
+    yield ""
     names = [name for name in after if name != "rows"]
     lines = ((quote(name), _number(before.get(name)), _number(after[name])) for name in names)
     yield from make_table(("", "before training", "after"), lines)
