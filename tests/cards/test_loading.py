@@ -77,11 +77,13 @@ def test_the_copy_of_a_classifier(outputs, places, tmp_path):
 @pytest.mark.parametrize(
     ("kind", "task"), [("llama", "causal-lm"), ("t5", "seq2seq-lm"), ("encoder", "sequence-classification")]
 )
-@pytest.mark.parametrize("name", ["tiny", "{folder}/tiny.gguf"])
+@pytest.mark.parametrize("name", ["tiny", "{folder}/tiny.gguf", "~/tiny"])
 def test_what_mixora_alone_can_read(name, kind, task, places, tmp_path, monkeypatch):
-    """A model inside of a package, and a GGUF file, which here is unpacked to a folder that is there already."""
+    """A model inside of a package, a GGUF file, which here is unpacked to a folder that is there already, a home."""
     name = name.format(folder=tmp_path)
     (tmp_path / "tiny.gguf").touch()
+    (tmp_path / "tiny").symlink_to(places / kind)
+    monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setitem(SHORT_NAMES, "tiny", Packaged("none", "none", "model"))
     monkeypatch.setattr(bases, "_find_packaged", lambda name: places / kind)
     monkeypatch.setattr(bases, "unpack_gguf", lambda file: places / kind)

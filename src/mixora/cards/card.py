@@ -114,7 +114,8 @@ class Card:
         if self.form != "peft-lora":
             yield "import mixora  # PEFT and transformers know the adapter from here on"
         base = self.base or self.facts.base
-        if base in SHORT_NAMES or base.endswith(".gguf"):
+        # what transformers does not read
+        if base in SHORT_NAMES or base.startswith("~") or base.endswith(".gguf"):
             yield from ("from mixora.bases import load_base", "from peft import PeftModel", "")
             yield f"base, tokenizer = load_base({_join(literal(base), self._task(), self._outputs())})"
         else:
