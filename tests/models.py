@@ -4,6 +4,8 @@ import peft
 import torch
 from torch import nn
 from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
     BertConfig,
     BertForSequenceClassification,
     BertModel,
@@ -154,6 +156,15 @@ def tiny_t5(layers=2, seed=0, **changes):
     return T5ForConditionalGeneration(
         T5Config(vocab_size=VOCABULARY, **sizes, dropout_rate=0.0, decoder_start_token_id=0, pad_token_id=0, **changes)
     )
+
+
+def tiny_bart(seed=0, **changes):
+    torch.manual_seed(seed)
+    of_both = {"layers": 1, "attention_heads": 4, "ffn_dim": INNER}
+    sizes = {f"{half}_{name}": size for half in ("encoder", "decoder") for name, size in of_both.items()}
+    marks = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2}
+    settings = {"d_model": WIDTH, "max_position_embeddings": 64, "dropout": 0.0, **sizes, **marks}
+    return BartForConditionalGeneration(BartConfig(vocab_size=VOCABULARY, **{**settings, **changes}))
 
 
 class OneLinear(nn.Module):

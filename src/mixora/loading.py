@@ -1,5 +1,6 @@
 """A saved adapter back on its base model, checked tensor by tensor."""
 
+import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -128,6 +129,14 @@ def check_files(folder: Path) -> None:
             f"{folder}: has no {' and no '.join(missing)}; valid: a folder that save_pretrained wrote"
         )
     _read_headers(folder)
+
+
+def count_outputs(folder: Path) -> int | None:
+    """The number of outputs of the classifier's head that was trained with the adapter; None where there is none."""
+    shapes = {name: shape for name, (shape, _) in _read_headers(folder).items()}
+    # what PEFT calls the heads of classifiers; the last of several layers gives the outputs
+    of_head = [name for name in shapes if re.search(r"\.(classifier|score)\.(.+\.)?weight$", name)]
+    return shapes[max(of_head)][0] if of_head else None
 
 
 def _read_headers(folder: Path) -> Headers:

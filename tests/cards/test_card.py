@@ -70,9 +70,20 @@ def test_a_card_of_a_run_tells_recipe_plan_training_and_results(tmp_path):
     assert "import mixora" in code and "mixora.from_pretrained" in text
 
 
-def test_what_computes_something_else_has_no_results_in_its_head(tmp_path):
-    data = loaded(tmp_path, "peft-lora", has_results=False).data
-    assert data.eval_results is None and data.metrics is None
+def test_what_computes_something_else_says_that_the_scores_are_not_its_own(tmp_path):
+    foreign = "They are those of the mixture before it was merged. What is here computes something else"
+    card = loaded(tmp_path, "peft-lora", has_results=False)
+    assert card.data.eval_results is None and card.data.metrics is None
+    assert f"held-out rows, by the run itself.\n{foreign}" in card.text and "| `loss` | 2.5 | 1.25 |" in card.text
+    assert foreign not in loaded(tmp_path, "peft-lora").text
+
+
+@pytest.mark.parametrize("record", [RECORD, None])
+def test_what_was_measured_by_others_is_not_denied(record, tmp_path):
+    details = ("## What changed", "", "Measured over 12 held-out predictions.")
+    limits = loaded(tmp_path, about=facts(record=record), details=details).text.split("## Limits")[1]
+    assert "Nothing else" not in limits and "or of its quality." not in limits
+    assert ("What does not stand here was not measured." in limits) is (record is not None)
 
 
 @pytest.mark.parametrize("form", ["adapter", "peft-lora", "averaged", "dense", "standalone"])

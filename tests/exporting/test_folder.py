@@ -119,6 +119,18 @@ def test_a_lora_of_a_run_tells_what_its_run_measured(run, tmp_path, cards):
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_a_fitted_lora_says_whose_the_scores_are(run, tmp_path):
+    words = ["--recipe", "sira", "--model", run.parent / "llama", "--data", run.parent / "rows.jsonl"]
+    small = [*SMALL, "evaluate.limit=2", "evaluate.max_new_tokens=2"]
+    assert call("train", *words, "--out", tmp_path / "sira", *small).exit_code == 0
+    export = ["export", tmp_path / "sira", "--to", "peft-lora", "--out", tmp_path / "out"]
+    assert call(*export, "--approximate").exit_code == 0
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    results = card.text.split("## Results")[1].split("## How it was merged")[0]
+    assert "They are those of the mixture before it was merged." in results and card.data.eval_results is None
+    assert "Measured over" in card.text and "Nothing else was measured" not in card.text
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -80,6 +80,31 @@ def test_adapters_behind_modules_become_one_expert(share, base, tmp_path):
     assert "mixora.from_pretrained" in (tmp_path / "out/README.md").read_text()
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_linear_experts_beside_adapters_keep_their_scale(tied, tmp_path):
+    """Tied experts lie below each other, of rank 6 where the rule's alpha was said of rank 2."""
+    uniform = {"kind": "uniform", "num_experts": 3, "share": "none"}
+    rules = {
+        "ffn": {"targets": ["mlp"], "expert": {"kind": "bottleneck", "rank": 2}, "router": uniform},
+        "attention": {
+            "targets": ["q_proj"],
+            "expert": {"kind": "lora", "rank": 2, "alpha": 8},
+            "router": {**uniform, "tied": tied},
+        },
+    }
+    model = fill(saved(tiny_llama, tmp_path, mixora.MixoraConfig(rules=rules)), seed=2, names=NAMES)
+    merged = mixora.merge(model, tmp_path / "out", to="averaged")
+    assert {site.path.split(".")[-1]: site.rank for site in merged.sites} == {"mlp": 2, "q_proj": 6 if tied else 2}
+    one = mixora.from_pretrained(tiny_llama(), tmp_path / "out")
+    for name, module in one.named_modules():
+        if name.endswith("q_proj"):
+            tensors = model.get_submodule(name).parameters_of("default")
+            products = [tensors[f"B_{up}"].T @ tensors[f"A_{down}"] for up in range(3) for down in range(3)]
+            change = sum(products[::4]) / 3 if tied else sum(products) / 9
+            torch.testing.assert_close(module.get_delta_weight("default"), 8 / 2 * change)
+    torch.testing.assert_close(logits(one), logits(model), rtol=0, atol=1e-6)
+
+
 def spoil(model, expert):
     """Make one expert useless everywhere."""
     with torch.no_grad():

@@ -11,6 +11,7 @@ from mixora.merging.card import write_companions
 from mixora.merging.comparison import Comparison
 from mixora.merging.result import Merged, MergedSite
 from mixora.merging.soup import Soup
+from tests.cards.test_card import RECORD
 
 SITES = (
     MergedSite("model.layers.0.q_proj", "exact", 4, 0.0),
@@ -89,7 +90,7 @@ model = PeftModel.from_pretrained(base, "{tmp_path}")
 
 - Servers that read one rank for all modules, and no patterns, need it written with `--uniform-rank` where ranks differ.
 - It was made for the weights of that base. Others of the same shape load, but do not fit.
-- Nothing is known here of how the adapter was trained, or of its quality.
+- Nothing is known here of how the adapter was trained, or of its quality but what stands above.
 
 ## Licence
 
@@ -123,6 +124,29 @@ def test_a_card_of_a_soup_of_other_sites(tmp_path):
         f'model = PeftModel.from_pretrained(base, "{tmp_path}")',
     ]
     assert "What changed" not in text
+
+
+CHOSEN = Soup((0, 2), 1.0, 1.5, (2.0, 3.0, 4.0))
+AVERAGED = (MergedSite("a.0.b", "averaged", 2, 0.0),)
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_same"),
+    [
+        ({"sites": SITES[:2]}, True),
+        ({"sites": AVERAGED}, True),
+        ({"sites": AVERAGED, "soup": replace(CHOSEN, members=(0, 1, 2))}, True),
+        ({"sites": AVERAGED, "soup": CHOSEN}, False),
+        ({"sites": (MergedSite("a.0.b", "truncated", 2, 0.5),)}, False),
+        ({}, False),
+    ],
+)
+def test_whose_the_scores_of_the_run_are(changes, is_same, tmp_path):
+    write_companions(merged(tmp_path, **changes), Facts("org/base", record=RECORD))
+    text = (tmp_path / "README.md").read_text(encoding="utf-8")
+    foreign = "They are those of the mixture before it was merged. What is here computes something else, as told below."
+    assert (foreign in text) is not is_same
+    assert ("value: 1.25" in text) is is_same and "| `loss` | 2.5 | 1.25 |" in text
 
 
 @pytest.mark.parametrize(

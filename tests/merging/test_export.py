@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import mixora
 from mixora.errors import CheckpointError, ConfigError, MixoraError, ModelError
 from mixora.merging.export import shortest_names
-from tests.models import adapt, fill, tiny_bert_classifier, tiny_gpt2, tiny_llama, token_ids
+from tests.models import adapt, fill, tiny_bart, tiny_bert_classifier, tiny_gpt2, tiny_llama, token_ids
 
 IDS = token_ids(2, 9)
 
@@ -168,6 +168,22 @@ def test_a_head_tied_to_the_embeddings_cannot_be_made_dense(tmp_path):
     model = saved(lambda: tiny_llama(tie_word_embeddings=True), tmp_path, mixora.recipe("lora", targets=["lm_head"]))
     with pytest.raises(ModelError, match="lm_head: shares its weight with the embeddings"):
         mixora.merge(model, tmp_path / "out", to="dense")
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.parametrize(("make", "is_tied"), [(tiny_llama, False), (tiny_bart, True)])
+def test_a_head_that_was_trained_is_tied_no_more(make, is_tied, tmp_path):
+    """By the configuration, which some loaders believe; but it ties both halves of an encoder-decoder too."""
+    recipe = mixora.recipe("lora", targets=["all-linear"], modules_to_save=["lm_head"])
+    model = saved(lambda: make(tie_word_embeddings=True), tmp_path, recipe)
+    fill(model, seed=3, names=("lm_head.modules_to_save.default",))
+    batch = {"input_ids": IDS} if make is tiny_llama else {"input_ids": IDS, "decoder_input_ids": IDS}
+    with torch.no_grad():
+        expected = model.eval()(**batch).logits
+    mixora.merge(model, tmp_path / "out", to="dense")
+    assert json.loads((tmp_path / "out/config.json").read_text())["tie_word_embeddings"] is is_tied
+    again = type(make()).from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(again(**batch).logits, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_other_adapters_stay_out(tmp_path):

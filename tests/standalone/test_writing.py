@@ -81,6 +81,23 @@ def test_each_way_to_route(case, tmp_path):
     assert not torch.allclose(logits(tiny_llama(layers=4 if name == "hilo" else 2)), expected, atol=1e-3)
 
 
+@pytest.mark.parametrize("share", ["down", "up", "none"])
+def test_a_common_a_whose_b_are_drawn_is_one_expert(share, tmp_path):
+    parts = {"kind": "hydra", "rank": 2, "alpha": 8}, {"kind": "uniform", "num_experts": 3, "share": share}
+    rule = dict(zip(("targets", "expert", "router"), (["q_proj"], *parts), strict=True))
+    model = fill(adapt(tiny_llama(), mixora.MixoraConfig(rules={"all": rule})), seed=2, names=("mixora_",))
+    expected = logits(model)
+    write_standalone(model, tmp_path / "out")
+    again = writing._read_back(tmp_path / "out", torch.float32)
+    torch.testing.assert_close(logits(again), expected, rtol=0, atol=1e-5)
+    found, ours = (m.get_submodule("model.layers.0.self_attn.q_proj") for m in (again, model.get_base_model()))
+    downs, ups = (
+        [tensor for name, tensor in ours.parameters_of("default").items() if name.startswith(kind)] for kind in "AB"
+    )
+    torch.testing.assert_close(found.mixora_adapter.down, sum(downs) / len(downs))
+    torch.testing.assert_close(found.mixora_adapter.up, sum(ups) / len(ups))
+
+
 def test_an_adapter_by_its_formula():
     """The file's layer against the formula of PESC, token by token, in float64."""
     torch.manual_seed(0)

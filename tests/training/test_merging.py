@@ -52,6 +52,8 @@ def test_the_run_of_a_classifier_brings_its_head(bases, data, tmp_path):
     expected = logits(mixora.from_pretrained(ours, run / "adapter"), tokenizer)
     found = logits(PeftModel.from_pretrained(theirs, tmp_path / "out"), tokenizer)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    for folder in (run / "adapter", tmp_path / "out"):
+        assert "num_labels=2)" in (folder / "README.md").read_text()
 
 
 def test_the_run_of_a_routed_mixture_is_fitted_on_its_training_rows(bases, data, tmp_path):

@@ -7,6 +7,7 @@ from typing import Literal
 
 import mixora
 from mixora.asides import writing
+from mixora.bases import TASK_TYPES
 from mixora.cards.facts import Facts, licence_of_base, show_name
 from mixora.cards.front_matter import write_front_matter
 from mixora.cards.text import literal, make_table, quote
@@ -17,6 +18,7 @@ CardForm = Literal["adapter", "peft-lora", "averaged", "dense", "standalone"]
 # settings that change what a run shows or keeps, not what it learns
 _ASIDE = {"log_every", "save_every", "keep_checkpoints", "fused_loss", "interruptions"}
 _AUTO = {"SEQ_CLS": "AutoModelForSequenceClassification", "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM"}
+_TASKS = {kind: task for task, kind in TASK_TYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,8 @@ class Card:
     """What a card tells.
 
     `base`: what transformers loads the base from, where that is not its name in `facts`. `details`: lines of sections
-    between the results and how to load. `has_results`: it computes what the run measured.
+    between the results and how to load. `has_results`: it computes what the run measured; else the card says that the
+    scores are of something else.
     """
 
     form: CardForm
@@ -91,12 +94,13 @@ class Card:
         yield from _tell_recipe(facts)
         yield from _tell_plan(facts)
         yield from _tell_training(facts)
-        yield from _tell_results(facts)
+        yield from _tell_results(facts, self.has_results)
         yield from (("", *self.details) if self.details else ())
         yield from ("", "## Load", "", "```python", *self._loading(literal(place)), "```")
         if self.form in ("adapter", "averaged"):
             yield from ("", "`mixora.from_pretrained` in place of `PeftModel.from_pretrained` checks every tensor.")
-            yield "`peft.AutoPeftModel` and its kin load the base too, where it is a folder or a name of the hub."
+            asked = "" if self._outputs() is None else f", given `{self._outputs()}`,"
+            yield f"`peft.AutoPeftModel` and its kin{asked} load a base too that is a folder or a name of the hub."
         yield from self._tell_limits()
         yield from self._tell_licence()
 
@@ -110,13 +114,23 @@ class Card:
         if self.form != "peft-lora":
             yield "import mixora  # PEFT and transformers know the adapter from here on"
         base = self.base or self.facts.base
-        if base in SHORT_NAMES:
+        # what transformers does not read
+        if base in SHORT_NAMES or base.startswith("~") or base.endswith(".gguf"):
             yield from ("from mixora.bases import load_base", "from peft import PeftModel", "")
-            yield f"base, tokenizer = load_base({literal(base)})"
+            yield f"base, tokenizer = load_base({_join(literal(base), self._task(), self._outputs())})"
         else:
             yield from ("from peft import PeftModel", f"from transformers import {auto}", "")
-            yield f"base = {auto}.from_pretrained({literal(base)})"
+            yield f"base = {auto}.from_pretrained({_join(literal(base), self._outputs())})"
         yield f"model = PeftModel.from_pretrained(base, {place})"
+
+    def _task(self) -> str | None:
+        """As an argument, where it is not the one that mixora takes a base to be for."""
+        task = _TASKS.get(str(self.facts.task_type), "causal-lm")
+        return None if task == "causal-lm" else f"task={literal(task)}"
+
+    def _outputs(self) -> str | None:
+        """As an argument: a base knows of two, or of those that it had before."""
+        return None if self.facts.outputs is None else f"num_labels={self.facts.outputs}"
 
     def _tell_limits(self) -> Iterator[str]:
         yield from ("", "## Limits", "", f"- {_FORMS[self.form].limit}")
@@ -125,9 +139,10 @@ class Card:
             if (copy := self.facts.quantised_copy) is not None:
                 yield f"- These were {quote(copy)}: on the original's weights it computes something else."
         if self.facts.record is not None:
-            yield "- The results are of one run with one seed, on the rows named above. Nothing else was measured."
+            yield "- The results are of one run with one seed, on the rows named above."
+            yield "- What does not stand here was not measured."
         else:
-            yield "- Nothing is known here of how the adapter was trained, or of its quality."
+            yield "- Nothing is known here of how the adapter was trained, or of its quality but what stands above."
 
     def _tell_licence(self) -> Iterator[str]:
         yield from ("", "## Licence", "")
@@ -143,6 +158,10 @@ def write_card(folder: Path, card: Card) -> Path:
     with writing(path) as aside:
         aside.write_text(card.render(folder), encoding="utf-8")
     return path
+
+
+def _join(*arguments: str | None) -> str:
+    return ", ".join(filter(None, arguments))
 
 
 def _tell_recipe(facts: Facts) -> Iterator[str]:
@@ -178,13 +197,16 @@ def _tell_training(facts: Facts) -> Iterator[str]:
         yield from ("", f"Note: {quote(note)}")
 
 
-def _tell_results(facts: Facts) -> Iterator[str]:
+def _tell_results(facts: Facts, is_of_this: bool) -> Iterator[str]:
     if facts.record is None:
         return
     before, after = facts.record.before, facts.record.after
     rows = after.get("rows")
     count = f" of {int(rows):,} held-out rows" if rows else ""
-    yield from ("", "## Results", "", f"Scores{count}, by the run itself.", "")
+    yield from ("", "## Results", "", f"Scores{count}, by the run itself.")
+    if not is_of_this:
+        yield "They are those of the mixture before it was merged. What is here computes something else, as told below."
+    yield ""
     names = [name for name in after if name != "rows"]
     lines = ((quote(name), _number(before.get(name)), _number(after[name])) for name in names)
     yield from make_table(("", "before training", "after"), lines)

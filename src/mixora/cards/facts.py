@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from peft import PeftConfig
+from peft import PeftConfig, TaskType
 
 from mixora.diagnostics.record import RunRecord
 from mixora.documents import decode, parse_yaml, read_bytes
@@ -25,7 +25,7 @@ class Facts:
     """`base`: as the adapter names it. `weights`: what was read as the base, if that has another name.
 
     `record` and `settings`: of the run that trained it, where they are known. `place`: the folder or repository that
-    it will be loaded from, if that is not where it is written.
+    it will be loaded from, if that is not where it is written. `outputs`: of a classifier's head; 1 for regression.
     """
 
     base: str
@@ -37,6 +37,7 @@ class Facts:
     licence: str | None = None
     weights: str | None = None
     place: str | None = None
+    outputs: int | None = None
 
     @property
     def base_id(self) -> str | None:
@@ -66,22 +67,29 @@ def facts_of(
     config: PeftConfig,
     *,
     base: str | None = None,
+    outputs: int | None = None,
     record: RunRecord | None = None,
     settings: Mapping[str, Any] | None = None,
     licence: str | None = None,
 ) -> Facts:
-    """What an adapter's configuration tells, with what is known of its run. `base`: where it has another name now."""
+    """What an adapter's configuration tells, with what is known of its run.
+
+    `base`: where it has another name now. `outputs`: those of a classifier.
+    """
     if licence is not None and not _LICENCE.fullmatch(licence):
         raise ConfigError(f"licence: got {licence!r}; valid: an identifier of the hub, such as apache-2.0, mit, gemma")
     plan = config.plan if isinstance(config, MixoraConfig) else None
+    # a member of PEFT's enumeration, which prints as one, or its value
+    task_type = None if config.task_type is None else TaskType(config.task_type).value
     return Facts(
         base=str(base or config.base_model_name_or_path),
-        task_type=None if config.task_type is None else str(config.task_type),
+        task_type=task_type,
         recipe=config.recipe if isinstance(config, MixoraConfig) else None,
         plan=None if plan is None else Plan.from_list(plan),
         record=record,
         settings=settings or {},
         licence=licence,
+        outputs=outputs,
     )
 
 

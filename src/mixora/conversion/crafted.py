@@ -44,7 +44,9 @@ _THEIRS = (*_SIZES, "auto_map", "moe_dtype", "adapter_dropout", "output_router_l
 _ADAPTER = re.compile(r"model\.layers\.(\d+)\.mlp\.moe_adapter\.(router|experts\.(\d+)\.adapter_(down|up))\.weight")
 # what files of old versions hold and no model reads
 _BUFFER = re.compile(r".*rotary_emb\.inv_freq")
-_COMPANIONS = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_*")
+# what else belongs to the base: its tokenizer, how it ends and draws a text, its licence
+_TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_*")
+_COMPANIONS = (*_TOKENIZER, "generation_config.json", "LICENSE*")
 
 
 class Sizes(Strict):

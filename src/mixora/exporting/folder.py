@@ -16,7 +16,7 @@ from mixora.diagnostics.record import RECORD, RunRecord, read_record
 from mixora.documents import read_json
 from mixora.errors import ConfigError
 from mixora.folders import check_folder, claim_folder
-from mixora.loading import read_adapter_config
+from mixora.loading import count_outputs, read_adapter_config
 from mixora.merging import Form, Merged
 from mixora.merging.export import name_base
 from mixora.short_names import SHORT_NAMES
@@ -121,9 +121,8 @@ def _read_facts(
     source: Path, adapter: Path, tree: Mapping[str, Any], base_id: str | None, licence: str | None
 ) -> Facts:
     record: RunRecord | None = read_record(source) if (source / RECORD).is_file() else None
-    facts = facts_of(
-        read_adapter_config(adapter), base=tree["model"]["base"], record=record, settings=tree, licence=licence
-    )
+    of_run: dict[str, Any] = {"base": tree["model"]["base"], "record": record, "settings": tree, "licence": licence}
+    facts = facts_of(read_adapter_config(adapter), outputs=count_outputs(adapter), **of_run)
     return facts if base_id is None else replace(facts, base=base_id, weights=facts.base)
 
 

@@ -20,8 +20,9 @@ def write_companions(merged: Merged, facts: Facts, tokenizer: PreTrainedTokenize
     if tokenizer is not None:
         tokenizer.save_pretrained(str(merged.out))
     details = tuple(_how(merged)) + (("", *_changes(merged)) if merged.changes else ())
-    # what was cut, fitted or chosen on data computes something else than what the run measured
-    is_same = merged.soup is None and all(site.method in ("exact", "averaged") for site in merged.sites)
+    # what was cut, fitted, or averaged over some experts only computes something else than what the run measured
+    is_whole = merged.soup is None or len(merged.soup.members) == len(merged.soup.losses)
+    is_same = is_whole and all(site.method in ("exact", "averaged") for site in merged.sites)
     write_card(merged.out, Card(merged.form, facts, merged.base, details, is_same))
 
 

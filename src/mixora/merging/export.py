@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,12 @@ from transformers.pytorch_utils import Conv1D
 
 from mixora.assembly import make_plan
 from mixora.bases import resolve_base
+from mixora.contracts import Parameters
 from mixora.draws import Draw
 from mixora.errors import ModelError
 from mixora.low_rank import LowRank
 from mixora.mixture import PREFIX, mixtures_of
+from mixora.parts import Parts
 from mixora.tuner import MixoraConfig
 
 Pairs = Mapping[str, LowRank]
@@ -47,12 +50,19 @@ def write_mixture(folder: Path, model: PeftModel, adapter: str, members: tuple[i
     ranks: dict[str, list[int]] = {}
     for module in mixtures_of(model):
         if adapter in module.parts:
-            served = module.parts[adapter].router.serve(module.parameters_of(adapter), Draw(members=members))
-            ranks[module.path] = [len(served["A"])]
-            tensors |= {f"base_model.model.{module.path}.{PREFIX}{kind}": tensor for kind, tensor in served.items()}
+            one = _make_one(module.parts[adapter], module.parameters_of(adapter), members)
+            ranks[module.path] = [len(one["A"])]
+            tensors |= {f"base_model.model.{module.path}.{PREFIX}{kind}": tensor for kind, tensor in one.items()}
     config = MixoraConfig(rules=rules, allocation=ranks)
     config.plan = make_plan(model.get_base_model(), config.method).to_list()
     _write_adapter(folder, model, adapter, config, tensors)
+
+
+def _make_one(parts: Parts, parameters: Parameters, members: tuple[int, ...] | None) -> dict[str, Tensor]:
+    """The tensors of the one expert that serves; where it has another rank, B makes up for the alpha / rank of that."""
+    served = parts.router.serve(parameters, Draw(members=members))
+    shape = replace(parts.shape, ranks=(len(served["A"]),))
+    return {**served, "B": served["B"] * (parts.expert.scale(parts.shape) / parts.expert.scale(shape))}
 
 
 def _write_adapter(folder: Path, model: PeftModel, adapter: str, config: Any, tensors: dict[str, Tensor]) -> None:
@@ -83,7 +93,22 @@ def write_dense(folder: Path, model: PeftModel, pairs: Pairs) -> None:
         for path, module in modules.items():
             module.shift_base_weight(pairs[path].delta_OI(), safe_merge=True)
     dense: PreTrainedModel = model.unload()
+    _declare_head(dense)
     dense.save_pretrained(str(folder))
+
+
+def _declare_head(dense: PreTrainedModel) -> None:
+    """Say in the configuration that a head trained whole is tied to the embeddings no more: some loaders believe it.
+
+    Not in encoder-decoders, where the same word ties the embeddings of both halves, which still are one; transformers
+    finds by itself that their head is another.
+    """
+    head: Any = dense.get_output_embeddings()
+    embeddings: Any = dense.get_input_embeddings()
+    if head is None or head.weight is embeddings.weight or dense.config.is_encoder_decoder:
+        return
+    for config in (dense.config, dense.config.get_text_config()):
+        config.tie_word_embeddings = False
 
 
 def name_base(name: str | None) -> str | None:

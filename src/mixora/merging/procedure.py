@@ -3,7 +3,7 @@
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from peft import PeftConfig, PeftModel
@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mixora.cards import Facts, facts_of
 from mixora.config import did_you_mean
+from mixora.draws import Draw
 from mixora.errors import CheckpointError, ConfigError
 from mixora.folders import check_folder, claim_folder
 from mixora.host import MIXORA
@@ -72,7 +73,7 @@ def merge(
         found = _level(found)
     pairs = {path: pair for path, (pair, _) in found.items()}
     folder = claim_folder(out, overwrite)
-    sites = tuple(_describe(module, adapter, found) for module in modules)
+    sites = tuple(_describe(module, adapter, found, members) for module in modules)
     merged = Merged(folder, to, str(name_base(config.base_model_name_or_path)), config.recipe, sites, soup=cooked)
     if approximation is not None:
         origin = f"{len(approximation.fit)} batches of {approximation.origin}"
@@ -80,7 +81,7 @@ def merge(
     with progress(f"writing {folder}"):
         _write(merged, model, adapter, pairs)
         # a dense model has used `model` up, but not its configuration
-        write_companions(merged, facts or facts_of(config), tokenizer)
+        write_companions(merged, facts or _read_facts(model, config), tokenizer)
     return merged
 
 
@@ -138,10 +139,16 @@ def _cook(model: PeftModel, modules: list[Mixture], adapter: str, batches: Colle
         return cook(model, modules, adapter, batches, advance)
 
 
-def _describe(module: Mixture, adapter: str, found: Found) -> MergedSite:
+def _describe(module: Mixture, adapter: str, found: Found, members: tuple[int, ...] | None) -> MergedSite:
     if module.path in found:
         return found[module.path][1]
-    return MergedSite(module.path, "averaged", max(module.parts[adapter].shape.ranks), 0.0)
+    served = module.parts[adapter].router.serve(module.parameters_of(adapter), Draw(members=members))
+    return MergedSite(module.path, "averaged", len(served["A"]), 0.0)
+
+
+def _read_facts(model: PeftModel, config: PeftConfig) -> Facts:
+    base: Any = model.get_base_model()
+    return facts_of(config, outputs=base.config.num_labels if config.task_type == "SEQ_CLS" else None)
 
 
 def _read_sites(model: PeftModel) -> tuple[str, list[Mixture]]:

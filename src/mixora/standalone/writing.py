@@ -137,7 +137,8 @@ def _read_sites(model: PeftModel, adapter: str) -> tuple[dict[str, dict[str, Any
 def _tensors_of(module: Mixture, adapter: str) -> Iterator[tuple[str, Tensor]]:
     parts = module.parts[adapter]
     served = parts.router.serve(module.parameters_of(adapter), Draw())
-    copies = parts.router.num_experts if isinstance(parts.expert, Hydra) else 1
+    # the file knows no common A
+    copies = len(served["B"]) // len(served["A"])
     dtype = next(module.base_layer.parameters()).dtype
     yield "down", served["A"].repeat(copies, 1).to(dtype)
     yield "up", served["B"].to(dtype)

@@ -1,7 +1,6 @@
 """Merging from folders: the result of a run or a saved adapter, its base, and rows to fit and to measure on."""
 
 import random
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -9,8 +8,6 @@ from typing import Any
 
 from datasets import concatenate_datasets
 from peft import PeftModel, get_peft_model
-from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME
-from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -19,7 +16,7 @@ from mixora.cards import Facts, show_name
 from mixora.config import merge_trees, parse
 from mixora.errors import ConfigError
 from mixora.folders import check_folder
-from mixora.loading import check_files, from_pretrained, read_adapter_config, task_of
+from mixora.loading import check_files, count_outputs, from_pretrained, read_adapter_config, task_of
 from mixora.merging import Approximation, Form, Merged, foresee, merge
 from mixora.training.material import (
     Material,
@@ -136,17 +133,9 @@ def sketch_adapted(adapter: Path, section: ModelSection) -> PeftModel:
 def load_adapted(adapter: Path, section: ModelSection) -> tuple[PeftModel, PreTrainedTokenizerBase]:
     """The base with the adapter, and its tokenizer."""
     task = task_of(read_adapter_config(adapter))
-    outputs = _count_outputs(adapter) if task == "sequence-classification" else None
+    outputs = count_outputs(adapter) if task == "sequence-classification" else None
     base, tokenizer = load_base(section.base, task=task, num_labels=outputs, dtype=section.dtype)
     return from_pretrained(base, adapter), tokenizer
-
-
-def _count_outputs(adapter: Path) -> int | None:
-    """The number of classes of the head that was trained with the adapter."""
-    with safe_open(adapter / SAFETENSORS_WEIGHTS_NAME, framework="pt") as file:
-        # what PEFT calls the heads of classifiers; the last of several layers gives the classes
-        of_head = [name for name in file.keys() if re.search(r"\.(classifier|score)\.(.+\.)?weight$", name)]  # noqa: SIM118
-        return file.get_slice(sorted(of_head)[-1]).get_shape()[0] if of_head else None
 
 
 def sample(material: Material, config: RunConfig, fit_rows: int) -> Approximation:

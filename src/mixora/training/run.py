@@ -20,7 +20,7 @@ from mixora.diagnostics.report import write_report
 from mixora.errors import ConfigError
 from mixora.evaluate import Evaluation, Examples, evaluate
 from mixora.folders import check_folder
-from mixora.loading import from_pretrained, read_adapter_config
+from mixora.loading import count_outputs, from_pretrained, read_adapter_config
 from mixora.plan import Plan
 from mixora.serving import served_by
 from mixora.training.arguments import make_arguments
@@ -185,7 +185,8 @@ def _write_pages(record: RunRecord, config: RunConfig, progress: Progress) -> No
     folder = Path(config.out) / "adapter"
     settings = config.model_dump(mode="json")
     with progress.task("writing the report"):
-        facts = facts_of(read_adapter_config(folder), base=config.model.base, record=record, settings=settings)
+        of_run: dict[str, Any] = {"base": config.model.base, "record": record, "settings": settings}
+        facts = facts_of(read_adapter_config(folder), outputs=count_outputs(folder), **of_run)
         write_card(folder, Card("adapter", facts))
         write_report(record, Path(config.out))
 
