@@ -119,7 +119,7 @@ class Server:
         if isinstance(prompt, str):
             ids = await self._encode(lambda: text_ids(prompt, self.roster.tokenizer))
         else:
-            ids = self._check_ids(list(prompt))
+            ids = list(prompt)
         return await self._answer(request, asked, voice, ids)
 
     def _find(self, name: str) -> Voice:
@@ -135,15 +135,20 @@ class Server:
         except DataError as error:
             raise invalid(error) from None
 
-    def _check_ids(self, ids: list[Any]) -> list[int]:
+    def _check_ids(self, asked: Request, ids: list[int]) -> None:
+        """A tokenizer may know more tokens than the model does, and whoever is read beside such a one would suffer."""
         most = self.roster.model.get_input_embeddings().weight.shape[0]
         if not ids or max(ids) >= most:
+            name, got = "messages" if isinstance(asked, ChatRequest) else "prompt", max(ids, default="none")
             raise RefusedError(
-                400, f"prompt: token ids are 0 to {most - 1}, one or more", code="invalid_value", param="prompt"
+                400,
+                f"{name}: got token {got}; token ids are 0 to {most - 1}, one or more",
+                code="invalid_value",
+                param=name,
             )
-        return ids
 
     async def _answer(self, request: HttpRequest, asked: Request, voice: Voice, ids: list[int]) -> Response:
+        self._check_ids(asked, ids)
         inbox: Inbox = asyncio.Queue()
         loop = asyncio.get_running_loop()
 
