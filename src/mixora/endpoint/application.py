@@ -16,6 +16,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from mixora.answering.answer import Piece
+from mixora.answering.names import TokenNames
 from mixora.answering.prompts import conversation_ids, text_ids
 from mixora.answering.roster import Roster, Voice
 from mixora.endpoint import refusals
@@ -45,6 +46,7 @@ class Server:
         self.roster, self.limits, self.api_key, self.hosts = roster, limits, api_key, hosts
         self.length = min(limits.length or roster.limit, roster.limit)
         self.engine = Engine(roster, limits)
+        self.names = TokenNames(roster.tokenizer)
         self.metrics = Metrics(lambda: self.engine.num_running, lambda: self.engine.num_waiting, limits.slots)
         self.created = int(time.time())
         # tokenizers change while they work, and templates are rendered one at a time anyway
@@ -160,7 +162,7 @@ class Server:
         self.engine.submit(question)
         watch = asyncio.create_task(self._watch(request, question, inbox))
         pieces = self._follow(question, inbox, watch)
-        reply = Reply(asked, self.roster.tokenizer, len(ids))
+        reply = Reply(asked, self.names, len(ids))
         if asked.stream:
             return StreamingResponse(_stream(asked, reply, pieces), media_type="text/event-stream", headers=UNCACHED)
         async for piece in pieces:

@@ -211,10 +211,12 @@ class Engine:
         entering = Lane(lane.voice, newcomers)
         try:
             self._roster.activate(lane.voice)
-            entering.answers = [Answer(self._roster.tokenizer, self._roster.ends, new.sampling) for new in newcomers]
+            entering.answers = [
+                Answer(self._roster.tokenizer, self._roster.ends, new.sampling, new.ids) for new in newcomers
+            ]
             entering.rows, logits_BV = self._roster.decoder.begin([new.ids for new in newcomers])
         except Exception:
-            logger.exception("%s: %d prompts could not be read", lane.voice.name, len(newcomers))
+            logger.exception("%s: %d prompt(s) could not be read", lane.voice.name, len(newcomers))
             if len(newcomers) > 1:
                 return False
             entering.fail()
