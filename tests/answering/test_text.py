@@ -77,6 +77,16 @@ def test_nothing_of_a_stop_text_is_shown(said, stops):
     assert "".join(stream(LETTERS, ids, stops)) == first_stop(said, stops)
 
 
+@given(st.text("am n€", max_size=12), st.lists(st.text("am n€", min_size=1, max_size=4), max_size=3))
+def test_a_stop_text_may_lie_over_tokens_and_their_parts(said, stops):
+    for tokenizer in (BYTES, WORDS):
+        prompt, ids = tokenizer("my").input_ids, tokenizer(f"my{said}").input_ids
+        whole = "".join(stream(tokenizer, ids[len(prompt) :], prompt=prompt))
+        shown = "".join(stream(tokenizer, ids[len(prompt) :], stops, prompt))
+        assert shown in ([whole[: whole.index(stop)] for stop in stops if stop in whole] or [whole])
+        assert not any(stop in shown for stop in stops)
+
+
 def test_what_cannot_be_part_of_a_stop_text_is_shown_at_once():
     ids = LETTERS("abxab", add_special_tokens=False).input_ids
     assert stream(LETTERS, ids, ["abc"]) == ["", "", "abx", "", "", "ab"]

@@ -7,6 +7,7 @@ import openai
 import pytest
 import torch
 
+from mixora.answering.answer import Answer
 from mixora.answering.rows import CachedRows
 from tests.endpoint.service import gate, make_roster, running
 
@@ -99,13 +100,22 @@ def test_an_adapter_that_cannot_be_switched_to_fails_its_own_answers(roster, mon
         assert ask(service).json()["choices"] == want
 
 
-def test_the_engine_outlives_what_nobody_thought_of(roster, monkeypatch, caplog):
+class Panic(BaseException):
+    """As tokenizers raise it where a bug of theirs is met."""
+
+
+@pytest.mark.parametrize("error", [ValueError, Panic])
+@pytest.mark.parametrize("place", ["an answer", "the queue"])
+def test_the_engine_outlives_what_nobody_thought_of(roster, monkeypatch, caplog, error, place):
+    def fail(*given):
+        raise error("of all things")
+
     with running(roster, slots=2) as service, service.client() as client:
         with monkeypatch.context() as patch:
-            patch.setattr(service.server.engine, "_admit", no_memory)
+            patch.setattr(*((Answer, "add") if place == "an answer" else (service.server.engine, "_admit")), fail)
             with pytest.raises(openai.InternalServerError, match="failed to compute the answer"):
                 client.completions.create(model="red", **ASKED)
-        assert "no memory is left" in caplog.text and service.server.engine.is_alive
+        assert "of all things" in caplog.text and service.server.engine.is_alive
         assert client.completions.create(model="red", **ASKED).usage.completion_tokens == 8
 
 

@@ -118,6 +118,7 @@ class Server:
         """A text continued."""
         asked = read_asked(CompletionRequest, await read_body(request, self.limits))
         voice, prompt = self._find(asked.model), asked.prompt
+        ids: list[Any]
         if isinstance(prompt, str):
             ids = await self._encode(lambda: text_ids(prompt, self.roster.tokenizer))
         else:

@@ -142,8 +142,9 @@ class Engine:
         while not self._is_closing:
             try:
                 self._serve()
-            except Exception:
-                # without this thread nobody would be answered any more, nor be told that it took too long
+            except BaseException:
+                # without this thread nobody would be answered any more, nor be told that it took too long; what
+                # tokenizers panic with is no Exception
                 logger.exception("the engine failed")
                 self._refuse_all(refusals.failed())
         self._refuse_all(refusals.closing())
