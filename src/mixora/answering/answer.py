@@ -1,5 +1,6 @@
 """One answer as it comes into being: tokens, text, and why it ended."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,13 +25,15 @@ class Piece:
 class Answer:
     """The state of one answer. `last`: the token that the model reads next; `length`: tokens so far, an end's too."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, ends: frozenset[int], sampling: Sampling) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, ends: frozenset[int], sampling: Sampling, prompt: Sequence[int]
+    ) -> None:
         self.sampling = sampling
         self.length = 0
         self.last = -1
         self._ends = ends
         self._sampler = Sampler(sampling)
-        self._text = TextStream(tokenizer, sampling.stop)
+        self._text = TextStream(tokenizer, sampling.stop, prompt)
         self._waiting: list[Choice] = []
 
     def add(self, logits_V: Tensor) -> Piece:
@@ -39,7 +42,7 @@ class Answer:
         self.last, self.length = choice.token, self.length + 1
         if choice.token in self._ends:
             return self._end(self._text.finish(), "stop")
-        self._waiting.append(choice)
+        self._waiting.append(choice._replace(offset=self._text.length))
         text = self._text.add(choice.token)
         if self._text.is_stopped:
             return self._end(text, "stop")

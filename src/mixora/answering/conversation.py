@@ -41,7 +41,7 @@ class Conversation:
 
     def _answer(self, ids: list[int]) -> Iterator[str]:
         decoder = self.roster.decoder
-        answer = Answer(self.roster.tokenizer, self.roster.ends, self.sampling)
+        answer = Answer(self.roster.tokenizer, self.roster.ends, self.sampling, ids)
         self.roster.activate(self.voice)
         rows, logits_BV = decoder.begin([ids])
         while True:

@@ -106,6 +106,8 @@ class Roster:
         """Let `voice` compute what follows."""
         if voice == self._active:
             return
+        # nobody, should it break off half-way
+        self._active = None
         tuner: Any = self.model.base_model
         if voice.inner is None:
             tuner.disable_adapter_layers()

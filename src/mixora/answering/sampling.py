@@ -28,11 +28,15 @@ class Sampling:
 
 
 class Choice(NamedTuple):
-    """A token, its log probability under the model, and the likeliest tokens with theirs."""
+    """A token, its log probability under the model, and the likeliest tokens with theirs.
+
+    `offset`: the characters of the answer before it.
+    """
 
     token: int
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
+    offset: int = 0
 
 
 class Sampler:

@@ -8,32 +8,43 @@ REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
 class TextStream:
-    """The text of one answer. `is_stopped`: a stop text came; it and what follows are left out."""
+    """The text of one answer: what it adds to that of its prompt, a space at its begin included.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str] = ()) -> None:
+    `length`: characters so far, those that are held back too. `is_stopped`: a stop text came; it and what follows are
+    left out.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str] = (), prompt: Sequence[int] = ()
+    ) -> None:
         self._tokenizer = tokenizer
         self._stops = stops
-        self._ids: list[int] = []
+        self._ids = list(prompt)
         # decoders look at neighbours, so the next token is read behind those since `_begin`, told up to `_told`
-        self._begin = self._told = 0
+        self._begin, self._told = 0, len(self._ids)
         self._held = ""
+        self.length = 0
         self.is_stopped = False
 
     def add(self, token: int) -> str:
         """What can be shown once `token` is there; may be empty."""
         self._ids.append(token)
         before, whole = self._decode(self._begin, self._told), self._decode(self._begin, len(self._ids))
-        if len(whole) <= len(before) or whole.endswith(REPLACEMENT):
+        is_longer = whole.startswith(before)
+        # otherwise the prompt ended within a character, which is whole now
+        added = whole[len(before if is_longer else before.rstrip(REPLACEMENT)) :]
+        if not added or whole.endswith(REPLACEMENT):
             return ""
-        self._begin, self._told = self._told, len(self._ids)
-        return self._let_out(self._held + whole[len(before) :])
+        self._begin, self._told = self._told if is_longer else self._begin, len(self._ids)
+        self.length += len(added)
+        return self._let_out(self._held + added)
 
     def finish(self) -> str:
         """What was held back, where the answer ends without a stop text."""
         if self.is_stopped:
             return ""
-        before, whole = self._decode(self._begin, self._told), self._decode(self._begin, len(self._ids))
-        shown = self._let_out(self._held + whole[len(before) :])
+        # bytes that are no character: read behind others, some decoders would take those for none either
+        shown = self._let_out(self._held + self._decode(self._told, len(self._ids)))
         shown, self._held = (shown if self.is_stopped else shown + self._held), ""
         return shown
 

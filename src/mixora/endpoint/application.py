@@ -16,6 +16,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from mixora.answering.answer import Piece
+from mixora.answering.names import TokenNames
 from mixora.answering.prompts import conversation_ids, text_ids
 from mixora.answering.roster import Roster, Voice
 from mixora.endpoint import refusals
@@ -45,6 +46,7 @@ class Server:
         self.roster, self.limits, self.api_key, self.hosts = roster, limits, api_key, hosts
         self.length = min(limits.length or roster.limit, roster.limit)
         self.engine = Engine(roster, limits)
+        self.names = TokenNames(roster.tokenizer)
         self.metrics = Metrics(lambda: self.engine.num_running, lambda: self.engine.num_waiting, limits.slots)
         self.created = int(time.time())
         # tokenizers change while they work, and templates are rendered one at a time anyway
@@ -116,10 +118,11 @@ class Server:
         """A text continued."""
         asked = read_asked(CompletionRequest, await read_body(request, self.limits))
         voice, prompt = self._find(asked.model), asked.prompt
+        ids: list[Any]
         if isinstance(prompt, str):
             ids = await self._encode(lambda: text_ids(prompt, self.roster.tokenizer))
         else:
-            ids = self._check_ids(list(prompt))
+            ids = list(prompt)
         return await self._answer(request, asked, voice, ids)
 
     def _find(self, name: str) -> Voice:
@@ -135,15 +138,20 @@ class Server:
         except DataError as error:
             raise invalid(error) from None
 
-    def _check_ids(self, ids: list[Any]) -> list[int]:
+    def _check_ids(self, asked: Request, ids: list[int]) -> None:
+        """A tokenizer may know more tokens than the model does, and whoever is read beside such a one would suffer."""
         most = self.roster.model.get_input_embeddings().weight.shape[0]
         if not ids or max(ids) >= most:
+            name, got = "messages" if isinstance(asked, ChatRequest) else "prompt", max(ids, default="none")
             raise RefusedError(
-                400, f"prompt: token ids are 0 to {most - 1}, one or more", code="invalid_value", param="prompt"
+                400,
+                f"{name}: got token {got}; token ids are 0 to {most - 1}, one or more",
+                code="invalid_value",
+                param=name,
             )
-        return ids
 
     async def _answer(self, request: HttpRequest, asked: Request, voice: Voice, ids: list[int]) -> Response:
+        self._check_ids(asked, ids)
         inbox: Inbox = asyncio.Queue()
         loop = asyncio.get_running_loop()
 
@@ -155,7 +163,7 @@ class Server:
         self.engine.submit(question)
         watch = asyncio.create_task(self._watch(request, question, inbox))
         pieces = self._follow(question, inbox, watch)
-        reply = Reply(asked, self.roster.tokenizer, len(ids))
+        reply = Reply(asked, self.names, len(ids))
         if asked.stream:
             return StreamingResponse(_stream(asked, reply, pieces), media_type="text/event-stream", headers=UNCACHED)
         async for piece in pieces:

@@ -8,7 +8,8 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -53,6 +54,33 @@ class Lane:
 
     def __len__(self) -> int:
         return len(self.questions) + len(self.newcomers)
+
+    def keep(self, places: list[int]) -> None:
+        """The rows of these answers stay; the slots of the others are free."""
+        if len(places) == len(self.questions):
+            return
+        self.questions = [self.questions[place] for place in places]
+        self.answers = [self.answers[place] for place in places]
+        if not places:
+            # and with the cache the experts' rows that decoding keeps for it
+            self.rows = None
+        elif self.rows is not None:
+            self.rows.keep(places)
+
+    def join(self, entering: "Lane") -> None:
+        """Put the rows of `entering` below; it must not be used any more."""
+        if self.rows is None:
+            self.rows = entering.rows
+        elif entering.rows is not None:
+            self.rows.join(entering.rows)
+        self.questions += entering.questions
+        self.answers += entering.answers
+
+    def fail(self) -> None:
+        """End the answers that have a row. The rows go: what failed may have changed some layers of them already."""
+        failed, self.questions, self.answers, self.rows = self.questions, [], [], None
+        for question in failed:
+            _tell(question, refusals.failed())
 
 
 class Engine:
@@ -112,15 +140,29 @@ class Engine:
 
     def _work(self) -> None:
         while not self._is_closing:
-            with self._changed:
-                self._changed.wait_for(lambda: self._is_closing or self._waiting or self.num_running)
-            for lane in self._lanes.values():
-                self._take_turn(lane)
+            try:
+                self._serve()
+            except BaseException:
+                # without this thread nobody would be answered any more, nor be told that it took too long; what
+                # tokenizers panic with is no Exception
+                logger.exception("the engine failed")
+                self._refuse_all(refusals.failed())
+        self._refuse_all(refusals.closing())
+
+    def _serve(self) -> None:
+        """A turn for each lane, once there is work."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._is_closing or self._waiting or self.num_running)
+        for lane in self._lanes.values():
+            self._take_turn(lane)
+
+    def _refuse_all(self, refusal: RefusedError) -> None:
         with self._changed:
             left = [*self._waiting, *(q for lane in self._lanes.values() for q in (*lane.questions, *lane.newcomers))]
             self._waiting.clear()
+            self._lanes = {name: Lane(lane.voice) for name, lane in self._lanes.items()}
         for question in left:
-            _tell(question, refusals.closing())
+            _tell(question, refusal)
 
     def _take_turn(self, lane: Lane) -> None:
         """Some tokens of one lane; without end while no other has work."""
@@ -138,7 +180,8 @@ class Engine:
         for lane in self._lanes.values():
             lane.newcomers = [question for question in lane.newcomers if self._is_wanted(question)]
             wanted = [place for place, question in enumerate(lane.questions) if self._is_wanted(question)]
-            _keep(lane, wanted)
+            with _failing(lane):
+                lane.keep(wanted)
         with self._changed:
             self._waiting = deque(question for question in self._waiting if self._is_wanted(question))
             while self._waiting and self._find_free() > 0:
@@ -153,54 +196,47 @@ class Engine:
 
     def _advance(self, lane: Lane) -> None:
         """One token for every row of a lane, and the first one for those that come in."""
-        self._roster.activate(lane.voice)
         if lane.rows is not None:
-            self._advance_rows(lane, lane.rows)
-        if lane.newcomers:
-            self._let_in(lane)
-
-    def _advance_rows(self, lane: Lane, rows: CachedRows) -> None:
-        try:
-            logits_BV = self._roster.decoder.advance(rows, [answer.last for answer in lane.answers])
-        except Exception:
-            logger.exception("the model failed")
-            for question in lane.questions:
-                _tell(question, refusals.failed())
-            _keep(lane, [])
-            return
-        _keep(lane, _add_tokens(lane.questions, lane.answers, logits_BV))
-
-    def _let_in(self, lane: Lane) -> None:
-        """Read the prompts of all newcomers at once, and put them beside those that are there."""
-        questions = lane.newcomers
-        answers = [Answer(self._roster.tokenizer, self._roster.ends, question.sampling) for question in questions]
-        entering = Lane(lane.voice, questions, answers)
-        try:
-            entering.rows, logits_BV = self._roster.decoder.begin([question.ids for question in questions])
-        except Exception:
-            logger.exception("the model failed")
-            for question in questions:
-                _tell(question, refusals.failed())
-            lane.newcomers = []
-            return
-        _keep(entering, _add_tokens(questions, answers, logits_BV))
-        if lane.rows is None:
-            lane.rows = entering.rows
-        elif entering.rows is not None:
-            lane.rows.join(entering.rows)
+            with _failing(lane):
+                self._roster.activate(lane.voice)
+                logits_BV = self._roster.decoder.advance(lane.rows, [answer.last for answer in lane.answers])
+                lane.keep(_add_tokens(lane, logits_BV))
+        if lane.newcomers and not self._let_in(lane, lane.newcomers):
+            # one prompt may be the reason, or all together be too much
+            for question in lane.newcomers:
+                self._let_in(lane, [question])
         lane.newcomers = []
-        lane.questions += entering.questions
-        lane.answers += entering.answers
+
+    def _let_in(self, lane: Lane, newcomers: list[Question]) -> bool:
+        """Read prompts at once, and put their rows below those that are there; False where several cannot be read."""
+        entering = Lane(lane.voice, newcomers)
+        try:
+            self._roster.activate(lane.voice)
+            entering.answers = [
+                Answer(self._roster.tokenizer, self._roster.ends, new.sampling, new.ids) for new in newcomers
+            ]
+            entering.rows, logits_BV = self._roster.decoder.begin([new.ids for new in newcomers])
+        except Exception:
+            logger.exception("%s: %d prompt(s) could not be read", lane.voice.name, len(newcomers))
+            if len(newcomers) > 1:
+                return False
+            entering.fail()
+            return True
+        with _failing(entering):
+            entering.keep(_add_tokens(entering, logits_BV))
+        with _failing(lane, entering):
+            lane.join(entering)
+        return True
 
 
-def _add_tokens(questions: list[Question], answers: list[Answer], logits_BV: Tensor) -> list[int]:
+def _add_tokens(lane: Lane, logits_BV: Tensor) -> list[int]:
     """A token for each answer; the places of those that go on."""
     going = []
-    for place, (question, answer) in enumerate(zip(questions, answers, strict=True)):
+    for place, (question, answer) in enumerate(zip(lane.questions, lane.answers, strict=True)):
         try:
             piece = answer.add(logits_BV[place])
         except Exception:
-            logger.exception("%s: no token could be chosen", question.voice.name)
+            logger.exception("%s: no token could be chosen", lane.voice.name)
             _tell(question, refusals.failed())
             continue
         _tell(question, piece)
@@ -209,17 +245,15 @@ def _add_tokens(questions: list[Question], answers: list[Answer], logits_BV: Ten
     return going
 
 
-def _keep(lane: Lane, places: list[int]) -> None:
-    """The rows of these answers stay; the slots of the others are free."""
-    if len(places) == len(lane.questions):
-        return
-    lane.questions = [lane.questions[place] for place in places]
-    lane.answers = [lane.answers[place] for place in places]
-    if not places:
-        # and with the cache the experts' rows that decoding keeps for it
-        lane.rows = None
-    elif lane.rows is not None:
-        lane.rows.keep(places)
+@contextmanager
+def _failing(*lanes: Lane) -> Iterator[None]:
+    """What fails inside ends the answers of these lanes that have a row, and no others."""
+    try:
+        yield
+    except Exception:
+        logger.exception("%s: the model failed", lanes[0].voice.name)
+        for lane in lanes:
+            lane.fail()
 
 
 def _tell(question: Question, found: Piece | RefusedError) -> None:

@@ -5,9 +5,8 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
 from mixora.answering.answer import Piece
+from mixora.answering.names import TokenNames
 from mixora.answering.sampling import Choice
 from mixora.endpoint.protocol import ChatRequest, Request
 
@@ -15,14 +14,13 @@ from mixora.endpoint.protocol import ChatRequest, Request
 class Reply:
     """One answer in the making. `num_tokens`: those of the answer so far, its end's too."""
 
-    def __init__(self, request: Request, tokenizer: PreTrainedTokenizerBase, prompt_tokens: int) -> None:
-        self._request, self._tokenizer, self._prompt_tokens = request, tokenizer, prompt_tokens
+    def __init__(self, request: Request, names: TokenNames, prompt_tokens: int) -> None:
+        self._request, self._names, self._prompt_tokens = request, names, prompt_tokens
         self._is_chat = isinstance(request, ChatRequest)
         self._id = f"{'chatcmpl' if self._is_chat else 'cmpl'}-{uuid.uuid4().hex}"
         self._created = int(time.time())
         self._texts: list[str] = []
         self._choices: list[Choice] = []
-        self._length = 0
         self.num_tokens = 0
         self.finish: str | None = None
 
@@ -55,7 +53,6 @@ class Reply:
         """The whole answer."""
         text = "".join(self._texts)
         said = {"message": {"role": "assistant", "content": text, "refusal": None}} if self._is_chat else {"text": text}
-        self._length = 0
         choice = {"index": 0, **said, **self._ending(self._choices)}
         kind = "chat.completion" if self._is_chat else "text_completion"
         return {**self._head(kind), "choices": [choice], "usage": self._usage()}
@@ -78,17 +75,19 @@ class Reply:
             return None
         if self._is_chat:
             return {"content": [self._describe(choice) for choice in choices], "refusal": None}
-        tokens = [self._text_of(choice.token) for choice in choices]
-        offsets = []
-        for token in tokens:
-            offsets.append(self._length)
-            self._length += len(token)
         return {
-            "tokens": tokens,
+            "tokens": [self._names.name(choice.token) for choice in choices],
             "token_logprobs": [choice.logprob for choice in choices],
-            "top_logprobs": [{self._text_of(token): value for token, value in choice.top} for choice in choices],
-            "text_offset": offsets,
+            "top_logprobs": [self._describe_tops(choice) for choice in choices],
+            "text_offset": [choice.offset for choice in choices],
         }
+
+    def _describe_tops(self, choice: Choice) -> dict[str, float]:
+        tops: dict[str, float] = {}
+        for token, value in choice.top:
+            # of tokens with the same text, the likeliest has it
+            tops.setdefault(self._names.name(token), value)
+        return tops
 
     def _describe(self, choice: Choice) -> dict[str, Any]:
         assert choice.logprob is not None
@@ -96,8 +95,4 @@ class Reply:
         return {**self._name(choice.token, choice.logprob), "top_logprobs": tops}
 
     def _name(self, token: int, logprob: float) -> dict[str, Any]:
-        text = self._text_of(token)
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
-
-    def _text_of(self, token: int) -> str:
-        return self._tokenizer.decode([token], clean_up_tokenization_spaces=False)
+        return {"token": self._names.name(token), "logprob": logprob, "bytes": list(self._names.read_bytes(token))}
