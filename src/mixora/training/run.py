@@ -25,7 +25,7 @@ from mixora.plan import Plan
 from mixora.serving import served_by
 from mixora.training.arguments import make_arguments
 from mixora.training.beginning import begin
-from mixora.training.checkpoints import finish, read_state, resumable
+from mixora.training.checkpoints import ChangedIntervals, finish, read_state, resumable
 from mixora.training.costs import Clock, describe_costs
 from mixora.training.description import (
     describe_environment,
@@ -160,6 +160,7 @@ def train(trainer: Trainer, checkpoint: Path | None, progress: Progress) -> floa
         trainer.restore_readings(checkpoint)
         return clock.seconds
     trainer.add_callback(clock)
+    trainer.add_callback(ChangedIntervals())
     with progress.task("training") as advance, Interruption() as interruption:
         trainer.add_callback(StepProgress(advance))
         trainer.add_callback(interruption)
