@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 
+from mixora.data import conversation_of
 from mixora.diagnostics.examination import examine
 from mixora.diagnostics.measure import load_by_group
 from mixora.evaluate import Evaluation, Examples
@@ -104,12 +105,9 @@ def list_generations(
             continue
         answers = zip(of_task.rows, before[name].predictions, after[name].predictions, strict=True)
         for row, first, last in list(answers)[:count]:
-            messages = row.get("messages", [{}, {}])
-            prompt, expected = (
-                row.get("prompt", messages[-2].get("content")),
-                row.get("completion", messages[-1].get("content")),
-            )
-            said.append({"prompt": str(prompt), "expected": str(expected), "before": str(first), "after": str(last)})
+            # by the form: rows carry other fields along, which may have these names
+            prompt, expected = (m["content"] for m in conversation_of(row, of_task.form, answered=True)[-2:])
+            said.append({"prompt": prompt, "expected": expected, "before": str(first), "after": str(last)})
     return said
 
 
