@@ -134,14 +134,16 @@ def _check_together(tasks: Mapping[str, Rows]) -> Rows:
     return next(iter(tasks.values()))
 
 
-def read_task(config: RunConfig) -> tuple[Task, str]:
-    """What a run trains the base for, and the form of its rows: read from both, without weights.
+def read_task(config: RunConfig) -> tuple[Task, dict[str, Rows]]:
+    """What a run trains the base for, and the rows of each task that it is evaluated on: read without weights.
 
     Raises as `read_material` does.
     """
-    _, rows = _read_tasks(config, to_train=True)
+    tasks, rows = _read_tasks(config, to_train=True)
     base = read_base_config(config.model.base)
-    return _choose_task(config, FORMS[rows.form].labelled, bool(base.is_encoder_decoder)), rows.form
+    return _choose_task(config, FORMS[rows.form].labelled, bool(base.is_encoder_decoder)), _evaluated_rows(
+        tasks, config
+    )
 
 
 def _choose_task(config: RunConfig, is_labelled: bool, is_encoder_decoder: bool) -> Task:
@@ -171,9 +173,7 @@ def _read_task(section: TaskSection, data: DataSection, to_train: bool) -> TaskR
     else:
         assert train_rows is not None
         train_rows, held_out = _hold_out(train_rows)
-    if train_rows is not None and count is not None:
-        train_rows = first_rows(train_rows, count)
-    return TaskRows(train_rows if to_train else None, held_out)
+    return TaskRows(first_rows(train_rows, count) if to_train and train_rows is not None else None, held_out)
 
 
 def _hold_out(rows: Rows) -> tuple[Rows, Rows]:
@@ -185,8 +185,8 @@ def _hold_out(rows: Rows) -> tuple[Rows, Rows]:
     return first_rows(rows, len(rows) - count), held_out
 
 
-def first_rows(rows: Rows, count: int) -> Rows:
-    """The first `count` rows."""
+def first_rows(rows: Rows, count: int | None) -> Rows:
+    """The first `count` rows, or all."""
     return replace(rows, rows=rows[:count])
 
 
@@ -245,12 +245,14 @@ def count_rows_of_epoch(config: RunConfig, sizes: Mapping[str, int]) -> int:
 
 def make_examples(material: Material, config: RunConfig) -> dict[str, Examples]:
     """The held-out rows of each task in the shapes that the metrics need."""
-    limit = config.evaluate.limit
-    held_out = {name: task.evaluation for name, task in material.tasks.items()}
-    if limit is not None:
-        held_out = {name: first_rows(rows, limit) for name, rows in held_out.items()}
+    held_out = _evaluated_rows(material.tasks, config)
     encoded = encode_rows(material, config, held_out, packing=False, train_on="completion")
     return {name: _make_examples(rows, encoded[name], material, config) for name, rows in held_out.items()}
+
+
+def _evaluated_rows(tasks: Mapping[str, TaskRows], config: RunConfig) -> dict[str, Rows]:
+    """The rows of each task that a run is evaluated on."""
+    return {name: first_rows(rows.evaluation, config.evaluate.limit) for name, rows in tasks.items()}
 
 
 def _make_examples(rows: Rows, encoded: Encoded, material: Material, config: RunConfig) -> Examples:

@@ -49,7 +49,7 @@ from mixora.training.progress import Progress, StepProgress
 from mixora.training.run_config import RunConfig
 from mixora.training.run_folder import open_folder, paths_read, write_settings
 from mixora.training.start import Start, write_start
-from mixora.training.tasks import mixture_table, with_loss
+from mixora.training.tasks import evaluation_of, mixture_table
 from mixora.training.trainers import Trainer
 from mixora.tuner import MixoraConfig, allocate, plan
 
@@ -228,10 +228,9 @@ def measure(
     """The metrics of `model` on the held-out rows of each task."""
     found = {}
     for name, of_task in examples.items():
-        settings = config.evaluate if config.data.tasks is None else with_loss(config.evaluate, of_task)
         what = "evaluating" if config.data.tasks is None else f"evaluating {name}"
         with progress.task(f"{what}, {when}") as advance, served_by(model, config.evaluate.served_by):
-            found[name] = evaluate(model, of_task, settings, advance)
+            found[name] = evaluate(model, of_task, evaluation_of(config, of_task), advance)
     return found
 
 
