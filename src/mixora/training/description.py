@@ -25,13 +25,14 @@ from mixora.world import count_processes
 ROWS_PER_GROUP = 8
 
 
-def describe_run(config: RunConfig, adapter: MixoraConfig) -> dict[str, Any]:
-    """Its names, and the commands that made it and that make the next one."""
+def describe_run(config: RunConfig, adapter: MixoraConfig, material: Material) -> dict[str, Any]:
+    """Its names, those of its classes, and the commands that made it and that make the next one."""
     return {
         "title": config.title or f"{adapter.recipe} on {', '.join(config.data.by_task())}",
         "recipe": str(adapter.recipe),
         "base": config.model.base,
         "data": config.data.origin,
+        "labels": None if material.labels is None else list(material.labels),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join(["mixora", *sys.argv[1:]]),
         "next_command": f"mixora train --recipe {adapter.recipe} --model YOUR_MODEL --data YOUR_DATA --out runs/yours",

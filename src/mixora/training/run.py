@@ -101,7 +101,7 @@ def _fit(config: RunConfig, progress: Progress, overwrite: bool, resume: bool) -
         seen = describe_model(model, material, table, examples, config, progress)
         measured["reloaded"] = _read_back(model, material, examples, config, progress)
         record = RunRecord(
-            **describe_run(config, adapter),
+            **describe_run(config, adapter, material),
             **seen,
             **describe_scores(rows, examples, measured),
             history=history_of(trainer.state.log_history),
