@@ -167,7 +167,7 @@ def _mixing(data: DataSection) -> dict[str, Any]:
 def count_rows_of_epoch(config: RunConfig, sizes: Mapping[str, int]) -> int:
     """The rows that a trainer sees as one epoch of tasks of these `sizes`: of several, all that the run takes.
 
-    A trainer that other arguments make take more begins again.
+    A trainer that takes more begins again.
     """
     train = config.train
     if config.data.tasks is None:
