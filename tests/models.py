@@ -4,6 +4,8 @@ import peft
 import torch
 from torch import nn
 from transformers import (
+    AriaTextConfig,
+    AriaTextForCausalLM,
     BartConfig,
     BartForConditionalGeneration,
     BertConfig,
@@ -13,10 +15,14 @@ from transformers import (
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    Gemma4ForCausalLM,
+    Gemma4TextConfig,
     GemmaConfig,
     GemmaForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    HunYuanMoEV1Config,
+    HunYuanMoEV1ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -94,6 +100,23 @@ def tiny_mixtral(seed=0):
 def tiny_qwen3_moe(seed=0):
     sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8}
     return _decoder(Qwen3MoeForCausalLM, Qwen3MoeConfig, seed=seed, **sizes, experts_implementation="eager")
+
+
+def tiny_gemma4_moe(seed=0):
+    sizes = {"num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 16, "head_dim": 8, "global_head_dim": 8}
+    kinds = {"enable_moe_block": True, "hidden_size_per_layer_input": 0, "layer_types": ["full_attention"] * 2}
+    return _decoder(Gemma4ForCausalLM, Gemma4TextConfig, seed=seed, **sizes, **kinds, experts_implementation="eager")
+
+
+def tiny_hunyuan_moe(seed=0):
+    """One expert for a token in the first layer, three in the second."""
+    sizes = {"num_experts": 4, "moe_topk": [1, 3], "head_dim": 8, "experts_implementation": "eager"}
+    return _decoder(HunYuanMoEV1ForCausalLM, HunYuanMoEV1Config, seed=seed, **sizes)
+
+
+def tiny_aria(seed=0):
+    sizes = {"moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1}
+    return _decoder(AriaTextForCausalLM, AriaTextConfig, seed=seed, **sizes)
 
 
 def tiny_phi(seed=0):

@@ -19,7 +19,7 @@ from mixora.footprint.live import LiveBytes
 from mixora.footprint.step import run_step
 from mixora.footprint.units import split_into_units
 from mixora.training.planning import LOSSES, plan_without_weights
-from tests.models import tiny_llama
+from tests.models import tiny_aria, tiny_gemma4_moe, tiny_hunyuan_moe, tiny_llama, tiny_mixtral, tiny_qwen3_moe
 
 EXAMPLES = Path(__file__).parents[1] / "examples" / "scale"
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
@@ -37,6 +37,19 @@ def sketch(recipe="lora", **changes):
 def test_parameters_are_the_published_ones(name, total, active):
     found = count_base(sketch_base(EXAMPLES / name, dtype="bfloat16"))
     assert found == (pytest.approx(total, rel=0.005), pytest.approx(active, rel=0.03))
+
+
+@pytest.mark.parametrize("make", [tiny_mixtral, tiny_qwen3_moe, tiny_gemma4_moe, tiny_hunyuan_moe, tiny_aria])
+def test_active_experts_are_those_that_one_token_reaches(make):
+    model = make()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    model(input_ids=torch.tensor([[5]])).logits.square().sum().backward()
+    stacks = [p for name, p in model.named_parameters() if "experts" in name and p.dim() == 3]
+    unreached = sum(int((p.grad.flatten(1) == 0).all(1).sum()) * p[0].numel() for p in stacks)
+    total, active = count_base(model)
+    assert total == sum(p.numel() for p in model.parameters())
+    assert total - active == unreached > 0
 
 
 @pytest.mark.parametrize(

@@ -113,6 +113,20 @@ def test_the_scale_is_that_of_the_own_rank():
     assert {(rule.expert.alpha, rule.expert.scale) for rule in method.rules.values()} == {(None, 2.0)}
 
 
+@pytest.mark.parametrize("ranks", [[2, 4], {"from": 2, "to": 4}])
+def test_the_scales_over_depth_are_those_of_the_own_ranks(ranks):
+    given = {"recipe": "lora", "name": "m", "rank": ranks, "alpha": 8.0}
+    found = match(model(), [{"recipe": "lora", "rank": 17}, given], tolerance=0.1)["m"]
+    (expert,) = (rule.expert for rule in found.adapter.build().method.rules.values())
+    first, last = expert.rank.values() if isinstance(ranks, dict) else expert.rank
+    assert last > 4 * 4
+    assert expert.alpha / last == 8 / 4
+    # rounded to a whole rank
+    assert expert.alpha / (first + 0.5) <= 8 / 2 <= expert.alpha / (first - 0.5)
+    with pytest.raises(ConfigError, match=r"m cannot be; it reaches as given: 8,960 \(.*\)\nvalid"):
+        match(model(), [{"recipe": "lora", "rank": 17}, {**given, "budget": 9000}], tolerance=0.001)
+
+
 def test_what_fits_already_and_what_shall_not_be_matched_stays():
     methods = [{"recipe": "lora", "rank": 4}, {"recipe": "lora", "name": "twin", "rank": 4, "alpha": 8.0}]
     assert match(model(), methods)["twin"].chosen == "as given"

@@ -20,11 +20,12 @@ from mixora.cli import app
 from mixora.data import mix
 from mixora.diagnostics.record import read_record
 from mixora.errors import ConfigError, DataError
-from mixora.training.material import make_examples, make_training_set, read_material
+from mixora.training.material import make_examples, make_training_set, read_material, read_task
 from mixora.training.merging import sample
 from mixora.training.results import reopen
 from mixora.training.run import measure
 from mixora.training.run_config import read_run
+from mixora.training.tasks import name_metrics
 from tests.models import tiny_llama, token_ids
 from tests.training.test_run import quiet, run, settings
 
@@ -65,9 +66,10 @@ def two(bases, sources, tmp_path):
 
 
 def test_the_record_tells_of_each_task(two, tmp_path):
-    _, record = run(two)
+    config, record = run(two)
     assert read_record(tmp_path / "out") == record
     assert list(record.tasks) == ["commands", "sums"]
+    assert (*name_metrics(config, read_task(config)[1]), "rows") == tuple(record.after)
     commands, sums = record.tasks.values()
     assert (commands["rows"], sums["rows"]) == (32, 18)
     assert commands["share"] == pytest.approx(4 / 7)  # sqrt(32) to sqrt(18)

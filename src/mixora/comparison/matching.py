@@ -104,7 +104,7 @@ def _by_rank(model: nn.Module, method: MethodEntry, target: int, match: Match) -
     top = max(_largest(rule.expert.rank) for rule in rules.values())
 
     def describe(rank: int) -> Matched | None:
-        changes = _keep_scale(rules)
+        changes = _keep_scale(rules, rank / top)
         for name, rule in rules.items():
             changes[f"rules.{name}.expert.rank"] = _scale(rule.expert.rank, rank, top)
         words = " and ".join(dict.fromkeys(_write(value) for key, value in changes.items() if key.endswith(".rank")))
@@ -132,7 +132,11 @@ def _by_experts(model: nn.Module, method: MethodEntry, target: int, match: Match
 
 def _by_budget(model: nn.Module, method: MethodEntry, target: int, match: Match) -> list[Matched]:
     """The method's allocator meets the count itself, by experts of unequal rank; not all experts can have that."""
-    changes = _keep_scale(method.adapter().build().method.rules)
+    rules = method.adapter().build().method.rules
+    if any(_alpha_of(rule) is not None and not isinstance(rule.expert.rank, int) for rule in rules.values()):
+        # each layer has a factor of its own, which would change with whatever rank the allocator gives it
+        return []
+    changes = _keep_scale(rules)
     changes |= {"allocator.budget": target, "allocator.budget_of": match.parameters}
     option = _try(model, method, changes, f"budget {target:,}")
     return [] if option is None else [option]
@@ -159,15 +163,23 @@ def _by_depth(model: nn.Module, method: MethodEntry, target: int, match: Match) 
     return _nearest(describe, target, match, MOST["rank"] * layers, least=layers)
 
 
-def _keep_scale(rules: Mapping[str, Any]) -> Changes:
-    """Another rank changes the size of a method, not the factor in front of its experts."""
+def _keep_scale(rules: Mapping[str, Any], growth: float = 1.0) -> Changes:
+    """Another rank changes the size of a method, not the factor in front of its experts.
+
+    Where ranks vary over depth and grow by `growth`, the factors stay by an alpha that grows alike.
+    """
     changes: Changes = {}
     for name, rule in rules.items():
-        alpha = getattr(rule.expert, "alpha", None)
+        alpha, at = _alpha_of(rule), f"rules.{name}.expert"
         if alpha is not None and isinstance(rule.expert.rank, int):
-            at = f"rules.{name}.expert"
             changes |= {f"{at}.alpha": None, f"{at}.scale": alpha / rule.expert.rank}
+        elif alpha is not None:
+            changes[f"{at}.alpha"] = alpha * growth
     return changes
+
+
+def _alpha_of(rule: Any) -> float | None:
+    return getattr(rule.expert, "alpha", None)
 
 
 def _nearest(

@@ -11,10 +11,10 @@ from mixora.comparison.settings import Comparison
 from mixora.config import read_yaml
 from mixora.diagnostics.record import RunRecord, read_record
 from mixora.errors import CheckpointError, ConfigError
-from mixora.evaluate import METRICS
 from mixora.training.material import read_task
 from mixora.training.run_config import RunConfig, leaves_of
 from mixora.training.run_folder import RUN_FILE
+from mixora.training.tasks import name_metrics
 
 # a run with another title, or in another place, is the same run
 LEFT_OUT = ("out", "title")
@@ -69,7 +69,7 @@ class Matrix:
 def make_matrix(comparison: Comparison) -> Matrix:
     """Match the methods on each data set's task and lay out the runs; reads data, but no weights, and writes nothing.
 
-    Raises what reading data and matching raise, and `ConfigError` for a metric that a data set does not have.
+    Raises what reading data and matching raise, and `ConfigError` for a metric that the runs would not measure.
     """
     matched, known = {}, {}
     for data in comparison.data:
@@ -93,10 +93,14 @@ def _read_task(comparison: Comparison, data: str) -> Task:
         "data": comparison.data[data],
         "evaluate": comparison.evaluate,
     }
-    task, form = read_task(RunConfig(**sections))
-    valid = comparison.evaluate.metrics or METRICS[form]
-    if comparison.metric is not None and comparison.metric not in valid:
-        raise ConfigError(f"metric: got {comparison.metric!r}; valid for {data}: {', '.join(valid)}")
+    config = RunConfig(**sections)
+    task, held_out = read_task(config)
+    measured = name_metrics(config, held_out)
+    if comparison.metric is not None and comparison.metric not in measured:
+        raise ConfigError(
+            f"metric: got {comparison.metric!r}; valid for {data}: {', '.join(measured)}, "
+            "or another one that evaluate.metrics names"
+        )
     return task
 
 

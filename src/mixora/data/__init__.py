@@ -7,7 +7,7 @@ from mixora.data.collation import Collator
 from mixora.data.encoding import Encoded, encode
 from mixora.data.formats import FORMS, Form
 from mixora.data.mixing import count_rows, mix, share_out
-from mixora.data.prompts import EncodingConfig, ModelKind, render_choices, render_prompt
+from mixora.data.prompts import EncodingConfig, ModelKind, conversation_of, render_choices, render_prompt
 from mixora.data.sources import Rows, read_rows, splits_of
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "Form",
     "ModelKind",
     "Rows",
+    "conversation_of",
     "count_rows",
     "encode",
     "mix",

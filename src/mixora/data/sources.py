@@ -68,8 +68,9 @@ def read_rows(
         split: which split.
         form: a key of `FORMS`; told from the fields when not given.
         limit: take the first `limit` rows only; later ones are not looked at.
-        labels: class names in the model's order. Without them they come from meta.json, from the hub's features, or
-            from the labels of the train split, so that all splits number their classes alike.
+        labels: class names in the model's order, or none of them (an empty sequence) for numbers to regress on. If not
+            given they come from meta.json, from the hub's features, or from the labels of the train split, so that all
+            splits number their classes alike.
 
     Raises:
         DataError: nothing to read, an unknown form, or bad rows: all of them counted, the first ten named.
@@ -83,9 +84,8 @@ def read_rows(
     rows: list[Any] = [row for _, row in records]
     classes = None
     if FORMS[chosen].labelled:
-        declared = tuple(labels) if labels is not None else here.classes
         whole = rows if limit is None and split == "train" else None
-        classes = declared or _classes_of(source, split, chosen, whole)
+        classes = here.classes or _classes_of(source, split, chosen, whole) if labels is None else tuple(labels) or None
         rows, problems = _with_numbers(rows, problems, classes)
     _report(here.origin, records, problems)
     return Rows(tuple(rows), chosen, classes, here.origin)

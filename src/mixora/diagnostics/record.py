@@ -174,6 +174,9 @@ class RunRecord:
     scores of the run are their means then."""
     bad_steps: list[BadStep] = field(default_factory=list)
     """Steps that were left out; see `train.skip_bad_steps`."""
+    labels: list[str] | None = None
+    """The class names, one for each output of the head; none where it gives a number. None without a head; the
+    records of older runs do not say."""
 
 
 def write_record(record: RunRecord, folder: Path) -> Path:

@@ -3,7 +3,16 @@
 Knows nothing of adapters, nor of where rows come from: the caller fills `Examples`.
 """
 
-from mixora.evaluate.evaluation import METRICS, Evaluation, EvaluationConfig, Examples, default_metrics, evaluate
+from mixora.evaluate.evaluation import (
+    METRICS,
+    Evaluation,
+    EvaluationConfig,
+    Examples,
+    Formed,
+    choose_metrics,
+    default_metrics,
+    evaluate,
+)
 from mixora.evaluate.generation import generate
 from mixora.evaluate.perplexity import token_loss
 from mixora.evaluate.scores import SCORES
@@ -14,6 +23,8 @@ __all__ = [
     "Evaluation",
     "EvaluationConfig",
     "Examples",
+    "Formed",
+    "choose_metrics",
     "default_metrics",
     "evaluate",
     "generate",

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
@@ -42,6 +42,18 @@ class EvaluationConfig(Strict):
     max_new_tokens: Whole = 64
     limit: Whole | None = None
     metrics: tuple[str, ...] | None = None
+
+
+class Formed(Protocol):
+    """Rows of one form: `Examples`, or such as no model has read yet."""
+
+    @property
+    def rows(self) -> Sequence[Mapping[str, Any]]:
+        """The rows as dicts."""
+
+    @property
+    def form(self) -> str:
+        """A key of `METRICS`."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +118,7 @@ def evaluate(model: Any, examples: Examples, config: EvaluationConfig, advance: 
     _check_lengths(examples)
     if config.limit is not None:
         examples = examples.first(config.limit)
-    wanted = _wanted(examples, config)
+    wanted = choose_metrics(examples, config)
     measured: dict[str, float] = {}
     if set(wanted) & set(LOSSES):
         dataset = _needed(examples, "dataset")
@@ -118,7 +130,7 @@ def evaluate(model: Any, examples: Examples, config: EvaluationConfig, advance: 
     return Evaluation({name: measured[name] for name in wanted}, tuple(predictions))
 
 
-def default_metrics(examples: Examples) -> tuple[str, ...]:
+def default_metrics(examples: Formed) -> tuple[str, ...]:
     """Metrics that make sense for these rows.
 
     Answers that all look like calls, `intent(slot=value; ...)`, get intents and slots; other answers BLEU and
@@ -132,7 +144,8 @@ def default_metrics(examples: Examples) -> tuple[str, ...]:
     return METRICS[examples.form][:2]
 
 
-def _wanted(examples: Examples, config: EvaluationConfig) -> tuple[str, ...]:
+def choose_metrics(examples: Formed, config: EvaluationConfig) -> tuple[str, ...]:
+    """The metrics that `evaluate` measures; `ConfigError` for one that the form or its rows do not have."""
     if config.metrics is None:
         return default_metrics(examples)
     valid = METRICS[examples.form]
@@ -162,11 +175,11 @@ def _needed(examples: Examples, name: str) -> Any:
     return part
 
 
-def _is_regression(examples: Examples) -> bool:
+def _is_regression(examples: Formed) -> bool:
     return isinstance(examples.rows[0]["label"], float)
 
 
-def _references(examples: Examples) -> list[list[str]]:
+def _references(examples: Formed) -> list[list[str]]:
     if examples.form == "messages":
         return [[row["messages"][-1]["content"]] for row in examples.rows]
     return [list(row.get("references") or [row["completion"]]) for row in examples.rows]

@@ -1,9 +1,13 @@
 """How many parameters a base has, and how many of them a token is computed with."""
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+
+# what configurations of transformers call the experts that a token chooses: one number, or a list of each layer's own
+CHOSEN = ("num_experts_per_tok", "top_k_experts", "moe_topk")
 
 
 @dataclass(frozen=True)
@@ -28,13 +32,22 @@ def count_base(model: nn.Module) -> tuple[int, int]:
     if chosen is None:
         return total, total
     idle = 0
-    for module in model.modules():
+    for path, module in model.named_modules():
         if "Expert" in type(module).__name__:
             experts = [p for p in module.parameters(recurse=False) if p.dim() == 3]
-            idle += sum(p.numel() // len(p) * (len(p) - chosen) for p in experts)
+            idle += sum(p.numel() // len(p) * (len(p) - _number_at(path, chosen)) for p in experts)
     return total, total - idle
 
 
-def _experts_per_token(model: Any) -> int | None:
+def _experts_per_token(model: Any) -> Any:
+    """By the configuration: a number, a list of numbers by layer, or None without experts."""
     config = getattr(model, "config", None)
-    return None if config is None else getattr(config.get_text_config(), "num_experts_per_tok", None)
+    text = None if config is None else config.get_text_config()
+    found = (getattr(text, name, None) for name in CHOSEN)
+    return next((number for number in found if number is not None), None)
+
+
+def _number_at(path: str, chosen: Any) -> int:
+    """`chosen`, or where it is a list the number of the layer that a module at `path` belongs to."""
+    layer = re.search(r"\.(\d+)\.", path)
+    return chosen if isinstance(chosen, int) or layer is None else chosen[int(layer[1])]

@@ -15,11 +15,18 @@ from mixora.training.run_folder import CHECKPOINTS
 
 
 def make_arguments(config: RunConfig) -> TrainingArguments:
-    """The trainer's arguments as `config` says; `ConfigError` for those that transformers refuses."""
-    given = config.train.arguments
+    """The trainer's arguments as `config` says.
+
+    Raises `ConfigError` for those that transformers refuses, and for those that a setting of the run stands for: what
+    reads the settings, such as a resumed run, would not find them.
+    """
+    given, follow = config.train.arguments, _follow(config)
+    for name, (setting, _) in follow.items():
+        if name in given:
+            raise ConfigError(f"train.arguments.{name}: got {given[name]!r}; valid: the setting {setting}")
     _check_types(given)
     try:
-        arguments = TrainingArguments(**{**_name_arguments(config), **given})
+        arguments = TrainingArguments(**{name: value for name, (_, value) in follow.items()}, **_usual(config) | given)
     except Exception as error:
         # each argument has a check of its own
         raise ConfigError(f"train.arguments: {error}") from None
@@ -27,25 +34,33 @@ def make_arguments(config: RunConfig) -> TrainingArguments:
     return arguments
 
 
-def _name_arguments(config: RunConfig) -> dict[str, Any]:
-    """The settings of a run by the names that they have with transformers."""
-    settings = config.train
+def _follow(config: RunConfig) -> dict[str, tuple[str, Any]]:
+    """What follows from settings of a run: by transformers' name, the setting's name and the value."""
+    train = config.train
     return {
-        "output_dir": str(Path(config.out) / CHECKPOINTS),
-        "max_steps": settings.steps or -1,
-        # what is drawn from tasks is as long as the run and in its order
-        "num_train_epochs": settings.epochs if config.data.tasks is None else 1,
+        "output_dir": ("out", str(Path(config.out) / CHECKPOINTS)),
+        "max_steps": ("train.steps", train.steps or -1),
+        # what is drawn from tasks is as long as the run
+        "num_train_epochs": ("train.epochs", train.epochs if config.data.tasks is None else 1),
+        "per_device_train_batch_size": ("train.batch_size", train.batch_size),
+        "gradient_accumulation_steps": ("train.gradient_accumulation", train.gradient_accumulation),
+        "learning_rate": ("train.learning_rate", train.learning_rate),
+        "warmup_steps": ("train.warmup_steps", train.warmup_steps),
+        "seed": ("train.seed", train.seed),
+        "logging_steps": ("train.log_every", train.log_every),
+        "save_strategy": ("train.save_every", "steps" if train.save_every else "no"),
+        "save_steps": ("train.save_every", train.save_every or 1),
+        "save_total_limit": ("train.keep_checkpoints", None if train.keep_checkpoints else 2),
+    }
+
+
+def _usual(config: RunConfig) -> dict[str, Any]:
+    """What is so unless `train.arguments` says otherwise."""
+    return {
+        # transformers has more of them than `train.schedule`
+        "lr_scheduler_type": config.train.schedule,
+        # what is drawn from tasks is in the order of the run
         "train_sampling_strategy": "random" if config.data.tasks is None else "sequential",
-        "per_device_train_batch_size": settings.batch_size,
-        "gradient_accumulation_steps": settings.gradient_accumulation,
-        "learning_rate": settings.learning_rate,
-        "lr_scheduler_type": settings.schedule,
-        "warmup_steps": settings.warmup_steps,
-        "seed": settings.seed,
-        "logging_steps": settings.log_every,
-        "save_strategy": "steps" if settings.save_every else "no",
-        "save_steps": settings.save_every or 1,
-        "save_total_limit": None if settings.keep_checkpoints else 2,
         "report_to": [],
         "disable_tqdm": True,
         "dataloader_pin_memory": torch.cuda.is_available(),

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerState
+from transformers import TrainerCallback, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from mixora.asides import ASIDE, remove
@@ -79,6 +79,14 @@ def _step_of(checkpoint: Path) -> int:
 def read_state(checkpoint: Path) -> TrainerState:
     """How far training had come."""
     return TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+
+
+class ChangedIntervals(TrainerCallback):
+    """Log lines and checkpoints come as often as the settings say now; the trainer would follow the checkpoint's."""
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Right after the checkpoint's state has replaced the trainer's own."""
+        state.compute_steps(args, state.max_steps)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 
+from mixora.data import conversation_of
 from mixora.diagnostics.examination import examine
 from mixora.diagnostics.measure import load_by_group
 from mixora.evaluate import Evaluation, Examples
@@ -24,13 +25,14 @@ from mixora.world import count_processes
 ROWS_PER_GROUP = 8
 
 
-def describe_run(config: RunConfig, adapter: MixoraConfig) -> dict[str, Any]:
-    """Its names, and the commands that made it and that make the next one."""
+def describe_run(config: RunConfig, adapter: MixoraConfig, material: Material) -> dict[str, Any]:
+    """Its names, those of its classes, and the commands that made it and that make the next one."""
     return {
         "title": config.title or f"{adapter.recipe} on {', '.join(config.data.by_task())}",
         "recipe": str(adapter.recipe),
         "base": config.model.base,
         "data": config.data.origin,
+        "labels": None if material.labels is None else list(material.labels),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join(["mixora", *sys.argv[1:]]),
         "next_command": f"mixora train --recipe {adapter.recipe} --model YOUR_MODEL --data YOUR_DATA --out runs/yours",
@@ -104,12 +106,9 @@ def list_generations(
             continue
         answers = zip(of_task.rows, before[name].predictions, after[name].predictions, strict=True)
         for row, first, last in list(answers)[:count]:
-            messages = row.get("messages", [{}, {}])
-            prompt, expected = (
-                row.get("prompt", messages[-2].get("content")),
-                row.get("completion", messages[-1].get("content")),
-            )
-            said.append({"prompt": str(prompt), "expected": str(expected), "before": str(first), "after": str(last)})
+            # by the form: rows carry other fields along, which may have these names
+            prompt, expected = (m["content"] for m in conversation_of(row, of_task.form, answered=True)[-2:])
+            said.append({"prompt": prompt, "expected": expected, "before": str(first), "after": str(last)})
     return said
 
 

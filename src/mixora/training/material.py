@@ -4,7 +4,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import datasets
@@ -24,27 +24,18 @@ from mixora.data import (
     count_rows,
     encode,
     mix,
-    read_rows,
     render_choices,
     render_prompt,
     share_out,
-    splits_of,
 )
-from mixora.errors import ConfigError, DataError
+from mixora.errors import ConfigError
 from mixora.evaluate import Examples
 from mixora.stages import Advance
 from mixora.training.processes import count_asked
-from mixora.training.run_config import DataSection, RunConfig, TaskSection
+from mixora.training.rows import Past, TaskRows, evaluated_rows, labels_of, read_tasks
+from mixora.training.run_config import DataSection, RunConfig
 
 ROUTED_ROWS = 64
-
-
-@dataclass(frozen=True)
-class TaskRows:
-    """The rows of one task; those to train on are None where they were not asked for."""
-
-    train: Rows | None
-    evaluation: Rows
 
 
 @dataclass(frozen=True)
@@ -60,6 +51,11 @@ class Material:
     def collator(self) -> Collator:
         """Makes batches for this model."""
         return Collator(self.tokenizer, self.kind)
+
+    @property
+    def labels(self) -> tuple[str, ...] | None:
+        """The class names, one for each output of the head; none where it gives a number, None without a head."""
+        return labels_of(next(iter(self.tasks.values())).evaluation)
 
     def train_rows(self) -> dict[str, Rows]:
         """The rows to train on, which must have been asked for."""
@@ -80,12 +76,16 @@ class TrainingSet:
     tasks: dict[str, dict[str, Any]]
 
 
-def read_material(config: RunConfig, to_train: bool = True, with_weights: bool = True) -> Material:
+def read_material(
+    config: RunConfig, to_train: bool = True, with_weights: bool = True, past: Past | None = None
+) -> Material:
     """Load what `config` names; `DataError`, `ModelError` or `ConfigError` where the parts do not fit.
 
-    Without weights, the model stands on the meta device.
+    Without weights, the model stands on the meta device. `past`: the run whose adapter the model is for, if it is
+    finished. Rows are then numbered by its classes, and of a source that it did not meet, nothing is held out of what
+    is only evaluated.
     """
-    tasks, rows = _read_tasks(config, to_train)
+    tasks, rows = read_tasks(config, to_train, past)
     is_labelled = FORMS[rows.form].labelled
     base, dtype, attention = config.model.base, config.model.dtype, config.model.attn_implementation
     base_config = read_base_config(base)
@@ -99,49 +99,15 @@ def read_material(config: RunConfig, to_train: bool = True, with_weights: bool =
     return Material(model, tokenizer, task, kind, tasks)
 
 
-def _read_tasks(config: RunConfig, to_train: bool) -> tuple[dict[str, TaskRows], Rows]:
-    """All rows, and those to evaluate one task on, which all tasks resemble."""
-    tasks = {name: _read_task(section, config.data, to_train) for name, section in config.data.by_task().items()}
-    if config.data.tasks is not None:
-        tasks = {name: _name_task(rows, name) for name, rows in tasks.items()}
-    return tasks, _check_together({name: rows.evaluation for name, rows in tasks.items()})
-
-
-def _name_task(rows: TaskRows, name: str) -> TaskRows:
-    """Every row says which task it is from."""
-
-    def named(part: Rows) -> Rows:
-        return replace(part, rows=tuple({**row, "task": name} for row in part))
-
-    return TaskRows(rows.train and named(rows.train), named(rows.evaluation))
-
-
-def _check_together(tasks: Mapping[str, Rows]) -> Rows:
-    """The rows of one of the tasks, all of which one model can learn; `ConfigError` if it cannot."""
-    labelled = {FORMS[rows.form].labelled for rows in tasks.values()}
-    if len(labelled) > 1:
-        got = ", ".join(f"{name}: {rows.form}" for name, rows in tasks.items())
-        raise ConfigError(
-            f"data.tasks: one model cannot write and tell classes apart: got {got}; valid: labelled rows only, or none "
-            "(as prompts with completions, or as choices, a language model learns classes too)"
-        )
-    if len({rows.labels for rows in tasks.values()}) > 1:
-        got = "; ".join(f"{name}: {', '.join(rows.labels or ('numbers',))}" for name, rows in tasks.items())
-        raise ConfigError(
-            f"data.tasks: one head cannot have different labels: got {got}; valid: the same labels in the same order, "
-            "a run for each task, or rows of prompts with completions, or of choices, for a language model"
-        )
-    return next(iter(tasks.values()))
-
-
-def read_task(config: RunConfig) -> tuple[Task, str]:
-    """What a run trains the base for, and the form of its rows: read from both, without weights.
+def read_task(config: RunConfig) -> tuple[Task, dict[str, Rows]]:
+    """What a run trains the base for, and the rows of each task that it is evaluated on: read without weights.
 
     Raises as `read_material` does.
     """
-    _, rows = _read_tasks(config, to_train=True)
+    tasks, rows = read_tasks(config, to_train=True)
     base = read_base_config(config.model.base)
-    return _choose_task(config, FORMS[rows.form].labelled, bool(base.is_encoder_decoder)), rows.form
+    task = _choose_task(config, FORMS[rows.form].labelled, bool(base.is_encoder_decoder))
+    return task, evaluated_rows(tasks, config)
 
 
 def _choose_task(config: RunConfig, is_labelled: bool, is_encoder_decoder: bool) -> Task:
@@ -156,38 +122,6 @@ def _kind_of(model: PreTrainedModel, task: Task) -> ModelKind:
     """Encoders serve classification only; whatever has a causal class of its own is a decoder."""
     is_encoder = type(model.config) in transformers.MODEL_FOR_MASKED_LM_MAPPING
     return "encoder" if task == "sequence-classification" and is_encoder else "decoder"
-
-
-def _read_task(section: TaskSection, data: DataSection, to_train: bool) -> TaskRows:
-    source, form = section.source, section.form or data.form
-    split, count = section.evaluation_split or data.evaluation_split, section.train_rows or data.train_rows
-    has_split = split in splits_of(source)
-    if not has_split and split != "validation":
-        read_rows(source, split)  # raises, and names the splits there are
-    train_rows = read_rows(source, "train", form=form) if to_train or not has_split else None
-    if has_split:
-        labels = train_rows.labels if train_rows else None
-        held_out = read_rows(source, split, form=form, labels=labels)
-    else:
-        assert train_rows is not None
-        train_rows, held_out = _hold_out(train_rows)
-    if train_rows is not None and count is not None:
-        train_rows = first_rows(train_rows, count)
-    return TaskRows(train_rows if to_train else None, held_out)
-
-
-def _hold_out(rows: Rows) -> tuple[Rows, Rows]:
-    """The last tenth of the rows is not trained on."""
-    count = max(1, len(rows) // 10)
-    if len(rows) < 2:
-        raise DataError(f"{rows.origin}: one row cannot be split into training and evaluation; valid: two or more")
-    held_out = replace(rows, rows=rows[len(rows) - count :], origin=f"{rows.origin} (last {count} rows)")
-    return first_rows(rows, len(rows) - count), held_out
-
-
-def first_rows(rows: Rows, count: int) -> Rows:
-    """The first `count` rows."""
-    return replace(rows, rows=rows[:count])
 
 
 def encode_rows(
@@ -233,7 +167,7 @@ def _mixing(data: DataSection) -> dict[str, Any]:
 def count_rows_of_epoch(config: RunConfig, sizes: Mapping[str, int]) -> int:
     """The rows that a trainer sees as one epoch of tasks of these `sizes`: of several, all that the run takes.
 
-    A trainer that other arguments make take more begins again.
+    A trainer that takes more begins again.
     """
     train = config.train
     if config.data.tasks is None:
@@ -245,10 +179,7 @@ def count_rows_of_epoch(config: RunConfig, sizes: Mapping[str, int]) -> int:
 
 def make_examples(material: Material, config: RunConfig) -> dict[str, Examples]:
     """The held-out rows of each task in the shapes that the metrics need."""
-    limit = config.evaluate.limit
-    held_out = {name: task.evaluation for name, task in material.tasks.items()}
-    if limit is not None:
-        held_out = {name: first_rows(rows, limit) for name, rows in held_out.items()}
+    held_out = evaluated_rows(material.tasks, config)
     encoded = encode_rows(material, config, held_out, packing=False, train_on="completion")
     return {name: _make_examples(rows, encoded[name], material, config) for name, rows in held_out.items()}
 

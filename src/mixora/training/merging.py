@@ -26,7 +26,9 @@ from mixora.training.material import (
     read_material,
     sample_batches,
 )
+from mixora.training.past import read_past
 from mixora.training.progress import Progress
+from mixora.training.rows import Past
 from mixora.training.run_config import ModelSection, RunConfig, read_settings
 from mixora.training.run_folder import RUN_FILE
 
@@ -64,7 +66,7 @@ def merge_folder(
     with progress.task("reading"):
         if needs_rows:
             config = parse(RunConfig, tree)
-            material = read_material(config)
+            material = read_material(config, past=_find_past(source))
             model, tokenizer = from_pretrained(material.model, adapter), material.tokenizer
             approximation = None if fit_rows is None else sample(material, config, fit_rows)
             held_out = _all_batches(material, config) if soup else None
@@ -94,7 +96,7 @@ def foresee_merge(
     adapter, tree = find_settings(source, changes, needs_rows)
     check_folder(out, overwrite, [source, tree["model"]["base"]])
     if needs_rows:
-        base = read_material(parse(RunConfig, tree), with_weights=False).model
+        base = read_material(parse(RunConfig, tree), with_weights=False, past=_find_past(source)).model
         model = get_peft_model(base, read_adapter_config(adapter))
     else:
         model = sketch_adapted(adapter, parse(ModelSection, tree["model"], "model"))
@@ -122,6 +124,11 @@ def find_settings(source: Path, changes: Mapping[str, Any], needs_rows: bool) ->
     if not model["base"]:
         raise ConfigError(f"model.base: {adapter} does not name its base; valid: --model BASE")
     return adapter, {**tree, "model": model}
+
+
+def _find_past(source: Path) -> Past | None:
+    """Of the folder of a run; a saved adapter alone has none."""
+    return read_past(source) if (source / RUN_FILE).is_file() else None
 
 
 def sketch_adapted(adapter: Path, section: ModelSection) -> PeftModel:

@@ -18,12 +18,12 @@ from mixora.training.material import (
     Material,
     count_rows_of_epoch,
     encode_rows,
-    first_rows,
     make_examples,
     read_material,
 )
 from mixora.training.planning import longest_row, weigh
 from mixora.training.processes import count_asked
+from mixora.training.rows import first_rows
 from mixora.training.run_config import RunConfig
 from mixora.training.run_folder import paths_read
 from mixora.tuner import MixoraConfig, plan

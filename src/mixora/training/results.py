@@ -16,6 +16,7 @@ from mixora.evaluate import Examples, generate
 from mixora.loading import from_pretrained
 from mixora.stages import count
 from mixora.training.material import Material, batches_of_tasks, make_examples, read_material
+from mixora.training.past import read_past
 from mixora.training.progress import Progress
 from mixora.training.run import measure
 from mixora.training.run_config import DataSection, RunConfig, read_settings
@@ -33,11 +34,16 @@ class Trained:
     progress: Progress
 
     def measure(self) -> dict[str, Any]:
-        """Metrics on the held-out rows; of several tasks their means, and each task's own below `tasks`."""
-        found = measure(self.model, self._examples(), self.config, self.progress, "trained")
+        """Metrics on the held-out rows, and how many `rows` these are.
+
+        Of several tasks their means, and each task's own below `tasks`.
+        """
+        examples = self._examples()
+        found = measure(self.model, examples, self.config, self.progress, "trained")
+        scores = {**average(found), "rows": sum(len(of_task.rows) for of_task in examples.values())}
         if self.config.data.tasks is None:
-            return dict(average(found))
-        return {**average(found), "tasks": {name: dict(of_task.metrics) for name, of_task in found.items()}}
+            return scores
+        return {**scores, "tasks": {name: dict(of_task.metrics) for name, of_task in found.items()}}
 
     def inspect(self) -> list[dict[str, Any]]:
         """What the routers do with the held-out rows, see `mixora.inspect`; of several tasks each below `tasks`."""
@@ -95,7 +101,7 @@ def reopen(run: Path, changes: Mapping[str, Any], progress: Progress, tasks: Seq
         config = config.model_copy(update={"data": _select(config.data, tasks)})
     progress.say(f"reading {run} and {config.model.base}")
     with progress.task("reading"):
-        material = read_material(config, to_train=False)
+        material = read_material(config, to_train=False, past=read_past(run))
         model = from_pretrained(material.model, run / "adapter")
     return Trained(model, material, config, progress)
 

@@ -25,7 +25,7 @@ from mixora.plan import Plan
 from mixora.serving import served_by
 from mixora.training.arguments import make_arguments
 from mixora.training.beginning import begin
-from mixora.training.checkpoints import finish, read_state, resumable
+from mixora.training.checkpoints import ChangedIntervals, finish, read_state, resumable
 from mixora.training.costs import Clock, describe_costs
 from mixora.training.description import (
     describe_environment,
@@ -49,7 +49,7 @@ from mixora.training.progress import Progress, StepProgress
 from mixora.training.run_config import RunConfig
 from mixora.training.run_folder import open_folder, paths_read, write_settings
 from mixora.training.start import Start, write_start
-from mixora.training.tasks import mixture_table, with_loss
+from mixora.training.tasks import evaluation_of, mixture_table
 from mixora.training.trainers import Trainer
 from mixora.tuner import MixoraConfig, allocate, plan
 
@@ -101,7 +101,7 @@ def _fit(config: RunConfig, progress: Progress, overwrite: bool, resume: bool) -
         seen = describe_model(model, material, table, examples, config, progress)
         measured["reloaded"] = _read_back(model, material, examples, config, progress)
         record = RunRecord(
-            **describe_run(config, adapter),
+            **describe_run(config, adapter, material),
             **seen,
             **describe_scores(rows, examples, measured),
             history=history_of(trainer.state.log_history),
@@ -160,6 +160,7 @@ def train(trainer: Trainer, checkpoint: Path | None, progress: Progress) -> floa
         trainer.restore_readings(checkpoint)
         return clock.seconds
     trainer.add_callback(clock)
+    trainer.add_callback(ChangedIntervals())
     with progress.task("training") as advance, Interruption() as interruption:
         trainer.add_callback(StepProgress(advance))
         trainer.add_callback(interruption)
@@ -228,10 +229,9 @@ def measure(
     """The metrics of `model` on the held-out rows of each task."""
     found = {}
     for name, of_task in examples.items():
-        settings = config.evaluate if config.data.tasks is None else with_loss(config.evaluate, of_task)
         what = "evaluating" if config.data.tasks is None else f"evaluating {name}"
         with progress.task(f"{what}, {when}") as advance, served_by(model, config.evaluate.served_by):
-            found[name] = evaluate(model, of_task, settings, advance)
+            found[name] = evaluate(model, of_task, evaluation_of(config, of_task), advance)
     return found
 
 

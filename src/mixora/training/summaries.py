@@ -60,7 +60,7 @@ def metrics_table(title: str, metrics: Mapping[str, Any]) -> Table:
         return scores_table(title, {**each, "mean over tasks": {"value": means}})
     table = Table("metric", "value", title=title)
     for name, value in means.items():
-        table.add_row(name.replace("_", " "), f"{value:.4f}")
+        table.add_row(name.replace("_", " "), f"{value:,}" if name == "rows" else f"{value:.4f}")
     return table
 
 

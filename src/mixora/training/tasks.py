@@ -1,22 +1,36 @@
 """Scores of several tasks: each task's own, their means, and both as tables."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
 
 from mixora.diagnostics.page import format_value
-from mixora.evaluate import METRICS, Evaluation, EvaluationConfig, Examples, default_metrics
+from mixora.evaluate import METRICS, Evaluation, EvaluationConfig, Formed, choose_metrics, default_metrics
+from mixora.training.run_config import RunConfig
 
 Scores = Mapping[str, float | None]
 
 
-def with_loss(config: EvaluationConfig, examples: Examples) -> EvaluationConfig:
-    """Metrics not asked for by name include the loss where the rows have one, so that tasks can be compared."""
-    if config.metrics is not None or "loss" not in METRICS[examples.form]:
-        return config
-    usual = default_metrics(examples)
-    return config.model_copy(update={"metrics": (*usual, *(() if "loss" in usual else ("loss",)))})
+def evaluation_of(config: RunConfig, rows: Formed) -> EvaluationConfig:
+    """How a run measures the rows of one task.
+
+    Of several tasks, metrics not asked for by name include the loss where the rows have one, so that tasks can be
+    compared.
+    """
+    settings = config.evaluate
+    if config.data.tasks is None or settings.metrics is not None or "loss" not in METRICS[rows.form]:
+        return settings
+    usual = default_metrics(rows)
+    return settings.model_copy(update={"metrics": (*usual, *(() if "loss" in usual else ("loss",)))})
+
+
+def name_metrics(config: RunConfig, held_out: Mapping[str, Formed]) -> tuple[str, ...]:
+    """The metrics that a run tells of its held-out rows, which are given by task; of several tasks, those with a mean.
+
+    Raises `ConfigError` for a metric asked for that the rows do not have.
+    """
+    return _shared([choose_metrics(rows, evaluation_of(config, rows)) for rows in held_out.values()])
 
 
 def average(tasks: Mapping[str, Evaluation]) -> dict[str, float]:
@@ -24,11 +38,16 @@ def average(tasks: Mapping[str, Evaluation]) -> dict[str, float]:
 
     Every task counts the same, whatever its number of rows. A mean of perplexities says nothing, so there is none.
     """
-    first, *others = (dict(evaluation.metrics) for evaluation in tasks.values())
+    found = [evaluation.metrics for evaluation in tasks.values()]
+    return {name: sum(each[name] for each in found) / len(found) for name in _shared(found)}
+
+
+def _shared(tasks: Sequence[Collection[str]]) -> tuple[str, ...]:
+    """The metrics that have a mean over tasks, by the metrics of each."""
+    first, *others = tasks
     if not others:
-        return first
-    names = [name for name in first if name != "perplexity" and all(name in other for other in others)]
-    return {name: sum(each[name] for each in (first, *others)) / len(tasks) for name in names}
+        return tuple(first)
+    return tuple(name for name in first if name != "perplexity" and all(name in other for other in others))
 
 
 def mixture_table(tasks: Mapping[str, Mapping[str, Any]]) -> Table:
