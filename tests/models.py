@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from transformers import (
     BertConfig,
+    BertForQuestionAnswering,
     BertForSequenceClassification,
     BertModel,
     Gemma2Config,
@@ -131,6 +132,11 @@ def tiny_bert(layers=2, seed=0, **changes):
 def tiny_bert_classifier(layers=2, seed=0, **changes):
     torch.manual_seed(seed)
     return BertForSequenceClassification(_bert_config(num_hidden_layers=layers, **{"num_labels": 3, **changes}))
+
+
+def tiny_answerer(seed=0):
+    torch.manual_seed(seed)
+    return BertForQuestionAnswering(_bert_config())
 
 
 def tiny_roberta_classifier(seed=0):

@@ -1,7 +1,7 @@
 """Rules x model -> plan, and plan -> the parts that run: where all choices of a method meet."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -27,13 +27,14 @@ from mixora.sites import Linear, find_fused_experts, places_of
 MOST_EXPERTS = 4096
 
 
-def make_plan(model: nn.Module, method: Method, is_stored: bool = False) -> Plan:
+def make_plan(model: nn.Module, method: Method, whole: Collection[str] = (), is_stored: bool = False) -> Plan:
     """The plan of `method` on `model`, which may stand on the meta device; `ConfigError` where the two do not fit.
 
+    `whole`: names of modules that are trained whole, in which there are no sites.
     `is_stored`: the adapter exists already, and a kernel that cannot serve this model is no mistake.
     """
     places = places_of(model)
-    rule_of = assign_rules(model, method, places)
+    rule_of = assign_rules(model, method, places, whole)
     leaders: dict[tuple[str, ...], str] = {}
     rules = settle_rules(rule_of, method)
     roles = find_roles(places, rule_of, method)

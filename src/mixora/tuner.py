@@ -8,8 +8,8 @@ from typing import Any
 from peft import PeftConfig
 from torch import nn
 
-from mixora import entrances, host, keys
-from mixora.admission import check_name, check_room, check_saved_modules, remark_untrained
+from mixora import entrances, host, keys, whole_modules
+from mixora.admission import check_name, check_room, remark_untrained
 from mixora.allocation import Batches, choose_ranks, is_settled
 from mixora.assembly import make_plan, parts_of
 from mixora.config import did_you_mean, override, parse
@@ -83,8 +83,9 @@ def plan(model: nn.Module, config: MixoraConfig) -> Plan:
 
     A budget that is not allocated yet is allocated for this plan. Raises `ConfigError` where the two do not fit.
     """
-    found = make_plan(model, allocate(model, config).method)
-    untrained = remark_untrained(model, found, config.modules_to_save or ()) if config.task_type == "SEQ_CLS" else ()
+    whole = whole_modules.names_of(config)
+    found = make_plan(model, allocate(model, config).method, whole)
+    untrained = remark_untrained(model, found, whole) if config.task_type == "SEQ_CLS" else ()
     return replace(found, notes=(*found.notes, *untrained))
 
 
@@ -98,9 +99,9 @@ def allocate(
     Without a budget, allocator `groups` leaves the rules as they are. Raises `ConfigError` for a budget that cannot
     be met, and `ModelError` or `DataError` for weights and batches that the allocator cannot read.
     """
-    found = copy.copy(config)
-    if not is_settled(model, config.method):
-        ranks = choose_ranks(model, config.method, batches, progress)
+    found, whole = copy.copy(config), whole_modules.names_of(config)
+    if not is_settled(model, config.method, whole):
+        ranks = choose_ranks(model, config.method, whole, batches, progress)
         found.method = config.method.model_copy(update={"allocation": ranks})
         found.allocation = found.method.model_dump(mode="json")["allocation"]
     return found
@@ -123,7 +124,10 @@ class MixoraModel(host.Tuner):
         config = self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
         if config.plan is None:
             config = self.peft_config[adapter_name] = allocate(model, config)
-        new_plan = make_plan(model, config.method, is_stored=config.plan is not None)
+        whole = whole_modules.names_of(config)
+        # PEFT adds some heads to the config that it was given when this one is a copy already
+        config.modules_to_save = list(whole) or None
+        new_plan = make_plan(model, config.method, whole, is_stored=config.plan is not None)
         if config.plan is not None:
             new_plan.check_against(config.plan)
         config.plan = new_plan.to_list()
@@ -136,7 +140,6 @@ class MixoraModel(host.Tuner):
             )
         self._plan = new_plan
         self._kin: dict[tuple[str, ...], list[Mixture]] = {}
-        check_saved_modules(new_plan, config.modules_to_save or ())
         check_room(model, new_plan)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         # PEFT's export to LoRA reads it

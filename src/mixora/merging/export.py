@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from mixora import whole_modules
 from mixora.assembly import make_plan
 from mixora.bases import resolve_base
 from mixora.draws import Draw
@@ -51,7 +52,7 @@ def write_mixture(folder: Path, model: PeftModel, adapter: str, members: tuple[i
             ranks[module.path] = [len(served["A"])]
             tensors |= {f"base_model.model.{module.path}.{PREFIX}{kind}": tensor for kind, tensor in served.items()}
     config = MixoraConfig(rules=rules, allocation=ranks)
-    config.plan = make_plan(model.get_base_model(), config.method).to_list()
+    config.plan = make_plan(model.get_base_model(), config.method, whole_modules.names_of(source)).to_list()
     _write_adapter(folder, model, adapter, config, tensors)
 
 
