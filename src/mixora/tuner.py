@@ -15,6 +15,7 @@ from mixora.assembly import make_plan, parts_of
 from mixora.config import did_you_mean, override, parse
 from mixora.documents import show
 from mixora.errors import ConfigError, MixoraError
+from mixora.folding import check_untied
 from mixora.method import Method
 from mixora.mixture import PREFIX, Mixture, mixtures_of
 from mixora.packed import keep_differentiable
@@ -241,10 +242,13 @@ class MixoraModel(host.Tuner):
         super().merge_adapter(adapter_names, safe_merge)
 
     def _check_all_foldable(self, adapter_names: list[str] | None) -> None:
+        merged = []
         for module in mixtures_of(self.model):
-            for adapter in adapter_names or module.active_adapters:
-                if adapter in module.parts:
-                    module.check_foldable(adapter)
+            names = [name for name in adapter_names or module.active_adapters if name in module.parts]
+            for name in names:
+                module.check_foldable(name)
+            merged += [module] if names else []
+        check_untied(self.model, merged)
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
         if merge:
