@@ -35,7 +35,7 @@ def make_plan(model: nn.Module, method: Method, whole: Collection[str] = (), is_
     """
     places = places_of(model)
     rule_of = assign_rules(model, method, places, whole)
-    leaders: dict[tuple[str, ...], str] = {}
+    leaders: dict[tuple[str | int, ...], str] = {}
     rules = settle_rules(rule_of, method)
     roles = find_roles(places, rule_of, method)
     check_rules(roles, rules)
@@ -51,7 +51,7 @@ def _make_site(
     name: str,
     rule: Rule,
     ranks: tuple[int, ...],
-    leaders: dict[tuple[str, ...], str],
+    leaders: dict[tuple[str | int, ...], str],
     role: Role | None,
     choice: Choice,
 ) -> Site:
@@ -102,7 +102,7 @@ def _check_site(linear: Linear, name: str, rule: Rule, expert: Expert, router: R
 
 
 def _find_leader(
-    linear: Linear, name: str, rule: Rule, leaders: dict[tuple[str, ...], str], role: Role | None
+    linear: Linear, name: str, rule: Rule, leaders: dict[tuple[str | int, ...], str], role: Role | None
 ) -> str | None:
     """The path of the site whose router this one uses; `leaders` remembers the first of each kin."""
     first = role.leader if role else linear.path

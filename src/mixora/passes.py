@@ -118,7 +118,7 @@ class Pass:
         valid = torch.ones(shape, dtype=torch.bool, device=x.device) if mask is None else mask.to(x.device)
         starts = torch.zeros(shape, dtype=torch.bool, device=x.device)
         if len(shape) > 1:
-            starts[..., 0] = True
+            starts[..., :1] = True
         if positions is not None:
             positions = positions.to(x.device)
             index = torch.arange(valid.shape[-1], device=x.device)

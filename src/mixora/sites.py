@@ -70,9 +70,9 @@ class Linear:
         return {self.group, "all-linear", "query-value" if projects else None}
 
     @property
-    def siblings_key(self) -> tuple[str, ...] | None:
+    def siblings_key(self) -> tuple[str | int, ...] | None:
         """Equal for the linears that read the same input; None where nothing is known about it."""
-        return kin_of(self.path, self.stream)
+        return kin_of(self.path, self.stream, self.in_features)
 
 
 @dataclass(frozen=True)
@@ -80,11 +80,11 @@ class Block(Linear):
     """A module adapted as a whole: the widths are those of what it reads and gives."""
 
 
-def kin_of(path: str, stream: Stream) -> tuple[str, ...] | None:
-    """As `Linear.siblings_key`."""
+def kin_of(path: str, stream: Stream, in_features: int) -> tuple[str | int, ...] | None:
+    """As `Linear.siblings_key`. The width tells apart what reads another model's states, as a Q-Former's keys do."""
     parent, _, leaf = path.rpartition(".")
     known = [sorted(names) for names in SIBLINGS if leaf in names]
-    return (parent, stream, *known[0]) if known else None
+    return (parent, stream, in_features, *known[0]) if known else None
 
 
 def linears_of(model: nn.Module) -> list[Linear]:

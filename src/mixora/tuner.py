@@ -140,7 +140,7 @@ class MixoraModel(host.Tuner):
                 "cannot follow; valid: PeftModel.from_pretrained for the first adapter, then PeftModel.load_adapter"
             )
         self._plan = new_plan
-        self._kin: dict[tuple[str, ...], list[Mixture]] = {}
+        self._kin: dict[tuple[str | int, ...], list[Mixture]] = {}
         check_room(model, new_plan)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         # PEFT's export to LoRA reads it
@@ -179,7 +179,8 @@ class MixoraModel(host.Tuner):
         parts = parts_of(site, config.method, self._plan, leader)
         above, _, name = site.path.rpartition(".")
         parent, target = self.model.get_submodule(above), self.model.get_submodule(site.path)
-        parts.kin = self._kin.setdefault((site.rule, *(kin_of(site.path, site.stream) or (site.path,))), [])
+        kin = kin_of(site.path, site.stream, site.in_features) or (site.path,)
+        parts.kin = self._kin.setdefault((site.rule, *kin), [])
         if isinstance(target, Mixture):
             parts.kin.append(target)
             target.add(adapter_name, parts, config.inference_mode)
