@@ -7,6 +7,7 @@ model stay independent of each other.
 
 import logging
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -65,7 +66,7 @@ class Pass:
     made for each other; `outputs`: what takes their place without gradients. `kept`: what the passes that go on with
     one cache of keys and values keep for each other; None without a cache and where routes are drawn;
     `is_kept_checked`: nothing of it is old. `pooled`: per site and adapter, a call after the other, what goes to the
-    other processes.
+    other processes. `calls`: per site and adapter, how often it was called where it adds the gradient of its loss.
     """
 
     mask_BS: dict[Stream, Tensor] = field(default_factory=dict)
@@ -85,6 +86,7 @@ class Pass:
     kept: dict[str, Any] | None = None
     is_kept_checked: bool = False
     pooled: dict[tuple[str, str], list[Pooled]] = field(default_factory=dict)
+    calls: Counter[tuple[str, str]] = field(default_factory=Counter)
     _tokens: dict[tuple[Stream, torch.Size, int], Tokens] = field(default_factory=dict)
     _has_padding: dict[Stream, bool] = field(default_factory=dict)
 
