@@ -4,11 +4,14 @@ import peft
 import torch
 from torch import nn
 from transformers import (
+    AlbertConfig,
+    AlbertForSequenceClassification,
     AriaTextConfig,
     AriaTextForCausalLM,
     BartConfig,
     BartForConditionalGeneration,
     BertConfig,
+    BertForQuestionAnswering,
     BertForSequenceClassification,
     BertModel,
     Gemma2Config,
@@ -156,6 +159,20 @@ def tiny_bert(layers=2, seed=0, **changes):
 def tiny_bert_classifier(layers=2, seed=0, **changes):
     torch.manual_seed(seed)
     return BertForSequenceClassification(_bert_config(num_hidden_layers=layers, **{"num_labels": 3, **changes}))
+
+
+def tiny_albert(layers=2, seed=0):
+    """One block for all layers: what stands in it runs so often in a pass."""
+    torch.manual_seed(seed)
+    sizes = {"embedding_size": 16, "hidden_size": WIDTH, "intermediate_size": INNER, "num_attention_heads": 4}
+    no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "classifier_dropout_prob": 0.0}
+    config = AlbertConfig(vocab_size=VOCABULARY, num_hidden_layers=layers, num_labels=3, **sizes, **no_dropout)
+    return AlbertForSequenceClassification(config)
+
+
+def tiny_answerer(seed=0):
+    torch.manual_seed(seed)
+    return BertForQuestionAnswering(_bert_config())
 
 
 def tiny_roberta_classifier(seed=0):

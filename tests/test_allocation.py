@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 import mixora
 from mixora.allocators import ALLOCATORS
-from mixora.errors import CheckpointError, ConfigError
+from mixora.errors import CheckpointError, ConfigError, ModelError
 from tests.models import adapt, tiny_bert_classifier, tiny_gpt2, tiny_llama, tiny_t5, token_ids
 
 KINDS = tuple(ALLOCATORS)
@@ -231,3 +231,23 @@ def test_a_second_adapter_is_allocated_on_the_frozen_weights():
     model = get_peft_model(tiny_llama(layers=4), config)
     model.add_adapter("second", config)
     assert model.peft_config["second"].allocation == model.peft_config["default"].allocation
+
+
+PESC = {"rules.ffn.expert.rank": 8, "rules.shared.expert.rank": 4}
+
+
+@pytest.mark.parametrize("kind", ["spectral", "sensitivity"])
+def test_a_whole_module_has_no_weight_to_look_at(kind):
+    config = mixora.recipe("pesc", **PESC, **{"allocator.kind": kind})
+    message = r"layers\.0\.mlp: is a whole module \(LlamaMLP\) without .*; valid .*: 'groups', 'proportional'$"
+    with pytest.raises(ModelError, match=message):
+        mixora.plan(tiny_llama(), config)
+    with pytest.raises(ModelError, match=message):
+        mixora.allocate(tiny_llama(), config, BATCHES)
+
+
+@pytest.mark.parametrize("kind", ["groups", "proportional"])
+def test_the_allocators_that_are_named_then_serve(kind):
+    budget = mixora.plan(tiny_llama(), mixora.recipe("pesc", **PESC)).parameters // 2
+    config = mixora.recipe("pesc", **PESC, **{"allocator.kind": kind, "budget": budget})
+    assert 0.9 * budget < mixora.plan(tiny_llama(), config).parameters <= budget

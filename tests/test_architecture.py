@@ -15,7 +15,7 @@ ORDER = [
     {"errors", "short_names", "stages", "console", "world", "documents"},
     {"draws", "completion", "asides", "devices", "base_limits", "inputs", "packed"},
     {"routing", "config", "folders", "low_rank", "fused_loss", "activations", "host", "sharding"},
-    {"contracts", "passes", "depth", "outside", "gguf_files"},
+    {"contracts", "passes", "depth", "outside", "gguf_files", "whole_modules"},
     {"experts", "routers", "kernels", "losses", "allocators", "slots", "parts", "plan", "entrances"},
     {"method", "sites", "joining", "folding", "injection"},
     {"decoding"},

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from transformers import AlbertConfig, AlbertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import mixora
 from mixora.mixture import mixtures_of
@@ -13,6 +13,7 @@ from tests.models import (
     adapt,
     fill,
     gradients,
+    tiny_albert,
     tiny_bert_classifier,
     tiny_gemma,
     tiny_gpt2,
@@ -31,16 +32,6 @@ from tests.parts import IDS, MASK, batch, logits, mixlora
 
 def gated_t5():
     return tiny_t5(feed_forward_proj="gated-gelu")
-
-
-def tiny_albert():
-    """One block for all layers: its feed-forward part runs twice in a pass."""
-    torch.manual_seed(0)
-    sizes = {"embedding_size": 16, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
-    no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "classifier_dropout_prob": 0.0}
-    return AlbertForSequenceClassification(
-        AlbertConfig(vocab_size=64, num_hidden_layers=2, num_labels=3, **sizes, **no_dropout)
-    )
 
 
 # how many feed-forward parts, and the linears of the first one, the last one last

@@ -9,6 +9,8 @@ import mixora
 from mixora.errors import ConfigError
 from mixora.recipes import read_recipe
 from mixora.routers.capacity import CapacityConfig
+from mixora.training.run_config import leaves_of
+from tests.models import tiny_llama
 
 
 def rule(config, name="attention"):
@@ -81,6 +83,35 @@ def test_dotted_overrides_reach_one():
     assert config.method.losses.z_loss.coefficient == 0.5
     assert config.method.losses.load_balance.coefficient == 1.0
     assert rule(config).expert.rank == 3
+
+
+SCALES = [
+    ("lora", {"scale": 8.0}, {8.0}),
+    ("adamix-lora", {"rules.projections.expert.scale": 1.0}, {1.0}),
+    ("hydralora", {"alpha": 4}, {0.5}),
+    ("lora", {"alpha": 16, "scale": 8.0}, {1.0}),
+    ("lora", {"alpha": None, "scale": 8.0}, {8.0}),
+    ("mixlora", {"rules.attention.expert.scale": 3.0}, {2.0, 3.0}),
+    ("pesc", {"rules.ffn.expert.scale": 0.5}, {0.25, 0.5}),
+    ("pesc", {"scale": 0.5}, {0.5}),
+]
+
+
+@pytest.mark.parametrize(("name", "overrides", "scales"), SCALES)
+def test_a_scale_takes_the_place_of_alpha(name, overrides, scales):
+    """`alpha` counts where both are given, as files have both."""
+    config = mixora.recipe(name, **overrides)
+    assert {site.scale for site in mixora.plan(tiny_llama(), config).sites} == scales
+    stored = mixora.MixoraConfig(rules=config.rules, losses=config.losses)
+    assert {site.scale for site in mixora.plan(tiny_llama(), stored).sites} == scales
+
+
+def test_a_file_with_both_keeps_its_meaning():
+    rules = mixora.recipe("lora").rules
+    assert (rules["attention"]["expert"]["alpha"], rules["attention"]["expert"]["scale"]) == (32, 1)
+    assert {site.scale for site in mixora.plan(tiny_llama(), mixora.MixoraConfig(rules=rules)).sites} == {2.0}
+    as_run = mixora.recipe("lora", **dict(leaves_of({"rules": rules})))
+    assert {site.scale for site in mixora.plan(tiny_llama(), as_run).sites} == {2.0}
 
 
 @pytest.mark.parametrize(

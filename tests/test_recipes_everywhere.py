@@ -3,11 +3,12 @@
 import pytest
 import torch
 from peft import get_peft_model
+from torch import nn
 
 import mixora
 from mixora.footprint import estimate
 from mixora.training.planning import LOSSES
-from tests.models import tiny_bert_classifier, tiny_llama, tiny_t5, token_ids
+from tests.models import adapt, tiny_bert_classifier, tiny_llama, tiny_t5, token_ids
 
 IDS = token_ids(4, 8)
 MASK = torch.tensor([[1] * 8, [1] * 8, [1] * 5 + [0] * 3, [1] * 6 + [0] * 2])
@@ -91,3 +92,34 @@ def test_memory_is_counted_without_weights(recipe):
         model = get_peft_model(tiny_llama(LAYERS), mixora.recipe(recipe))
     [found] = estimate(model, 2, 8, LOSSES)
     assert found.memory.activations > 0
+
+
+class Pieces(nn.Module):
+    """The linears of Llama's blocks without attention, which has no answer for no tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = tiny_llama(LAYERS).model.layers
+
+    def forward(self, x):
+        for block in self.layers:
+            attention = block.self_attn
+            heads = torch.cat([attention.q_proj(x), attention.k_proj(x), attention.v_proj(x)], dim=-1)
+            x = block.mlp(attention.o_proj(heads[..., :32]) + heads[..., 32:])
+        return x
+
+
+@pytest.mark.parametrize("shape", [(0, 32), (1, 0, 32), (0, 3, 32)])
+@pytest.mark.parametrize("recipe", mixora.recipe_names())
+def test_no_tokens_at_all(recipe, shape):
+    """As the linears in a model's own mixture get them: nothing comes out, and no gradient is left behind."""
+    coefficient = {"losses.consistency.coefficient": 0.0} if recipe.startswith("adamix") else {}
+    model = adapt(Pieces(), mixora.recipe(recipe, **coefficient))
+    for training in (True, False):
+        x = torch.zeros(shape, requires_grad=True)
+        y = model.train(training)(x)
+        assert y.shape == shape
+        y.sum().backward()
+        assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+    with torch.no_grad():
+        assert model(x).shape == shape

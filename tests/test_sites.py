@@ -3,11 +3,22 @@
 import pytest
 import torch
 from torch import nn
+from transformers import Blip2QFormerConfig, Blip2QFormerModel
 
 import mixora
 from mixora.passes import tracing
 from mixora.sites import linears_of
-from tests.models import adapt, fill, tiny_bert, tiny_bert_classifier, tiny_gpt2, tiny_llama, tiny_t5, token_ids
+from tests.models import (
+    adapt,
+    fill,
+    gradients,
+    tiny_bert,
+    tiny_bert_classifier,
+    tiny_gpt2,
+    tiny_llama,
+    tiny_t5,
+    token_ids,
+)
 
 SMALL = {"num_experts": 4, "top_k": 2, "rank": 2, "expert_dropout": 0.3}
 
@@ -144,3 +155,27 @@ def test_the_shared_router_learns_from_all_who_use_it():
         outputs[name].sum().backward()
         found[name] = model.get_submodule("base_model.model.q_proj").mixora_router["default"].grad
     assert all(gradient.abs().max() > 1e-4 for gradient in found.values())
+
+
+def tiny_q_former():
+    """Its cross-attention reads hidden states of width 32 for queries, and an image encoder's of width 40."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "encoder_hidden_size": 40, "intermediate_size": 48, "num_attention_heads": 4}
+    no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return Blip2QFormerModel(Blip2QFormerConfig(num_hidden_layers=2, **sizes, **no_dropout))
+
+
+@pytest.mark.parametrize("share_router", [False, True])
+def test_what_reads_another_width_is_no_kin(share_router):
+    found = []
+    images = torch.randn(2, 5, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for kernel in ("joint", "stacked"):
+        model = adapt(tiny_q_former(), mixora.recipe("sira", **SMALL, kernel=kernel, share_router=share_router))
+        y = model.double().eval()(query_embeds=images[:, :3, :32], encoder_hidden_states=images).last_hidden_state
+        y.square().sum().backward()
+        found.append((y.detach(), gradients(model)))
+    torch.testing.assert_close(*found, rtol=1e-8, atol=1e-10)
+    plan = mixora.plan(tiny_q_former(), mixora.recipe("sira", **SMALL, share_router=share_router))
+    leaders = {site.path.rpartition(".")[2]: site.leader for site in plan.sites if "0.crossattention" in site.path}
+    shared = "encoder.layer.0.crossattention.attention.key" if share_router else None
+    assert leaders == {"query": None, "key": None, "value": shared, "dense": None}

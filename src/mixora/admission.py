@@ -10,9 +10,6 @@ from mixora.mixture import PREFIX
 from mixora.plan import Plan
 from mixora.sites import frozen_modules, is_repeated
 
-# what PEFT trains whole with `task_type="SEQ_CLS"`
-_HEADS = ("classifier", "score")
-
 
 def check_name(name: str, model: nn.Module) -> None:
     """`ConfigError` for a name under which the tensors of an adapter cannot be kept, or not be told from others."""
@@ -28,14 +25,6 @@ def check_name(name: str, model: nn.Module) -> None:
         raise ConfigError(
             f"adapter_name: got {name!r}, a part of the paths of this model's tensors; valid: other names"
         )
-
-
-def check_saved_modules(plan: Plan, names: Iterable[str]) -> None:
-    """`ConfigError` for a module that a rule adapts and `modules_to_save` would train whole."""
-    for name in names:
-        both = [s.path for s in plan.sites if s.path == name or s.path.endswith("." + name)]
-        if both:
-            raise ConfigError(f"{both[0]}: is adapted by a rule and trained whole by modules_to_save {name!r}")
 
 
 def check_room(model: nn.Module, plan: Plan) -> None:
@@ -56,9 +45,9 @@ def remark_untrained(model: nn.Module, plan: Plan, saved: Iterable[str]) -> Iter
     """A note for each frozen linear before a classifier's head that nobody trained, as a bias of zeros tells.
 
     Sentence encoders carry such a pooler, since they average their tokens; a head that has to learn through its random
-    projection learns little. `saved`: the names in `modules_to_save`.
+    projection learns little. `saved`: the names of the modules that are trained whole.
     """
-    sites, trained = {site.path for site in plan.sites}, [f".{name}." for name in (*_HEADS, *saved)]
+    sites, trained = {site.path for site in plan.sites}, [f".{name}." for name in saved]
     for path, module in frozen_modules(model):
         if not isinstance(module, nn.Linear) or is_repeated(path) or path in sites:
             continue

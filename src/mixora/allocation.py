@@ -1,6 +1,6 @@
 """From an allocator's weights to experts and ranks for each site, under the budget."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from fractions import Fraction
 
 from torch import Tensor, nn
@@ -20,11 +20,11 @@ Batches = Iterable[Mapping[str, Tensor]]
 Ranks = dict[str, tuple[int, ...]]
 
 
-def is_settled(model: nn.Module, method: Method) -> bool:
+def is_settled(model: nn.Module, method: Method, whole: Collection[str]) -> bool:
     """Whether there is nothing to allocate; `ConfigError` for an allocation that was made for another model."""
     if method.allocation is None:
         return method.allocator.kind == "groups" and method.allocator.budget is None
-    sites = {site.path for site in make_plan(model, method).sites}
+    sites = {site.path for site in make_plan(model, method, whole).sites}
     strays = sorted(sites ^ method.allocation.keys())
     if strays:
         raise ConfigError(
@@ -34,16 +34,22 @@ def is_settled(model: nn.Module, method: Method) -> bool:
     return True
 
 
-def choose_ranks(model: nn.Module, method: Method, batches: Batches | None, progress: Advance | None) -> Ranks:
+def choose_ranks(
+    model: nn.Module, method: Method, whole: Collection[str], batches: Batches | None, progress: Advance | None
+) -> Ranks:
     """The ranks of each site's experts, by path, in the order of the model."""
     allocator = ALLOCATORS[method.allocator.kind](method.allocator)
-    given = make_plan(model, method.model_copy(update={"allocation": None}))
+
+    def plan_with(allocation: Ranks | None) -> Plan:
+        return make_plan(model, method.model_copy(update={"allocation": allocation}), whole)
+
+    given = plan_with(None)
     modules = dict(frozen_modules(model))
     candidates = [Candidate(site.path, modules[site.path], site.ranks) for site in given.sites]
     weights = allocator.weigh(candidates, Evidence(model, batches, progress or (lambda done, total: None)))
     ones = {path: (1,) * count for path, count in _count_experts(given, weights, allocator).items()}
-    least = make_plan(model, method.model_copy(update={"allocation": ones}))
-    more = make_plan(model, method.model_copy(update={"allocation": {p: (2, *r[1:]) for p, r in ones.items()}}))
+    least = plan_with(ones)
+    more = plan_with({path: (2, *ranks[1:]) for path, ranks in ones.items()})
     units = [more_site.parameters - site.parameters for site, more_site in zip(least.sites, more.sites, strict=True)]
     totals = _divide(given, least, units, weights, method)
     found = {site.path: spread(total, site.num_experts) for site, total in zip(least.sites, totals, strict=True)}

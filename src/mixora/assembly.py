@@ -1,7 +1,7 @@
 """Rules x model -> plan, and plan -> the parts that run: where all choices of a method meet."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -27,14 +27,15 @@ from mixora.sites import Linear, find_fused_experts, places_of
 MOST_EXPERTS = 4096
 
 
-def make_plan(model: nn.Module, method: Method, is_stored: bool = False) -> Plan:
+def make_plan(model: nn.Module, method: Method, whole: Collection[str] = (), is_stored: bool = False) -> Plan:
     """The plan of `method` on `model`, which may stand on the meta device; `ConfigError` where the two do not fit.
 
+    `whole`: names of modules that are trained whole, in which there are no sites.
     `is_stored`: the adapter exists already, and a kernel that cannot serve this model is no mistake.
     """
     places = places_of(model)
-    rule_of = assign_rules(model, method, places)
-    leaders: dict[tuple[str, ...], str] = {}
+    rule_of = assign_rules(model, method, places, whole)
+    leaders: dict[tuple[str | int, ...], str] = {}
     rules = settle_rules(rule_of, method)
     roles = find_roles(places, rule_of, method)
     check_rules(roles, rules)
@@ -50,7 +51,7 @@ def _make_site(
     name: str,
     rule: Rule,
     ranks: tuple[int, ...],
-    leaders: dict[tuple[str, ...], str],
+    leaders: dict[tuple[str | int, ...], str],
     role: Role | None,
     choice: Choice,
 ) -> Site:
@@ -101,7 +102,7 @@ def _check_site(linear: Linear, name: str, rule: Rule, expert: Expert, router: R
 
 
 def _find_leader(
-    linear: Linear, name: str, rule: Rule, leaders: dict[tuple[str, ...], str], role: Role | None
+    linear: Linear, name: str, rule: Rule, leaders: dict[tuple[str | int, ...], str], role: Role | None
 ) -> str | None:
     """The path of the site whose router this one uses; `leaders` remembers the first of each kin."""
     first = role.leader if role else linear.path

@@ -1,5 +1,7 @@
 """Which rule each place of a model gets, and with which numbers at its depth."""
 
+from collections.abc import Collection
+
 from torch import nn
 
 from mixora.depth import depths_of, fix, settle
@@ -10,8 +12,8 @@ from mixora.routers import ROUTERS
 from mixora.sites import GROUPS, WHOLE, Block, Linear, check_block, match, names_by_group
 
 
-def assign_rules(model: nn.Module, method: Method, places: list[Linear]) -> dict[str, str]:
-    """The rule of each adapted module, by path."""
+def assign_rules(model: nn.Module, method: Method, places: list[Linear], whole: Collection[str] = ()) -> dict[str, str]:
+    """The rule of each adapted module, by path; none of them lies in a module that `whole` names."""
     linears = [place for place in places if not isinstance(place, Block)]
     if not linears:
         raise ConfigError(f"{type(model).__name__} has no linear modules to adapt")
@@ -20,7 +22,7 @@ def assign_rules(model: nn.Module, method: Method, places: list[Linear]) -> dict
     for name, rule in sorted(method.rules.items(), key=lambda item: not _is_serial(item[1])):
         where, serial = f"rules.{name}.targets", _is_serial(rule)
         groups = (*GROUPS, WHOLE) if serial else GROUPS
-        for place in match(rule.targets, places if serial else linears, model, where, groups):
+        for place in match(rule.targets, places if serial else linears, model, where, groups, whole):
             if isinstance(place, Block):
                 check_block(model, place.path, where)
             taken_by = rule_of.setdefault(place.path, name)

@@ -8,7 +8,7 @@ import difflib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -21,9 +21,14 @@ Whole = Annotated[int, Field(ge=1, le=2**31 - 1)]
 
 
 class Strict(BaseModel):
-    """Base of every configuration model: frozen, no unknown keys, no silent conversion of types."""
+    """Base of every configuration model: frozen, no unknown keys, no silent conversion of types.
+
+    `replaces`: fields that have no effect beside another one, by name, with that other one: an `override` of the first
+    takes the second away.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=True)
+    replaces: ClassVar[Mapping[str, str]] = {}
 
 
 S = TypeVar("S", bound=Strict)
@@ -174,7 +179,8 @@ def override(config: S, settings: Mapping[str, Any], root: str = "") -> S:
     """A copy of `config` with `settings` in force.
 
     A plain name (`rank`) reaches every part that has such a field; a dotted one (`rules.attention.expert.rank`)
-    reaches one. A name that reaches nothing is a `ConfigError`.
+    reaches one. A name that reaches nothing is a `ConfigError`. What a setting `replaces` becomes None, unless it is
+    among the settings too.
     """
     kinds = {name: value for name, value in settings.items() if name.rpartition(".")[2] == "kind"}
     if kinds and kinds.keys() != settings.keys():
@@ -182,24 +188,34 @@ def override(config: S, settings: Mapping[str, Any], root: str = "") -> S:
         rest = {name: value for name, value in settings.items() if name not in kinds}
         return override(override(config, kinds, root), rest, root)
     tree = config.model_dump(mode="json")
-    paths = list(_field_paths(config))
+    owners = dict(_field_paths(config))
+    paths, changes = list(owners), []
     leaves = [p for p in paths if not any(other.startswith(p + ".") for other in paths)]
     for name, value in settings.items():
         reached = [p for p in leaves if p.rpartition(".")[2] == name] or [p for p in paths if p == name]
         if not reached:
             known = paths if "." in name else [p.rpartition(".")[2] for p in leaves]
             raise ConfigError(f"{name}: reaches no part of this recipe{did_you_mean(name, known)}")
-        for path in reached:
-            put(tree, path, value)
+        changes += [(path, value) for path in reached]
+    replaced = [_replaced_by(path, owners[path]) for path, _ in changes]
+    for path, value in [*((path, None) for path in replaced if path), *changes]:
+        put(tree, path, value)
     return parse(type(config), tree, root)
 
 
-def _field_paths(value: Any, at: str = "") -> Iterator[str]:
-    """Dotted paths of every field below `value`, through models and dictionaries of models."""
+def _replaced_by(path: str, owner: Strict | Mapping[str, Any]) -> str | None:
+    """The path of the field that the one at `path`, a field of `owner`, replaces; None for most."""
+    above, _, name = path.rpartition(".")
+    other = owner.replaces.get(name) if isinstance(owner, Strict) else None
+    return f"{above}.{other}" if other else None
+
+
+def _field_paths(value: Any, at: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted paths of every field below `value`, through models and dictionaries of models, with what holds it."""
     items = [(name, getattr(value, name)) for name in type(value).model_fields] if isinstance(value, Strict) else []
     if isinstance(value, Mapping):
         items = [(name, child) for name, child in value.items() if isinstance(child, Strict)]
     for name, child in items:
         path = f"{at}.{name}" if at else name
-        yield path
+        yield path, value
         yield from _field_paths(child, path)

@@ -251,7 +251,7 @@ class SiteLoss(Loss):
 
 @dataclass(frozen=True)
 class Candidate:
-    """A site whose ranks are to be chosen: `module` is the frozen linear, `ranks` are those that the rule gives."""
+    """A site whose ranks are to be chosen: `module` is the frozen one, `ranks` are those that the rule gives."""
 
     path: str
     module: nn.Module

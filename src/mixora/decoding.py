@@ -152,14 +152,14 @@ class Stack:
 
     def _serve(self, x_TI: Tensor, x: Tensor, here: Pass) -> list[Tensor]:
         z_TC = F.linear(x_TI.to(self.rows_CI.dtype), self.rows_CI)
-        h_TMR = z_TC[:, : self.width].view(x_TI.shape[0], len(self.places), -1)
+        h_TMR = z_TC[:, : self.width].view(x_TI.shape[0], len(self.places), self.width // len(self.places))
         if self.routers:
             weights_SK, experts_SK = self._choose(z_TC[:, self.width :].to(_widen(x.dtype)), x, here)
             ranks = self.places[0].parts.shape.ranks
             gates_SE = weights_SK.new_zeros(weights_SK.shape[0], len(ranks)).scatter_(1, experts_SK, weights_SK)
             # low precision would start a product this small later than it takes
             gates_SR = (gates_SE @ segments_ER(ranks, gates_SE.dtype, x.device)).to(h_TMR.dtype)
-            h_TMR.mul_(gates_SR.view(x_TI.shape[0], len(self.routers), -1))
+            h_TMR.mul_(gates_SR.view(x_TI.shape[0], len(self.routers), gates_SR.shape[1]))
         outputs = []
         for place, h_TR in zip(self.places, h_TMR.unbind(dim=1), strict=True):
             y_TO = place.compute_frozen(x_TI).to(h_TR.dtype)

@@ -1,16 +1,17 @@
 """Adapters folded into frozen weights, where what they add is the same linear map for every input."""
 
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from mixora.contracts import Parameters
 from mixora.draws import Draw
-from mixora.errors import MixoraError
+from mixora.errors import MixoraError, ModelError
 from mixora.low_rank import LowRank
 from mixora.parts import Parts
 
@@ -87,3 +88,18 @@ class Foldable(BaseTunerLayer):
         """Whether the adapter is a plain LoRA."""
         parts = self.parts.get(adapter_name)
         return parts is not None and parts.router.is_static and parts.expert.reads == "input" and not parts.firsts
+
+
+def check_untied(model: nn.Module, sites: Iterable[Foldable]) -> None:
+    """`ModelError` for a site of `model` whose frozen weight another module has too, which would change with it."""
+    holders: dict[int, list[str]] = defaultdict(list)
+    for path, module in model.named_modules():
+        for weight in module.parameters(recurse=False):
+            holders[id(weight)].append(path.replace(".base_layer", ""))
+    for site in sites:
+        others = [path for path in holders[id(site.get_base_layer().weight)] if path != site.path]
+        if others:
+            raise ModelError(
+                f"{site.path}: cannot be merged: shares its weight with {others[0]}, which would change too; "
+                "valid: mixora.merge, which writes a LoRA adapter, or unload()"
+            )

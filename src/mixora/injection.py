@@ -1,9 +1,11 @@
 """How the auxiliary loss of a site reaches its router under a trainer that does not know of it.
 
-An identity on the site's output carries the loss's gradient into backward. Where several processes train, the loss is
+An identity on the site's output carries the loss's gradient into backward. Of a site that a pass calls several times
+the mean over its calls counts; how many there are is known in backward. Where several processes train, the loss is
 known when the pass is over and their sums are added up: once for all sites, and never in backward.
 """
 
+from collections import Counter
 from typing import Any
 
 import torch
@@ -23,11 +25,13 @@ def inject(site: Any, adapter: str, y: Tensor, routing: Routing, here: Pass) -> 
     if count_processes() > 1 and here.with_grad:
         return _inject_pooled(site, adapter, y, sums, here)
     total, terms = site.parts[adapter].conclude(sums)
+    of_site = (site.path, adapter)
     if not here.is_replay:
         site.readings[adapter] = terms
+        here.calls[of_site] += 1
     if total is None or not torch.is_grad_enabled():
         return y
-    return _AddGradient.apply(y, total * site.auxiliary_scale)
+    return _AddGradient.apply(y, total * site.auxiliary_scale, here.calls, of_site)
 
 
 def _inject_pooled(site: Any, adapter: str, y: Tensor, sums: Any, here: Pass) -> Tensor:
@@ -48,7 +52,7 @@ def _inject_pooled(site: Any, adapter: str, y: Tensor, sums: Any, here: Pass) ->
             with torch.enable_grad():
                 found = [_leaf(total) for total in of_all]
                 loss, site.readings[adapter] = site.parts[adapter].conclude(tree_unflatten(found, form))
-                return list(torch.autograd.grad(loss * scale, found))
+                return list(torch.autograd.grad(loss * scale / len(calls), found))
 
         calls.append(Pooled([leaf.detach() for leaf in leaves], hear))
     return _AddPooled.apply(y, calls[-1], *leaves) if torch.is_grad_enabled() else y
@@ -59,16 +63,17 @@ def _leaf(total: Tensor) -> Tensor:
 
 
 class _AddGradient(torch.autograd.Function):
-    """The identity on `y`; in backward, `loss` gets gradient 1 as if it had been added to the final loss."""
+    """The identity on `y`; in backward, `loss` gets the gradient as if its mean over `calls` were in the final loss."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, loss: Tensor) -> Tensor:
-        ctx.save_for_backward(torch.ones_like(loss))
+    def forward(ctx: Any, y: Tensor, loss: Tensor, calls: Counter[tuple[str, str]], of_site: tuple[str, str]) -> Tensor:
+        ctx.calls, ctx.of_site = calls, of_site
+        ctx.made_as = {"dtype": loss.dtype, "device": loss.device}
         return y.view_as(y)
 
     @staticmethod
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, Tensor]:
-        return grad_y, ctx.saved_tensors[0]
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        return grad_y, torch.full((), 1 / ctx.calls[ctx.of_site], **ctx.made_as), None, None
 
 
 class _AddPooled(torch.autograd.Function):

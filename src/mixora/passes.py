@@ -7,6 +7,7 @@ model stay independent of each other.
 
 import logging
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -56,17 +57,18 @@ class Pooled:
 class Pass:
     """The tokens of one forward pass.
 
-    mask_BS: bool per stream, True on the real of the tokens that come in; `source` is the (only) input of a decoder or
-    encoder and the encoder's input of an encoder-decoder, `target` the decoder's input of the latter. positions_BS:
-    position ids, which restart where another sequence begins (packing). `head_columns`: which tokens the head gets, as
-    `logits_to_keep` says it; None for all. `opened`: the entrances that the pass is in, the outermost first.
-    `trace` is set while the pass runs under one, `is_observed` and `owns_losses` outlive it. `with_grad`: gradients
-    were on at the entrance. `again`: this pass as recomputed layers see it. `seed`: what this pass's routes are
-    drawn by, where they are; `serving`: what serves where not. `shared`: per adapter the last routing, which other
-    layers may use. `joined`: per adapter the products that layers made for each other; `outputs`: what takes their
-    place without gradients. `kept`: what the passes that go on with one cache of keys and values keep for each
-    other; None without a cache and where routes are drawn; `is_kept_checked`: nothing of it is old. `pooled`: per
-    site and adapter, a call after the other, what goes to the other processes.
+    mask_BS: bool per stream, True on the real of the tokens that come in; `source` is the (only) input of a decoder
+    or encoder and the encoder's input of an encoder-decoder, `target` the decoder's input of the latter.
+    positions_BS: position ids, which restart where another sequence begins (packing). `head_columns`: which tokens
+    the head gets, as `logits_to_keep` says it; None for all. `opened`: the entrances that the pass is in, the
+    outermost first. `trace` is set while the pass runs under one, `is_observed` and `owns_losses` outlive it.
+    `with_grad`: gradients were on at the entrance. `again`: this pass as recomputed layers see it. `seed`: what
+    this pass's routes are drawn by, where they are; `serving`: what serves where not. `shared`: per adapter the
+    last routing, which other layers may use. `joined`: per adapter the products that layers made for each other;
+    `outputs`: what takes their place without gradients. `kept`: what the passes that go on with one cache of keys
+    and values keep for each other; None without a cache and where routes are drawn; `is_kept_checked`: nothing of
+    it is old. `pooled`: per site and adapter, a call after the other, what goes to the other processes. `calls`:
+    per site and adapter, how often it was called where it adds the gradient of its loss.
     """
 
     mask_BS: dict[Stream, Tensor] = field(default_factory=dict)
@@ -87,6 +89,7 @@ class Pass:
     kept: dict[str, Any] | None = None
     is_kept_checked: bool = False
     pooled: dict[tuple[str, str], list[Pooled]] = field(default_factory=dict)
+    calls: Counter[tuple[str, str]] = field(default_factory=Counter)
     _tokens: dict[tuple[Stream, torch.Size, int], Tokens] = field(default_factory=dict)
     _has_padding: dict[Stream, bool] = field(default_factory=dict)
 
@@ -125,7 +128,7 @@ class Pass:
         valid = torch.ones(shape, dtype=torch.bool, device=device) if mask is None else mask.to(device)
         starts = torch.zeros(shape, dtype=torch.bool, device=device)
         if len(shape) > 1:
-            starts[..., 0] = True
+            starts[..., :1] = True
         if positions is not None:
             positions = positions.to(device)
             index = torch.arange(valid.shape[-1], device=device)

@@ -15,6 +15,7 @@ from mixora.config import did_you_mean
 from mixora.documents import show
 from mixora.errors import ConfigError
 from mixora.passes import Stream
+from mixora.whole_modules import leave_out
 
 GROUPS = ("attention", "query-value", "feed-forward", "all-linear")
 # for one path
@@ -69,9 +70,9 @@ class Linear:
         return {self.group, "all-linear", "query-value" if projects else None}
 
     @property
-    def siblings_key(self) -> tuple[str, ...] | None:
+    def siblings_key(self) -> tuple[str | int, ...] | None:
         """Equal for the linears that read the same input; None where nothing is known about it."""
-        return kin_of(self.path, self.stream)
+        return kin_of(self.path, self.stream, self.in_features)
 
 
 @dataclass(frozen=True)
@@ -79,11 +80,11 @@ class Block(Linear):
     """A module adapted as a whole: the widths are those of what it reads and gives."""
 
 
-def kin_of(path: str, stream: Stream) -> tuple[str, ...] | None:
-    """As `Linear.siblings_key`."""
+def kin_of(path: str, stream: Stream, in_features: int) -> tuple[str | int, ...] | None:
+    """As `Linear.siblings_key`. The width tells apart what reads another model's states, as a Q-Former's keys do."""
     parent, _, leaf = path.rpartition(".")
     known = [sorted(names) for names in SIBLINGS if leaf in names]
-    return (parent, stream, *known[0]) if known else None
+    return (parent, stream, in_features, *known[0]) if known else None
 
 
 def linears_of(model: nn.Module) -> list[Linear]:
@@ -183,26 +184,32 @@ def match(
     model: nn.Module,
     where: str,
     groups: tuple[str, ...] = GROUPS,
+    whole: Iterable[str] = (),
 ) -> list[Linear]:
     """The linears that `targets` names; `ConfigError` for an entry that names none. `where` heads its message.
 
-    `groups`: the groups that may be named, with `ffn` where `linears` are all the places of the model.
+    `groups`: the groups that may be named, with `ffn` where `linears` are all the places of the model. `whole`: names
+    of modules that are trained whole, in which no linear is meant.
     """
     if isinstance(targets, str) and targets not in (*GROUPS, WHOLE):
-        return _match_expression(targets, linears, model, where)
-    entries = (targets,) if isinstance(targets, str) else targets
-    found: dict[str, Linear] = {}
-    for entry in entries:
-        if entry == WHOLE and WHOLE not in groups:
-            raise ConfigError(
-                f"{where}: 'ffn' names whole modules, which an expert that reads the module's input cannot adapt; "
-                f"valid: {', '.join(GROUPS)} and path endings of linear modules"
-            )
-        hits = [linear for linear in linears if _names(entry, linear)]
-        if not hits:
-            raise ConfigError(_nothing(entry, linears, model, where, groups))
-        found.update({linear.path: linear for linear in hits})
+        named = [_match_expression(targets, linears, model, where)]
+    else:
+        entries = (targets,) if isinstance(targets, str) else targets
+        named = [_match_entry(entry, linears, model, where, groups) for entry in entries]
+    found = set().union(*(leave_out(paths, whole) for paths in named))
     return [linear for linear in linears if linear.path in found]
+
+
+def _match_entry(entry: str, linears: list[Linear], model: nn.Module, where: str, groups: tuple[str, ...]) -> list[str]:
+    if entry == WHOLE and WHOLE not in groups:
+        raise ConfigError(
+            f"{where}: 'ffn' names whole modules, which an expert that reads the module's input cannot adapt; "
+            f"valid: {', '.join(GROUPS)} and path endings of linear modules"
+        )
+    hits = [linear.path for linear in linears if _names(entry, linear)]
+    if not hits:
+        raise ConfigError(_nothing(entry, linears, model, where, groups))
+    return hits
 
 
 def names_by_group(targets: str | tuple[str, ...], linear: Linear) -> bool:
@@ -212,11 +219,11 @@ def names_by_group(targets: str | tuple[str, ...], linear: Linear) -> bool:
     return not any(_names(entry, linear) for entry in targets if entry not in GROUPS)
 
 
-def _match_expression(pattern: str, linears: list[Linear], model: nn.Module, where: str) -> list[Linear]:
+def _match_expression(pattern: str, linears: list[Linear], model: nn.Module, where: str) -> list[str]:
     # by a library that can be stopped: an expression such as (a+)+$ may take for ever, and adapters bring theirs
     try:
         compiled = regex.compile(pattern)
-        hits = [linear for linear in linears if compiled.fullmatch(linear.path, timeout=MOST_SECONDS)]
+        hits = [linear.path for linear in linears if compiled.fullmatch(linear.path, timeout=MOST_SECONDS)]
     except TimeoutError:
         raise ConfigError(
             f"{where}: the expression {show(pattern)} takes more than {MOST_SECONDS:g} s for one path; valid: one "

@@ -8,13 +8,14 @@ from typing import Any
 from peft import PeftConfig
 from torch import nn
 
-from mixora import entrances, host, keys
-from mixora.admission import check_name, check_room, check_saved_modules, remark_untrained
+from mixora import entrances, host, keys, whole_modules
+from mixora.admission import check_name, check_room, remark_untrained
 from mixora.allocation import Batches, choose_ranks, is_settled
 from mixora.assembly import make_plan, parts_of
 from mixora.config import did_you_mean, override, parse
 from mixora.documents import show
 from mixora.errors import ConfigError, MixoraError
+from mixora.folding import check_untied
 from mixora.method import Method
 from mixora.mixture import PREFIX, Mixture, mixtures_of
 from mixora.packed import keep_differentiable
@@ -83,8 +84,9 @@ def plan(model: nn.Module, config: MixoraConfig) -> Plan:
 
     A budget that is not allocated yet is allocated for this plan. Raises `ConfigError` where the two do not fit.
     """
-    found = make_plan(model, allocate(model, config).method)
-    untrained = remark_untrained(model, found, config.modules_to_save or ()) if config.task_type == "SEQ_CLS" else ()
+    whole = whole_modules.names_of(config)
+    found = make_plan(model, allocate(model, config).method, whole)
+    untrained = remark_untrained(model, found, whole) if config.task_type == "SEQ_CLS" else ()
     return replace(found, notes=(*found.notes, *untrained))
 
 
@@ -98,9 +100,9 @@ def allocate(
     Without a budget, allocator `groups` leaves the rules as they are. Raises `ConfigError` for a budget that cannot
     be met, and `ModelError` or `DataError` for weights and batches that the allocator cannot read.
     """
-    found = copy.copy(config)
-    if not is_settled(model, config.method):
-        ranks = choose_ranks(model, config.method, batches, progress)
+    found, whole = copy.copy(config), whole_modules.names_of(config)
+    if not is_settled(model, config.method, whole):
+        ranks = choose_ranks(model, config.method, whole, batches, progress)
         found.method = config.method.model_copy(update={"allocation": ranks})
         found.allocation = found.method.model_dump(mode="json")["allocation"]
     return found
@@ -123,7 +125,10 @@ class MixoraModel(host.Tuner):
         config = self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
         if config.plan is None:
             config = self.peft_config[adapter_name] = allocate(model, config)
-        new_plan = make_plan(model, config.method, is_stored=config.plan is not None)
+        whole = whole_modules.names_of(config)
+        # PEFT adds some heads to the config that it was given when this one is a copy already
+        config.modules_to_save = list(whole) or None
+        new_plan = make_plan(model, config.method, whole, is_stored=config.plan is not None)
         if config.plan is not None:
             new_plan.check_against(config.plan)
         config.plan = new_plan.to_list()
@@ -135,8 +140,7 @@ class MixoraModel(host.Tuner):
                 "cannot follow; valid: PeftModel.from_pretrained for the first adapter, then PeftModel.load_adapter"
             )
         self._plan = new_plan
-        self._kin: dict[tuple[str, ...], list[Mixture]] = {}
-        check_saved_modules(new_plan, config.modules_to_save or ())
+        self._kin: dict[tuple[str | int, ...], list[Mixture]] = {}
         check_room(model, new_plan)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         # PEFT's export to LoRA reads it
@@ -175,7 +179,8 @@ class MixoraModel(host.Tuner):
         parts = parts_of(site, config.method, self._plan, leader)
         above, _, name = site.path.rpartition(".")
         parent, target = self.model.get_submodule(above), self.model.get_submodule(site.path)
-        parts.kin = self._kin.setdefault((site.rule, *(kin_of(site.path, site.stream) or (site.path,))), [])
+        kin = kin_of(site.path, site.stream, site.in_features) or (site.path,)
+        parts.kin = self._kin.setdefault((site.rule, *kin), [])
         if isinstance(target, Mixture):
             parts.kin.append(target)
             target.add(adapter_name, parts, config.inference_mode)
@@ -238,10 +243,13 @@ class MixoraModel(host.Tuner):
         super().merge_adapter(adapter_names, safe_merge)
 
     def _check_all_foldable(self, adapter_names: list[str] | None) -> None:
+        merged = []
         for module in mixtures_of(self.model):
-            for adapter in adapter_names or module.active_adapters:
-                if adapter in module.parts:
-                    module.check_foldable(adapter)
+            names = [name for name in adapter_names or module.active_adapters if name in module.parts]
+            for name in names:
+                module.check_foldable(name)
+            merged += [module] if names else []
+        check_untied(self.model, merged)
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
         if merge:

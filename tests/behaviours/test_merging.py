@@ -163,3 +163,20 @@ def test_one_among_those_named_that_cannot_be_merged(recipe):
     for method in ("merge_adapter", "merge_and_unload"):
         merge = getattr(model, method)
         assert_refuses(model, lambda merge=merge: merge(adapter_names=["plain", "other"]), CANNOT_MERGE[recipe])
+
+
+@pytest.mark.filterwarnings("ignore:Model (has|with) `tie_word_embeddings=True`")
+@pytest.mark.parametrize("targets", [["lm_head"], ["q_proj", "lm_head"]])
+def test_a_head_that_shares_its_weight_with_the_embeddings(targets):
+    """In a sum with their weight the head's change would act on the inputs too."""
+    model = adapt(base(tie_word_embeddings=True), mixora.recipe("lora", targets=targets)).eval()
+    expected = logits(model)
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        assert_refuses(model, merge, "shares its weight with model.embed_tokens")
+    assert same(logits(model), expected)
+
+
+def test_a_tied_model_whose_head_is_left_alone_can_be_merged():
+    model = adapt(base(tie_word_embeddings=True), config("lora")).eval()
+    expected = logits(model)
+    near(logits(model.merge_and_unload()), expected)

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import ModulesToSaveWrapper
 
 import mixora
 from mixora.errors import ConfigError
 from tests.behaviours.cases import (
+    IDS,
     add,
     base,
     config,
@@ -20,6 +21,7 @@ from tests.behaviours.cases import (
     train,
     wrap,
 )
+from tests.models import adapt, tiny_answerer, tiny_llama, tiny_roberta_classifier
 
 
 def change(model, name="default", factor=2.0):
@@ -101,3 +103,52 @@ def test_a_module_cannot_be_both_adapted_and_saved_whole(recipe):
     name = mixora.plan(base(), config(recipe)).sites[0].path.rpartition(".")[2]
     with pytest.raises(ConfigError, match=rf"{name}: is adapted by a rule and trained whole by modules_to_save"):
         wrap(recipe, modules_to_save=[name])
+
+
+INSIDE = [
+    (tiny_roberta_classifier, "SEQ_CLS", ["query", "dense"], None),
+    (tiny_roberta_classifier, None, ["query", "dense"], ["classifier"]),
+    (tiny_roberta_classifier, "TOKEN_CLS", r".*(query|dense)", None),
+    (tiny_llama, "CAUSAL_LM", ["q_proj", "up_proj"], ["layers.1.self_attn", "embed_tokens"]),
+]
+
+
+@pytest.mark.parametrize(("make", "task_type", "targets", "saved"), INSIDE)
+def test_nothing_is_adapted_inside_of_a_module_that_is_saved_whole(make, task_type, targets, saved, tmp_path):
+    """As with PEFT's LoRA. A copy of the module would hold the adapter, which no file has a place for."""
+    # for TOKEN_CLS, PEFT adds the head only after it has placed its LoRA
+    theirs = get_peft_model(make(), LoraConfig(target_modules=targets, modules_to_save=saved or ["classifier"]))
+    expected = {path.removeprefix("base_model.model.") for path in theirs.targeted_module_names}
+    ours = mixora.recipe("lora", targets=targets, rank=2, task_type=task_type, modules_to_save=saved)
+    assert {site.path for site in mixora.plan(make(), ours).sites} == expected
+    model = change(adapt(make(), ours)).eval()
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(make(), tmp_path).eval()
+    assert same(again(IDS).logits, model(IDS).logits)
+
+
+@pytest.mark.parametrize(("task_type", "head"), [("TOKEN_CLS", "classifier"), ("QUESTION_ANS", "qa_outputs")])
+def test_heads_that_peft_adds_late_are_saved_too(task_type, head):
+    model = get_peft_model(tiny_answerer(), mixora.recipe("lora", task_type=task_type))
+    assert head in model.peft_config["default"].modules_to_save
+
+
+REFUSED = [
+    (tiny_roberta_classifier, "SEQ_CLS", ["query", "classifier.dense"], None, "classifier.dense", "classifier"),
+    (tiny_llama, "CAUSAL_LM", ["attention", "up_proj"], ["self_attn"], "model.layers.0.self_attn.q_proj", "self_attn"),
+    (tiny_answerer, "QUESTION_ANS", ["query", "qa_outputs"], None, "qa_outputs", "qa_outputs"),
+]
+
+
+@pytest.mark.parametrize(("make", "task_type", "targets", "saved", "path", "name"), REFUSED)
+def test_a_target_that_reaches_nothing_else_is_an_error(make, task_type, targets, saved, path, name):
+    config = mixora.recipe("lora", targets=targets, task_type=task_type, modules_to_save=saved)
+    with pytest.raises(ConfigError, match=rf"^{path}: is adapted by a rule and trained whole by .* '{name}'$"):
+        get_peft_model(make(), config)
+
+
+def test_an_allocation_knows_what_is_saved_whole():
+    settings = {"modules_to_save": ["layers.1.self_attn"], "allocator.kind": "proportional"}
+    allocated = mixora.allocate(tiny_llama(), mixora.recipe("lora", **settings))
+    assert {path.partition(".self_attn")[0] for path in allocated.allocation} == {"model.layers.0"}
+    assert mixora.allocate(tiny_llama(), allocated).allocation == allocated.allocation

@@ -15,6 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mixora.allocators.budget import BudgetConfig
+from mixora.allocators.matrices import check_matrices
 from mixora.contracts import Allocator, Candidate, Evidence
 from mixora.errors import ConfigError, DataError, ModelError
 
@@ -43,6 +44,7 @@ class Sensitivity(Allocator):
 
     def weigh(self, candidates: Sequence[Candidate], evidence: Evidence) -> list[float]:
         """(mean squared gradient)^power, at least a millionth of the largest, so that every site counts."""
+        check_matrices(candidates)
         batches = list(islice(evidence.batches or (), self.config.batches))
         if not batches:
             raise ConfigError(

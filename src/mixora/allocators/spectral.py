@@ -12,6 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from mixora.allocators.budget import BudgetConfig
+from mixora.allocators.matrices import check_matrices
 from mixora.contracts import Allocator, Candidate, Evidence
 from mixora.errors import ModelError
 
@@ -40,6 +41,7 @@ class Spectral(Allocator):
 
     def weigh(self, candidates: Sequence[Candidate], evidence: Evidence) -> list[float]:
         """exponent^beta, the largest made 1; `ModelError` for weights that are not there or have no tail."""
+        check_matrices(candidates)
         found = []
         for done, site in enumerate(candidates, start=1):
             exponent = hill_exponent(_squared_singular_values(site), self.config.tail)

@@ -1,6 +1,7 @@
 """LoRA experts: B_e A_e x (Hu et al. 2021, arXiv 2106.09685; as experts in SiRA, arXiv 2311.09179)."""
 
 import math
+from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
@@ -16,7 +17,8 @@ from mixora.routing import Routing
 class LoraConfig(Strict):
     """`rank` of one expert; may vary over depth.
 
-    The sum over experts is scaled by alpha / rank, or by `scale` where alpha is not given.
+    The sum over experts is scaled by alpha / rank, or by `scale` where alpha is not given: an override of `scale` takes
+    a recipe's alpha away.
     `dropout` acts on the experts' input, in training only.
     """
 
@@ -25,6 +27,7 @@ class LoraConfig(Strict):
     alpha: Annotated[float, Field(gt=0)] | None = None
     scale: Annotated[float, Field(gt=0)] = 1.0
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    replaces: ClassVar[Mapping[str, str]] = {"scale": "alpha"}
 
 
 class Lora(Expert):

@@ -176,7 +176,7 @@ class _Contract(torch.autograd.Function):
 
 def _take(h_TR: Tensor, chosen_TK: Tensor, experts: int) -> tuple[Tensor, Tensor]:
     """The hidden of the chosen experts, and where it stood among all: [T, K, rank] both."""
-    h_TEr = h_TR.view(len(h_TR), experts, -1)
+    h_TEr = h_TR.view(len(h_TR), experts, h_TR.shape[1] // experts)
     places_TKr = chosen_TK[..., None].expand(-1, -1, h_TEr.shape[2])
     return h_TEr.gather(1, places_TKr), places_TKr
 
@@ -184,7 +184,7 @@ def _take(h_TR: Tensor, chosen_TK: Tensor, experts: int) -> tuple[Tensor, Tensor
 def _put(kept_TKr: Tensor, places_TKr: Tensor, experts: int) -> Tensor:
     """Back in their places, 0 where the gate is 0 anyway: [T, R]."""
     tokens, _, rank = kept_TKr.shape
-    return kept_TKr.new_zeros(tokens, experts, rank).scatter_(1, places_TKr, kept_TKr).view(tokens, -1)
+    return kept_TKr.new_zeros(tokens, experts, rank).scatter_(1, places_TKr, kept_TKr).view(tokens, experts * rank)
 
 
 def _spread(gates_TE: Tensor | None, segments_ER: Tensor, scale: float) -> Tensor | float:

@@ -15,11 +15,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from mixora import whole_modules
 from mixora.assembly import make_plan
 from mixora.bases import resolve_base
 from mixora.contracts import Parameters
 from mixora.draws import Draw
 from mixora.errors import ModelError
+from mixora.folding import check_untied
 from mixora.low_rank import LowRank
 from mixora.mixture import PREFIX, mixtures_of
 from mixora.parts import Parts
@@ -54,7 +56,7 @@ def write_mixture(folder: Path, model: PeftModel, adapter: str, members: tuple[i
             ranks[module.path] = [len(one["A"])]
             tensors |= {f"base_model.model.{module.path}.{PREFIX}{kind}": tensor for kind, tensor in one.items()}
     config = MixoraConfig(rules=rules, allocation=ranks)
-    config.plan = make_plan(model.get_base_model(), config.method).to_list()
+    config.plan = make_plan(model.get_base_model(), config.method, whole_modules.names_of(source)).to_list()
     _write_adapter(folder, model, adapter, config, tensors)
 
 
@@ -83,12 +85,10 @@ def _write_adapter(folder: Path, model: PeftModel, adapter: str, config: Any, te
 def write_dense(folder: Path, model: PeftModel, pairs: Pairs) -> None:
     """Add `pairs` to the frozen weights and write the model without adapters; `model` is used up."""
     base = model.get_base_model()
-    embeddings = base.get_input_embeddings()  # type: ignore[operator]
     modules: dict[str, Any] = {path: base.get_submodule(path) for path in pairs}
-    for path, module in modules.items():
+    for module in modules.values():
         module.check_weight()
-        if embeddings is not None and getattr(module.get_base_layer(), "weight", None) is embeddings.weight:
-            raise ModelError(f"{path}: shares its weight with the embeddings; valid: write an adapter, without dense")
+    check_untied(base, modules.values())
     with torch.no_grad():
         for path, module in modules.items():
             module.shift_base_weight(pairs[path].delta_OI(), safe_merge=True)

@@ -21,6 +21,7 @@ from mixora.world import sum_over_processes
 def auxiliary_loss(model: nn.Module, trace: Trace) -> tuple[Tensor | None, dict[str, Tensor]]:
     """The sum of all auxiliary losses over the traced passes that had gradients on, averaged over these passes.
 
+    Of a module that a pass calls several times, such as a block that all layers share, the mean over its calls counts.
     Where several processes train, of the tokens of all of them: each must call this with the sites of its own batch.
     Returns an fp32 scalar with its graph, None where no loss is in force; and each term's mean over the sites, detached
     and without its coefficient. Raises `TrainingError` where checkpointing cut the routers off the graph.
@@ -41,15 +42,23 @@ def auxiliary_loss(model: nn.Module, trace: Trace) -> tuple[Tensor | None, dict[
             )
     parts = [layers[observation.path].parts[observation.adapter] for observation in seen]
     sums = sum_over_processes([p.add_up(o.routing) for p, o in zip(parts, seen, strict=True)])
+    calls = defaultdict(list)
+    for o, part, of_tokens in zip(seen, parts, sums, strict=True):
+        calls[o.path, o.adapter, o.pass_index].append(part.conclude(of_tokens))
     total, terms = None, defaultdict(list)
-    for part, of_tokens in zip(parts, sums, strict=True):
-        value, of_site = part.conclude(of_tokens)
-        if value is not None:
-            total = value if total is None else total + value
-        for name, term in of_site.items():
-            terms[name].append(term)
+    for of_site in calls.values():
+        values = [value for value, _ in of_site if value is not None]
+        if values:
+            total = _mean(values) if total is None else total + _mean(values)
+        for name in of_site[0][1]:
+            terms[name].append(_mean([found[name] for _, found in of_site]))
     passes = len({o.pass_index for o in seen})
     return None if total is None else total / passes, {name: torch.stack(t).mean() for name, t in terms.items()}
+
+
+def _mean(calls: list[Tensor]) -> Tensor:
+    """Without an operator where there is one call: most sites have one, and there are many of them."""
+    return calls[0] if len(calls) == 1 else torch.stack(calls).mean()
 
 
 @dataclass(frozen=True)
