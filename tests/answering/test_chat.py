@@ -14,6 +14,7 @@ from mixora.bases import load_base
 from mixora.cli import app
 from mixora.commands import answers
 from mixora.errors import DataError
+from tests.endpoint.service import make_roster
 
 
 @pytest.fixture(scope="module")
@@ -132,3 +133,12 @@ def test_a_base_that_is_read_answers_too(saved):
     result = CliRunner().invoke(app, command, input="lamp\n")
     assert result.exit_code == 0 and result.stdout.startswith("red: ")
     assert load_base(saved / "tiny")[1].chat_template
+
+
+def test_a_token_that_only_the_tokenizer_knows_leaves_the_conversation_as_it_was():
+    roster = make_roster()
+    roster.tokenizer.add_tokens("<new>")
+    talk = Conversation(roster, roster.voices["red"], Sampling(4))
+    with pytest.raises(DataError, match="the model knows no token 100"):
+        list(talk.ask("a<new>"))
+    assert not talk.messages and list(talk.ask("lamp"))

@@ -133,6 +133,12 @@ def test_mistakes_are_found_before_anything_is_trained(changes, message, build):
         build(**changes)
 
 
+def test_tasks_need_a_metric_that_has_a_mean(build, data):
+    tasks = {name: {"source": str(data / "commands")} for name in ("a", "b")}
+    with pytest.raises(ConfigError, match=r"evaluate\.metrics: no mean over the tasks of both has any of them"):
+        build(data={"both": {"tasks": tasks}}, evaluate={"metrics": ["perplexity"]})
+
+
 def test_a_metric_that_was_not_measured(build):
     work(build(), Pretend())
     with pytest.raises(ConfigError, match="metric: got 'slot_f1'; valid for commands, where it was measured: loss"):

@@ -10,6 +10,8 @@ import openai
 import pytest
 import torch
 
+from mixora.answering.prompts import text_ids
+from mixora.endpoint import application
 from tests.endpoint.service import gate, running
 
 ASKED = {"model": "red", "prompt": "lamp", "temperature": 0}
@@ -30,9 +32,9 @@ def ask_aside(client, found, **settings):
     return thread
 
 
-def wait_until_abandoned(question):
+def wait_for(is_so):
     deadline = time.monotonic() + 30
-    while not question.is_abandoned:
+    while not is_so():
         assert time.monotonic() < deadline
         time.sleep(0.005)
 
@@ -74,7 +76,8 @@ def test_a_client_that_vanishes_frees_its_slot(roster, hold, stream):
                 assert connection.recv(100).startswith(b"HTTP/1.1 200")
         # its slot is free after the token at hand, long before its last one
         lane = service.server.engine._lanes["red"]
-        wait_until_abandoned((lane.newcomers + lane.questions)[0])
+        (question,) = lane.newcomers + lane.questions
+        wait_for(lambda: question.is_abandoned)
         hold.set()
         assert client.completions.create(**ASKED, max_tokens=2).usage.completion_tokens == 2
         service.wait_for(running=0, waiting=0)
@@ -113,6 +116,39 @@ def test_a_late_answer_is_ended(roster, hold):
         assert told[504].json()["error"]["code"] == "timeout"
         assert told[504].headers["x-should-retry"] == "false"
         assert '"code": "timeout"' in told[200].text and told[200].text.endswith("data: [DONE]\n\n")
+        assert client.completions.create(**ASKED, max_tokens=1).usage.completion_tokens == 1
+
+
+@pytest.fixture
+def slow_tokenizer(monkeypatch):
+    """Prompts are read once this is set."""
+    opened = threading.Event()
+
+    def wait(text, tokenizer):
+        assert opened.wait(30)
+        return text_ids(text, tokenizer)
+
+    monkeypatch.setattr(application, "text_ids", wait)
+    return opened
+
+
+def test_prompts_that_wait_to_be_read_are_bounded_in_number_and_time(roster, slow_tokenizer):
+    with running(roster, slots=1, queue=1, seconds=0.5) as service, service.client() as client:
+        found = []
+        ask = lambda: found.append(service.post("/v1/completions", json.dumps(ASKED)))  # noqa: E731
+        threads = [threading.Thread(target=ask) for _ in range(2)]
+        for count, thread in enumerate(threads, start=1):
+            thread.start()
+            wait_for(lambda count=count: service.server._num_encoding == count)
+        with pytest.raises(openai.RateLimitError, match="2 requests wait already"):
+            client.completions.create(**ASKED)
+        # the second one never came to be read
+        wait_for(lambda: found)
+        assert found[0].status_code == 504 and found[0].json()["error"]["code"] == "timeout"
+        slow_tokenizer.set()
+        for thread in threads:
+            thread.join()
+        assert service.server._num_encoding == 0
         assert client.completions.create(**ASKED, max_tokens=1).usage.completion_tokens == 1
 
 
@@ -200,7 +236,7 @@ def test_a_request_that_waits_can_be_given_up(roster, hold):
         with pytest.raises(httpx.ReadTimeout):
             httpx.post(f"{service.url}/v1/completions", json=ASKED, timeout=0.2)
         (given_up,) = service.server.engine._waiting
-        wait_until_abandoned(given_up)
+        wait_for(lambda: given_up.is_abandoned)
         hold.set()
         first.join()
         service.wait_for(running=0, waiting=0)

@@ -4,8 +4,9 @@ import pytest
 
 from mixora.errors import ConfigError
 from mixora.training.arguments import make_arguments
+from mixora.training.run import fit
 from mixora.training.run_config import read_run
-from tests.training.test_run import settings
+from tests.training.test_run import quiet, settings
 
 
 def arguments_of(tmp_path, **given):
@@ -32,6 +33,12 @@ def arguments_of(tmp_path, **given):
 def test_what_a_setting_stands_for_is_refused(name, value, setting, tmp_path):
     with pytest.raises(ConfigError, match=rf"^train\.arguments\.{name}: got {value!r}; valid: the setting {setting}$"):
         arguments_of(tmp_path, **{name: value})
+
+
+def test_a_mistake_is_found_before_anything_is_read(tmp_path):
+    config = read_run(settings("/nowhere", "/nowhere", tmp_path / "out", train__arguments={"no_such": 1}))
+    with pytest.raises(ConfigError, match="no_such"):
+        fit(config, quiet())
 
 
 def test_all_else_may_be_said(tmp_path):

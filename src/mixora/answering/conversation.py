@@ -22,10 +22,15 @@ class Conversation:
     def ask(self, text: str) -> Generator[str]:
         """The answer as it comes. What was given of it is remembered, also where the caller stops early.
 
-        Raises `DataError` where the conversation is too long or cannot be rendered; it is then as it was.
+        Raises `DataError` where the conversation is too long, cannot be rendered, or holds a token that only the
+        tokenizer knows; it is then as it was.
         """
         asked = [*self.messages, {"role": "user", "content": text}]
         ids = conversation_ids(asked, self.roster.tokenizer, self.voice.chat)
+        if max(ids) >= self.roster.num_tokens:
+            raise DataError(
+                f"the model knows no token {max(ids)}; valid: text of tokens up to {self.roster.num_tokens - 1}"
+            )
         if len(ids) + self.sampling.max_tokens > self.roster.limit:
             raise DataError(
                 f"the conversation has {len(ids)} tokens, and the model takes {self.roster.limit} with the "

@@ -70,6 +70,8 @@ def find_source(word: str, model: str | None = None, dtype: str | None = None) -
 class Roster:
     """One base with adapters on it. `voices`: by name, the base first; `limit`: the most tokens of a text.
 
+    `num_tokens`: the ids that the model knows, from 0 on; a tokenizer may know more.
+
     `adapters`: for each name the adapter's own on `model`, and its prompt format as in a run's `data`. Raises
     `ConfigError` where an adapter has the base's name, `DataError` where an answer would have no end or a chat template
     is asked for but absent, and `ModelError` for a model that cannot answer in batches.
@@ -94,6 +96,7 @@ class Roster:
         padding = tokenizer.pad_token_id
         self.decoder = Decoder(model, min(self.ends) if padding is None else padding)
         self.limit = _limit_of(model, tokenizer)
+        self.num_tokens: int = model.get_input_embeddings().weight.shape[0]
         self._active: Voice | None = None
 
     def find(self, name: str) -> Voice:

@@ -96,6 +96,10 @@ def _read_task(comparison: Comparison, data: str) -> Task:
     config = RunConfig(**sections)
     task, held_out = read_task(config)
     measured = name_metrics(config, held_out)
+    if not measured:
+        raise ConfigError(
+            f"evaluate.metrics: no mean over the tasks of {data} has any of them; valid: loss beside them"
+        )
     if comparison.metric is not None and comparison.metric not in measured:
         raise ConfigError(
             f"metric: got {comparison.metric!r}; valid for {data}: {', '.join(measured)}, "

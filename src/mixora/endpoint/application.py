@@ -50,7 +50,7 @@ class Server:
         self.metrics = Metrics(lambda: self.engine.num_running, lambda: self.engine.num_waiting, limits.slots)
         self.created = int(time.time())
         # tokenizers change while they work, and templates are rendered one at a time anyway
-        self._encoding = anyio.CapacityLimiter(1)
+        self._encoding, self._num_encoding = anyio.CapacityLimiter(1), 0
 
     def build(self) -> Starlette:
         """The application; the engine runs as long as it does."""
@@ -110,20 +110,24 @@ class Server:
         """An answer in a conversation."""
         asked = read_asked(ChatRequest, await read_body(request, self.limits))
         voice = self._find(asked.model)
-        messages = [message.to_dict() for message in asked.messages]
-        ids = await self._encode(lambda: conversation_ids(messages, self.roster.tokenizer, voice.chat))
-        return await self._answer(request, asked, voice, ids)
+        messages, deadline = [message.to_dict() for message in asked.messages], self._deadline()
+        ids = await self._encode(lambda: conversation_ids(messages, self.roster.tokenizer, voice.chat), deadline)
+        return await self._answer(request, asked, voice, ids, deadline)
 
     async def complete(self, request: HttpRequest) -> Response:
         """A text continued."""
         asked = read_asked(CompletionRequest, await read_body(request, self.limits))
-        voice, prompt = self._find(asked.model), asked.prompt
+        voice, prompt, deadline = self._find(asked.model), asked.prompt, self._deadline()
         ids: list[Any]
         if isinstance(prompt, str):
-            ids = await self._encode(lambda: text_ids(prompt, self.roster.tokenizer))
+            ids = await self._encode(lambda: text_ids(prompt, self.roster.tokenizer), deadline)
         else:
             ids = list(prompt)
-        return await self._answer(request, asked, voice, ids)
+        return await self._answer(request, asked, voice, ids, deadline)
+
+    def _deadline(self) -> float:
+        """Of a request whose body is there now."""
+        return time.monotonic() + self.limits.seconds
 
     def _find(self, name: str) -> Voice:
         if name not in self.roster.voices:
@@ -131,16 +135,22 @@ class Server:
             raise RefusedError(404, f"model: got {name!r:.200}; valid: {known}", code="model_not_found", param="model")
         return self.roster.voices[name]
 
-    async def _encode(self, encode: Callable[[], list[int]]) -> list[int]:
-        self.engine.check_room()
+    async def _encode(self, encode: Callable[[], list[int]], deadline: float) -> list[int]:
+        self.engine.check_room(self._num_encoding)
+        self._num_encoding += 1
         try:
-            return await anyio.to_thread.run_sync(encode, limiter=self._encoding)
+            with anyio.fail_after(deadline - time.monotonic()):
+                return await anyio.to_thread.run_sync(encode, limiter=self._encoding)
         except DataError as error:
             raise invalid(error) from None
+        except TimeoutError:
+            raise refusals.late(self.limits.seconds) from None
+        finally:
+            self._num_encoding -= 1
 
     def _check_ids(self, asked: Request, ids: list[int]) -> None:
         """A tokenizer may know more tokens than the model does, and whoever is read beside such a one would suffer."""
-        most = self.roster.model.get_input_embeddings().weight.shape[0]
+        most = self.roster.num_tokens
         if not ids or max(ids) >= most:
             name, got = "messages" if isinstance(asked, ChatRequest) else "prompt", max(ids, default="none")
             raise RefusedError(
@@ -150,7 +160,9 @@ class Server:
                 param=name,
             )
 
-    async def _answer(self, request: HttpRequest, asked: Request, voice: Voice, ids: list[int]) -> Response:
+    async def _answer(
+        self, request: HttpRequest, asked: Request, voice: Voice, ids: list[int], deadline: float
+    ) -> Response:
         self._check_ids(asked, ids)
         inbox: Inbox = asyncio.Queue()
         loop = asyncio.get_running_loop()
@@ -159,7 +171,7 @@ class Server:
             loop.call_soon_threadsafe(inbox.put_nowait, found)
 
         sampling = asked.sampling(self._room_for(asked, ids))
-        question = Question(voice, ids, sampling, deliver, time.monotonic() + self.limits.seconds)
+        question = Question(voice, ids, sampling, deliver, deadline)
         self.engine.submit(question)
         watch = asyncio.create_task(self._watch(request, question, inbox))
         pieces = self._follow(question, inbox, watch)

@@ -127,12 +127,12 @@ class Engine:
             self._waiting.append(question)
             self._changed.notify()
 
-    def check_room(self) -> None:
-        """Raise `RefusedError` where no further request would be taken on now."""
+    def check_room(self, coming: int = 0) -> None:
+        """Raise `RefusedError` where no further request would be taken on now; `coming` are on their way already."""
         if not self.is_alive:
             raise refusals.closing()
-        waiting = len(self._waiting)
-        if waiting >= self._limits.queue and self._find_free() <= waiting:
+        waiting = len(self._waiting) + coming
+        if waiting >= self._limits.queue + self._find_free():
             raise refusals.full(waiting)
 
     def _find_free(self) -> int:

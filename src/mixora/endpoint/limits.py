@@ -10,7 +10,8 @@ from mixora.config import Strict, Whole
 class Limits(Strict):
     """What is beyond these is refused before the model sees it.
 
-    slots: answers that are computed at the same time. queue: requests that wait for a slot. length: tokens of prompt
+    slots: answers that are computed at the same time. queue: requests that wait for a slot, or to be read by the
+    tokenizer. length: tokens of prompt
     and answer together; the base's own limit unless given. answer_tokens: the longest answer where a request does not
     say. seconds: for one request, waiting included. body_bytes: of a request's body; body_seconds: for it to arrive.
     """

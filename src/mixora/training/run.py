@@ -44,7 +44,7 @@ from mixora.training.material import (
     read_material,
     sample_batches,
 )
-from mixora.training.processes import agree, check_processes, count_asked, is_first, wait_for_all
+from mixora.training.processes import agree, check_processes, is_first, wait_for_all
 from mixora.training.progress import Progress, StepProgress
 from mixora.training.run_config import RunConfig
 from mixora.training.run_folder import open_folder, paths_read, write_settings
@@ -120,15 +120,13 @@ def _fit(config: RunConfig, progress: Progress, overwrite: bool, resume: bool) -
 
 def _meet(config: RunConfig, overwrite: bool, resume: bool) -> None:
     """Processes that were started together find together, before one of them looks at a folder that others write."""
-    if count_asked() > 1:
-        make_arguments(config)  # opens the process group
+    make_arguments(config)  # opens their group; a mistake in it has cost nothing yet
     check_processes()
     if not resume and is_first():
         check_folder(config.out, overwrite, paths_read(config))
 
 
 def _claim(config: RunConfig, overwrite: bool, resume: bool, start: Start) -> Path:
-    make_arguments(config)  # a mistake there must cost no earlier results
     if is_first():
         if not resume:
             open_folder(config, overwrite)
