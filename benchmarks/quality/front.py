@@ -7,6 +7,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox
 
 from benchmarks.plotting import COLOURS, make_figure
 from benchmarks.quality.results import Results
@@ -14,6 +15,8 @@ from benchmarks.quality.standings import Standing, stand
 from benchmarks.quality.table import read_table
 
 COSTS = {"ratio": "time of a step", "memory_ratio": "memory of a step"}
+# of a name, in points from its point
+PLACES = [(x, y) for y in (5, -7, 17, -19, 29, -31, 41, -43) for x in (5, -5)]
 
 
 def draw_front(results: Results, costs: Path) -> Figure:
@@ -25,9 +28,15 @@ def draw_front(results: Results, costs: Path) -> Figure:
     rows = {row["method"]: row for row in found["rows"]}
     standings = stand(results, found["data"])
     figure = make_figure(9.0, 4.2, f"{table.title}: {found['data']}, {table.metrics[found['data']]}")
-    for axis, (cost, label) in zip(figure.subplots(1, 2, sharey=True), COSTS.items(), strict=True):
+    panels = figure.subplots(1, 2, sharey=True)
+    for axis, (cost, label) in zip(panels, COSTS.items(), strict=True):
         _draw_panel(axis, standings, {name: row[cost] for name, row in rows.items()})
         axis.set_xlabel(f"{label} / {table.reference}", fontsize=9)
+    figure.draw_without_rendering()  # from here on points have places on the page
+    for axis, cost in zip(panels, COSTS, strict=True):
+        _name_points(
+            axis, {name: (row[cost], standings[name].estimate.mean) for name, row in rows.items() if name in standings}
+        )
     return figure
 
 
@@ -37,9 +46,23 @@ def _draw_panel(axis: Axes, standings: Mapping[str, Standing], costs: Mapping[st
     for name, standing in known.items():
         point: Any = costs[name], standing.estimate.mean
         axis.errorbar(*point, yerr=standing.estimate.half, fmt="o", color=COLOURS[name in best], capsize=2)
-        axis.annotate(name, point, xytext=(4, 4), textcoords="offset points", fontsize=8)
     axis.plot([costs[name] for name in best], [known[name].estimate.mean for name in best], color=COLOURS[1], alpha=0.5)
     axis.grid(alpha=0.3)
+    axis.margins(x=0.2)
+
+
+def _name_points(axis: Axes, points: Mapping[str, tuple[float, float]]) -> None:
+    """A name beside each point, at the first place where no other name and no point is."""
+    marks, taken = axis.transData.transform(list(points.values())), list[Bbox]()
+    for name, point in sorted(points.items(), key=lambda item: item[1]):
+        for x, y in PLACES:
+            side: Any = {"ha": "left" if x > 0 else "right", "va": "center"}
+            note = axis.annotate(name, point, xytext=(x, y), textcoords="offset points", fontsize=8, **side)
+            box = note.get_window_extent()
+            if not any(box.overlaps(other) for other in taken) and not any(box.contains(*mark) for mark in marks):
+                taken.append(box)
+                break
+            note.remove()
 
 
 def _gain(standing: Standing) -> float:
