@@ -84,3 +84,18 @@ def test_an_accumulated_step_is_that_of_all_rows(name, batch_size, tmp_path):
 def test_a_model_without_source_is_taken_at_the_trainers_word():
     made = type("Made", (torch.nn.Module,), {"forward": eval("lambda self, **kwargs: None")})
     assert reads_num_items(made())
+
+
+class AtTheMargin(torch.nn.Module):
+    def forward(self, **kwargs):
+        return """A text
+at the margin."""
+
+
+def test_a_text_at_the_margin_of_a_source_is_no_error():
+    assert not reads_num_items(AtTheMargin())
+
+
+def test_a_source_that_is_half_a_line_is_taken_at_the_trainers_word(monkeypatch):
+    monkeypatch.setattr("inspect.getsource", lambda made: "    lambda self, **kwargs: (\n")
+    assert reads_num_items(AtTheMargin())

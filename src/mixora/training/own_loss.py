@@ -7,7 +7,6 @@ leave it unread (classifiers, masked language models, T5, BART): their loss woul
 
 import ast
 import inspect
-import textwrap
 
 from torch import nn
 
@@ -20,9 +19,10 @@ def reads_num_items(model: nn.Module) -> bool:
     """
     try:
         source = inspect.getsource(inspect.unwrap(type(model).forward))
-    except (OSError, TypeError):
+        # a method stays indented, since texts in it may begin at the margin; a lambda may come with half of a line
+        tree = ast.parse(f"if True:\n{source}" if source[0].isspace() else source)
+    except (OSError, TypeError, SyntaxError):
         return True
-    tree = ast.parse(textwrap.dedent(source))
     calls = (node for node in ast.walk(tree) if isinstance(node, ast.Call))
     return "num_items_in_batch" in source or any(
         "loss" in ast.unparse(call.func) and any(keyword.arg is None for keyword in call.keywords) for call in calls
