@@ -43,8 +43,8 @@ works-with: $(READY) ## the tests of what mixora works with; writes their table,
 
 # the newest of each minor version; `make test` runs everything with the one that is pinned
 PEFTS  := 0.18.1 0.19.1 0.20.0 0.21.2
-MATRIX := tests/test_tuner.py tests/test_tuner_files.py tests/test_mixture.py tests/test_serial.py tests/test_pesc.py \
-          tests/test_adamix.py tests/test_recipes_everywhere.py tests/training/test_foreign_trainers.py \
+MATRIX := tests/tuner tests/mixture/test_mixture.py tests/mixture/test_serial.py tests/recipes/test_pesc.py \
+          tests/recipes/test_adamix.py tests/recipes/test_recipes_everywhere.py tests/training/test_foreign_trainers.py \
           tests/merging/test_export.py tests/compatibility/test_peft.py tests/compatibility/test_transformers.py
 build/peft/%: | $(READY)
 	$(BIN)/python -m pip install --quiet --no-deps --target $@ peft==$*

@@ -10,7 +10,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from benchmarks.measuring import Step, compare, compare_memory, tabulate
 from benchmarks.running import add_dtypes, run
-from mixora import fused_loss
+from mixora.losses import fused as fused_loss
 from mixora.losses.consistency import Consistency, ConsistencyConfig
 
 CHUNKS = (64, 128, 256, 512)

@@ -1,6 +1,7 @@
-"""The order of imports (each module only from the left, siblings never from each other), and the size of files."""
+"""The order of imports (each package only from the left, siblings never from each other), and the size of files."""
 
 import ast
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -12,25 +13,22 @@ MOST_LINES, MOST_LINES_OF_FUNCTION = 300, 40
 # with the reason
 LARGE = {"tests/merging/test_card.py:test_the_whole_card": "a card, word for word"}
 ORDER = [
-    {"errors", "short_names", "stages", "console", "world", "documents"},
-    {"draws", "completion", "asides", "devices", "base_limits", "inputs", "packed"},
-    {"routing", "config", "folders", "low_rank", "fused_loss", "activations", "host", "sharding"},
-    {"contracts", "passes", "depth", "outside", "gguf_files", "whole_modules"},
-    {"experts", "routers", "kernels", "losses", "allocators", "slots", "parts", "plan", "entrances"},
-    {"method", "sites", "joining", "folding", "injection"},
-    {"decoding"},
-    {"recipes", "mixture", "assignment", "feed_forward"},
-    {"assembly", "keys"},
-    {"allocation", "admission"},
-    {"tuner", "footprint", "serving"},
+    {"errors", "short_names", "display", "host"},
+    {"files"},
+    {"config", "routing"},
+    {"contracts", "passes", "depth"},
+    {"experts", "routers", "kernels", "losses", "allocators"},
+    {"mixture"},
+    {"planning"},
+    {"recipes", "footprint"},
+    {"tuner"},
     {"diagnostics", "bases", "environment"},
     {"cards"},
-    {"data", "evaluate", "loading", "crafting", "conversion"},
+    {"data", "evaluate", "loading", "conversion"},
     {"merging", "standalone"},
     {"training"},
     {"comparison", "exporting", "answering"},
     {"endpoint", "integrations"},
-    {"terminal"},
     {"commands"},
     {"cli"},
     {"__main__"},
@@ -61,6 +59,27 @@ def test_imports_come_only_from_the_left(path):
     assert here in LEVEL, f"{here} has no place in the order of imports"
     wrong = [other for other in imported_families(path) if other != here and LEVEL[other] >= LEVEL[here]]
     assert not wrong, f"{here} imports {wrong}"
+
+
+def packages():
+    return sorted(path.parent for path in SOURCE.rglob("__init__.py") if path.parent != SOURCE)
+
+
+def imported_siblings(path):
+    """Files of the same package that `path` imports, at its top or in a function; the package itself as `__init__`."""
+    package = ".".join(("mixora", *path.parent.relative_to(SOURCE).parts))
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module == package:
+            names = {alias.name for alias in node.names}
+            yield from ("__init__" if not (path.parent / f"{name}.py").exists() else name for name in names)
+        elif isinstance(node, ast.ImportFrom) and node.module and node.module.startswith(package + "."):
+            yield node.module.removeprefix(package + ".")
+
+
+@pytest.mark.parametrize("folder", packages(), ids=lambda p: str(p.relative_to(SOURCE)))
+def test_no_two_files_of_a_package_lead_to_each_other(folder):
+    graph = {path.stem: set(imported_siblings(path)) for path in folder.glob("*.py")}
+    TopologicalSorter(graph).prepare()
 
 
 def test_files_and_functions_are_small():

@@ -21,14 +21,14 @@ from benchmarks.reliability import fuzz
 from benchmarks.reliability.targets import TARGETS
 from benchmarks.reliability.targets.material import CHAT, adapter_files, make_base, make_tokenizer, write_files
 from benchmarks.reliability.targets.settings import BOMB
-from mixora import documents
-from mixora.base_limits import check_sizes
 from mixora.bases import read_base_config
+from mixora.bases.limits import check_sizes
 from mixora.cli import app
 from mixora.config import parse, read_yaml
 from mixora.data import read_rows, templates
-from mixora.documents import UnreadableError, parse_json, parse_yaml
 from mixora.errors import CheckpointError, ConfigError, DataError, MixoraError, ModelError
+from mixora.files import documents
+from mixora.files.documents import UnreadableError, parse_json, parse_yaml
 from mixora.training.run_config import RunConfig
 from tests.models import tiny_llama
 

@@ -30,7 +30,6 @@ ENTRIES = [entry for page in PAGES for entry in read_entries(page)]
 @pytest.mark.parametrize(("path", "name"), ENTRIES, ids=[name for _, name in ENTRIES])
 def test_what_a_page_names_is_there_and_says_what_it_is(path, name):
     shown = resolve_name(path)
-    # `mixora.plan` is a module too, which `import mixora` hides behind the function
     assert (getattr(mixora, name.removeprefix("mixora.")) if name.count(".") == 1 else resolve_name(name)) is shown
     assert inspect.getdoc(shown)
     # the source is read without being run, so the path has to lead to the definition

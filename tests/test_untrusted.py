@@ -16,8 +16,8 @@ import mixora
 from mixora import loading
 from mixora.bases import load_base, read_base_config, sketch_base
 from mixora.cards import Facts
-from mixora.console import Console, show_controls
 from mixora.conversion import convert
+from mixora.display.console import Console, show_controls
 from mixora.errors import CheckpointError, ConfigError, ModelError
 from mixora.merging.card import write_companions
 from mixora.merging.result import Merged, MergedSite

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import mixora.fused_loss
+import mixora.losses.fused
 from benchmarks import fused_loss, kernels, layers, training_step
 from benchmarks.gpu import llama, roofline
 from benchmarks.measuring import peak_mebibytes, time_together
@@ -133,12 +133,12 @@ def train_small(sizes: Sizes) -> dict[str, Any]:
 
 def time_fused_loss(sizes: Sizes) -> list[dict[str, Any]]:
     """The loss behind a head in bf16, fused with several chunk sizes and as transformers computes it."""
-    before = mixora.fused_loss.CHUNK
+    before = mixora.losses.fused.CHUNK
     try:
         return _time_chunks(sizes)
     finally:
         # later sections take the chunks that a user gets
-        mixora.fused_loss.CHUNK = before
+        mixora.losses.fused.CHUNK = before
 
 
 def _time_chunks(sizes: Sizes) -> list[dict[str, Any]]:

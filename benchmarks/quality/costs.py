@@ -15,7 +15,7 @@ from benchmarks.measuring import Step, compare, compare_memory
 from benchmarks.quality.results import RESULTS
 from benchmarks.quality.table import Trial, read_table, tuning_trials
 from benchmarks.recording import describe_run, write_results
-from mixora.console import Console
+from mixora.display.console import Console
 from mixora.training.material import make_training_set, read_material
 from mixora.training.progress import Progress
 from mixora.training.run import build, make_trainer

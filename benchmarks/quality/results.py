@@ -8,8 +8,8 @@ from typing import Any, BinaryIO
 
 from benchmarks.quality.table import Trial, final_trials, match_table, read_table, tuning_trials
 from mixora.comparison.results import is_better_low
-from mixora.documents import UnreadableError, parse_json
 from mixora.errors import DataError
+from mixora.files.documents import UnreadableError, parse_json
 
 RESULTS = Path(__file__).parent / "results"
 Found = Mapping[str, Any]

@@ -19,10 +19,10 @@ from mixora.comparison.matching import Matched, match_methods
 from mixora.comparison.settings import MethodEntry, Setup
 from mixora.config import parse, read_yaml
 from mixora.errors import ConfigError
-from mixora.method import Method
-from mixora.serving import Served
+from mixora.planning.method import Method
 from mixora.training.material import read_task
 from mixora.training.run_config import DataSection, EvaluateSection, RunConfig, TrainSection
+from mixora.tuner.serving import Served
 
 TABLES = Path(__file__).parent / "tables"
 

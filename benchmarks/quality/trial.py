@@ -11,17 +11,17 @@ from torch import Tensor
 
 from benchmarks.quality.specialisation import count_by_row, judge_specialisation, measure_information
 from benchmarks.quality.table import Trial, Way
-from mixora.console import Console
-from mixora.draws import serving
+from mixora.display.console import Console
 from mixora.errors import NonFiniteError
 from mixora.evaluate import Examples, evaluate
 from mixora.merging.soup import cook
 from mixora.mixture import mixtures_of
-from mixora.serving import served_by
+from mixora.routing.draws import serving
 from mixora.training.material import batches_of, make_examples, make_training_set, read_material
 from mixora.training.progress import Progress
 from mixora.training.run import build, make_trainer
 from mixora.training.run_config import RunConfig
+from mixora.tuner.serving import served_by
 
 
 def run_trial(trial: Trial) -> dict[str, Any]:

@@ -21,8 +21,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 import mixora
 from mixora.errors import ConfigError
+from mixora.host.world import count_processes, process_index
 from mixora.training.processes import count_asked
-from mixora.world import count_processes, process_index
 
 VOCABULARY = 64
 GLOBAL_BATCH = 8

@@ -35,9 +35,9 @@ import yaml
 
 from benchmarks.recording import RESULTS, describe_run, write_results
 from benchmarks.reliability.kill_cases import CASES, make_settings, write_material
-from mixora.asides import ASIDE
 from mixora.cli import app
 from mixora.diagnostics.record import read_record
+from mixora.files.asides import ASIDE
 from mixora.training.manifest import find_damage
 from mixora.training.progress import Progress
 

@@ -46,11 +46,13 @@ KERNEL_TESTS = tuple(f"tests/kernels/test_{name}.py" for name in ("values", "sor
 GROUPS = {
     "losses": Group(("losses/*.py",), ("tests/losses", "tests/contracts/test_losses.py")),
     "routers": Group(("routers/*.py",), ("tests/routers", "tests/contracts/test_routers.py", "tests/references")),
-    "routing": Group(("routing.py",), ("tests/test_routing.py", "tests/losses", "tests/contracts/test_routers.py")),
+    "routing": Group(
+        ("routing/*.py",), ("tests/routing/test_routing.py", "tests/losses", "tests/contracts/test_routers.py")
+    ),
     # kernel `triton` runs only interpreted here, at seconds for a test: neither is it changed nor do its tests run
     "kernels": Group(tuple(f"kernels/{name}.py" for name in KERNELS), (*KERNEL_TESTS, "-k", "not triton")),
     "joint": Group(("kernels/joint.py",), ("tests/kernels/test_joint.py",)),
-    "plan": Group(("plan.py",), ("tests/test_plan.py", "tests/test_plan_rows.py")),
+    "plan": Group(("planning/plan.py",), ("tests/planning/test_plan.py", "tests/planning/test_plan_rows.py")),
     # seven seconds each: plain PEFT reads what was written, in a process of its own
     "merging": Group(("merging/*.py",), ("tests/merging", "-k", "not plain_peft_computes")),
 }

@@ -12,7 +12,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import mixora
-from mixora.sharding import is_under_zero
+from mixora.host.sharding import is_under_zero
 
 RATE, DECAY = 1e-3, 0.1
 

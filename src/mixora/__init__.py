@@ -6,15 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mixora.conversion import convert
-    from mixora.crafting import craft
+    from mixora.conversion.crafting import craft
     from mixora.diagnostics.measure import inspect
     from mixora.diagnostics.residual import residual_energy
     from mixora.loading import from_pretrained
     from mixora.merging import Approximation, merge
-    from mixora.outside import allow_parts
-    from mixora.plan import Plan
+    from mixora.planning.outside import allow_parts
+    from mixora.planning.plan import Plan
     from mixora.recipes import recipe_names
-    from mixora.serving import served_by
     from mixora.standalone import write_standalone
     from mixora.training.batch_loss import compute_loss
     from mixora.training.foreign import AuxiliaryLossCallback
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
     from mixora.training.sft import SFTTrainer
     from mixora.training.trainers import Trainer
     from mixora.tuner import MixoraConfig, allocate, plan, recipe
+    from mixora.tuner.serving import served_by
 
 __all__ = [
     "Approximation",
@@ -49,9 +49,9 @@ __all__ = [
 
 _AT_ONCE = {
     "MixoraConfig": "mixora.tuner",
-    "Plan": "mixora.plan",
+    "Plan": "mixora.planning.plan",
     "allocate": "mixora.tuner",
-    "allow_parts": "mixora.outside",
+    "allow_parts": "mixora.planning.outside",
     "plan": "mixora.tuner",
     "recipe": "mixora.tuner",
     "recipe_names": "mixora.recipes",
@@ -65,12 +65,12 @@ _LATER = {
     "check_router_gradient": "mixora.training.gradient_check",
     "compute_loss": "mixora.training.batch_loss",
     "convert": "mixora.conversion",
-    "craft": "mixora.crafting",
+    "craft": "mixora.conversion.crafting",
     "from_pretrained": "mixora.loading",
     "inspect": "mixora.diagnostics.measure",
     "merge": "mixora.merging",
     "residual_energy": "mixora.diagnostics.residual",
-    "served_by": "mixora.serving",
+    "served_by": "mixora.tuner.serving",
     "write_standalone": "mixora.standalone",
 }
 

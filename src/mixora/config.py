@@ -12,8 +12,8 @@ from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from mixora.documents import MOST_LEVELS, MOST_YAML_BYTES, UnreadableError, decode, parse_yaml, read_bytes, show
 from mixora.errors import ConfigError
+from mixora.files.documents import MOST_LEVELS, MOST_YAML_BYTES, UnreadableError, decode, parse_yaml, read_bytes, show
 
 Tree = dict[str, Any]
 # what a 32-bit number of rows, steps or tokens can be

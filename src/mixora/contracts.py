@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from mixora.config import Strict
-from mixora.draws import Draw
 from mixora.routing import Routing, Tokens
+from mixora.routing.draws import Draw
 
 Parameters = Mapping[str, Tensor]
 
@@ -268,7 +268,7 @@ class Evidence:
 
 
 class Allocator(ABC):
-    """Says which sites deserve how much of a budget; `mixora.allocation` turns that into experts and ranks.
+    """Says which sites deserve how much of a budget; `mixora.planning.allocation` turns that into experts and ranks.
 
     `expert_power`: exponent of a site's weight by which its number of experts follows; 0 leaves the rules' numbers.
     `Config`: the model of its settings.

@@ -16,9 +16,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mixora.bases import TASK_TYPES, Task, load_base
-from mixora.documents import read_json
 from mixora.errors import MOST_NAMED, CheckpointError, ConfigError
-from mixora.host import MIXORA
+from mixora.files.documents import read_json
+from mixora.host.versions import MIXORA
 
 FLOATS = ("F16", "BF16", "F32", "F64")
 # what PEFT warns about is an error here

@@ -8,7 +8,7 @@ import torch
 from typer.testing import CliRunner
 
 import mixora
-from mixora import bases
+from mixora.bases import base as bases
 from mixora.bases import load_base
 from mixora.cards import Card, Facts, facts_of
 from mixora.cli import app

@@ -9,7 +9,7 @@ from mixora.comparison.matrix import make_matrix
 from mixora.comparison.queue import find_missing, work_through
 from mixora.comparison.results import gather
 from mixora.errors import ConfigError
-from mixora.folders import claim_folder
+from mixora.files.folders import claim_folder
 from tests.comparison.conftest import Pretend, quiet
 
 ALL = ["commands/lora/seed-0", "commands/sira/seed-0"]

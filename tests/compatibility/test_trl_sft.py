@@ -7,7 +7,7 @@ from datasets import Dataset
 from torch.nn.functional import cross_entropy
 
 import mixora
-from mixora import entrances
+from mixora.passes import entrances
 from tests.compatibility.texts import Catch, each, make_tokenizer, words
 from tests.models import adapt, tiny_llama
 from tests.training.setups import ROWS, settings

@@ -13,7 +13,7 @@ import torch
 import transformers
 
 import mixora
-from mixora import bases
+from mixora.bases import base as bases
 from mixora.data import Collator
 from mixora.recipes import recipe_names
 from tests.training.conftest import command_rows

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from benchmarks.gpu import run
-from mixora import fused_loss
 from mixora.contracts import Shape
 from mixora.kernels import KERNELS
+from mixora.losses import fused as fused_loss
 
 
 def test_every_section_runs_on_a_cpu(tmp_path):

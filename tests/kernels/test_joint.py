@@ -68,7 +68,7 @@ def test_recomputed_layers_compute_the_same(use_reentrant):
 
 def test_one_product_serves_the_linears_that_read_one_input(monkeypatch):
     counts = []
-    from mixora import joining
+    from mixora.mixture import joining
 
     def spy(x, x_TI, experts, routers, dropout, own=joining.join):
         counts.append((len(experts), len(routers)))

@@ -11,11 +11,11 @@ import torch
 from peft import get_peft_model
 
 import mixora
-from mixora import joining
 from mixora.contracts import Shape
 from mixora.errors import ConfigError
 from mixora.kernels import Triton
 from mixora.kernels.triton import Term, find_obstacle, shrink
+from mixora.mixture import joining
 from tests.kernels.test_joint import TEXT
 from tests.models import adapt, gradients, tiny_gpt2, tiny_llama
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from mixora.fused_loss import cross_entropy, cross_entropy_and_agreement
 from mixora.losses import Consistency, LoadBalance, ZLoss
+from mixora.losses.fused import cross_entropy, cross_entropy_and_agreement
 from mixora.routers import ROUTERS
 from mixora.routers.linear import LinearRouter
 from mixora.routing import Tokens

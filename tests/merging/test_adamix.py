@@ -127,7 +127,7 @@ def test_a_greedy_soup_takes_only_what_lowers_the_loss(recipe, tmp_path):
     soup = merged.soup
 
     def loss(members):
-        with mixora.draws.serving(members=tuple(members)), torch.no_grad():
+        with mixora.routing.draws.serving(members=tuple(members)), torch.no_grad():
             return model(**batch).loss.item()
 
     alone = [loss([e]) for e in range(4)]

@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import nn
 
-from mixora.draws import current_serving
 from mixora.errors import ConfigError, DataError
-from mixora.low_rank import LowRank
 from mixora.merging.approximation import Approximation, hooked
 from mixora.merging.comparison import compare, predict, sum_loss
 from mixora.merging.soup import Soup, cook
+from mixora.mixture.low_rank import LowRank
+from mixora.routing.draws import current_serving
 
 LOGITS = [[[1.0, 0.0, -1.0], [0.5, 2.0, 0.0], [3.0, 1.0, 1.0]], [[0.0, 0.0, 1.0], [1.0, 1.0, 4.0], [2.0, 0.0, 0.0]]]
 

@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 import mixora.merging
 from mixora.contracts import Shape
 from mixora.errors import CheckpointError, ConfigError, MixoraError, ModelError
-from mixora.low_rank import LowRank
 from mixora.merging.approximation import _group
 from mixora.merging.export import _configure, _module_names, name_base
 from mixora.merging.procedure import foresee
+from mixora.mixture.low_rank import LowRank
 from tests.models import adapt, tiny_bert_classifier, tiny_llama, token_ids
 
 IDS = token_ids(2, 6)

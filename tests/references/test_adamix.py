@@ -8,7 +8,7 @@ import torch
 from peft import get_peft_model
 
 import mixora
-from mixora.draws import Draw
+from mixora.routing.draws import Draw
 from tests.models import fill, gradients, tiny_bert_classifier, tiny_llama, tiny_t5, token_ids
 
 COEFFICIENT = 0.7

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from scipy.stats import chi2
 
-from mixora.draws import MEAN, Draw
 from mixora.routers.uniform import Uniform, UniformConfig
 from mixora.routing import Tokens
+from mixora.routing.draws import MEAN, Draw
 from tests.models import all_real
 
 DRAWS = 6000

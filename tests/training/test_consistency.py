@@ -8,8 +8,8 @@ from peft import get_peft_model
 from transformers import TrainerCallback
 
 import mixora
-from mixora.draws import Draw
 from mixora.errors import TrainingError
+from mixora.routing.draws import Draw
 from mixora.training.second_pass import base_of, compare_passes
 from tests.models import fill, tiny_llama
 from tests.training.setups import accumulated_batches, make_trainer

@@ -19,11 +19,11 @@ from transformers import (
 )
 
 import mixora
-from mixora import fused_loss
+from mixora.losses import fused as fused_loss
 from mixora.training.fused_head import why_not_fused
 from tests import models
+from tests.losses.test_fused import Largest
 from tests.models import fill
-from tests.test_fused_loss import Largest
 from tests.training.setups import accumulated_batches, collate, dataset, make_model, make_trainer
 from tests.training.test_auxiliary_gradient import SMOOTHING_IS_DEPRECATED
 from tests.training.test_consistency import Catch

@@ -14,9 +14,9 @@ from typer.testing import CliRunner
 
 import mixora
 from benchmarks.reliability.data_parallel import list_cases, train
-from mixora import world
 from mixora.cli import app
 from mixora.errors import CheckpointError, ConfigError, TrainingError
+from mixora.host import world
 from mixora.losses import LoadBalance, ZLoss
 from mixora.routing import Routing
 from mixora.training import launcher, lifeline
@@ -243,7 +243,7 @@ def test_a_signal_reaches_each_process_once(tmp_path):
 
 COMMAND = """
 import mixora_command, os, time
-from mixora import terminal
+from mixora.commands import terminal
 from mixora.errors import DataError
 
 @terminal.reports_errors

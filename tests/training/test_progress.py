@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from rich.console import Console
 
-from mixora.stages import count, silently
+from mixora.display.stages import count, silently
 from mixora.training import progress as module
 from mixora.training.interruption import Interruption
 from mixora.training.progress import Progress, StepProgress

@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 from typer.testing import CliRunner
 
-from mixora.asides import ASIDE
 from mixora.cli import app
 from mixora.errors import CheckpointError, ConfigError, StoppedError, UnwrittenError
-from mixora.folders import MARK
+from mixora.files.asides import ASIDE
+from mixora.files.folders import MARK
 from mixora.training import run as running
 from mixora.training.arguments import make_arguments
 from mixora.training.checkpoints import clear_leftovers, find_checkpoint, read_resumed, resumable

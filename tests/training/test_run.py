@@ -12,7 +12,7 @@ import mixora
 from mixora.config import read_yaml
 from mixora.diagnostics.record import read_record
 from mixora.errors import CheckpointError, ConfigError, DataError, ModelError
-from mixora.folders import MARK, check_folder, claim_folder
+from mixora.files.folders import MARK, check_folder, claim_folder
 from mixora.training.material import make_training_set, read_material
 from mixora.training.progress import Progress
 from mixora.training.results import reopen

@@ -11,7 +11,7 @@ from torch import nn
 import mixora
 from benchmarks.reliability import sharding as program
 from mixora.errors import CheckpointError, TrainingError
-from mixora.inputs import Input
+from mixora.passes.inputs import Input
 from mixora.training.sharding import check_sharding
 from tests.models import adapt, fill, gradients, tiny_llama, token_ids
 from tests.training.setups import make_model, make_trainer

@@ -7,8 +7,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import mixora
-from mixora import injection
-from mixora.passes import tracing
+from mixora.passes import injection, tracing
 from mixora.training.batch_loss import auxiliary_loss
 from tests.models import adapt, gradients, tiny_albert, token_ids
 

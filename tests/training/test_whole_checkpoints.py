@@ -14,8 +14,8 @@ import torch
 from transformers import TrainerCallback, TrainingArguments
 
 import mixora
-from mixora.asides import ASIDE
 from mixora.errors import CheckpointError, UnwrittenError
+from mixora.files.asides import ASIDE
 from mixora.training import whole_checkpoints
 from mixora.training.checkpoints import read_state
 from mixora.training.costs import Clock

@@ -7,7 +7,7 @@ from torch.distributed.tensor import DTensor
 
 import mixora
 from mixora.errors import TrainingError
-from mixora.keys import adapter_state
+from mixora.tuner.keys import adapter_state
 from tests.models import adapt, fill, tiny_llama, token_ids
 from tests.training.setups import make_model, make_trainer
 

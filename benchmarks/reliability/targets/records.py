@@ -27,7 +27,7 @@ from mixora.diagnostics.record import RunRecord, Similar, Token, Typical
 from mixora.diagnostics.report import render, summarise
 from mixora.diagnostics.verdict import judge_routers
 from mixora.errors import MixoraError
-from mixora.folders import check_folder
+from mixora.files.folders import check_folder
 from mixora.training.checkpoints import read_resumed
 from mixora.tuner import recipe
 

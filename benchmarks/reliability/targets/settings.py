@@ -7,11 +7,11 @@ import yaml
 
 from benchmarks.reliability.targets.drawing import NUMBERS, Draw
 from benchmarks.reliability.targets.material import RUN, fresh, make_base
+from mixora.commands.terminal import read_tree
 from mixora.comparison.settings import read_comparison
 from mixora.config import parse, read_yaml
-from mixora.documents import parse_yaml
+from mixora.files.documents import parse_yaml
 from mixora.recipes import recipe_names
-from mixora.terminal import read_tree
 from mixora.training.run_config import RunConfig, read_run
 from mixora.tuner import plan, recipe
 

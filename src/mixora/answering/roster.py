@@ -13,11 +13,11 @@ from mixora.answering.rows import Decoder
 from mixora.bases import load_base
 from mixora.config import did_you_mean, parse
 from mixora.data.prompts import EncodingConfig, uses_chat
-from mixora.documents import show
+from mixora.display.stages import Stage, silently
 from mixora.errors import ConfigError, ModelError
 from mixora.evaluate.generation import end_ids
+from mixora.files.documents import show
 from mixora.loading import add_pretrained, check_files, find_adapter, from_pretrained, read_adapter_config, task_of
-from mixora.stages import Stage, silently
 from mixora.training.run_config import ModelSection, read_settings
 from mixora.training.run_folder import RUN_FILE
 

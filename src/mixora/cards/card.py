@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Literal
 
 import mixora
-from mixora.asides import writing
 from mixora.bases import TASK_TYPES
 from mixora.cards.facts import Facts, licence_of_base, show_name
 from mixora.cards.front_matter import write_front_matter
 from mixora.cards.text import literal, make_table, quote
+from mixora.files.asides import writing
 from mixora.recipes import read_recipe, recipe_names
 from mixora.short_names import SHORT_NAMES
 

@@ -9,9 +9,9 @@ from typing import Any
 from peft import PeftConfig, TaskType
 
 from mixora.diagnostics.record import RunRecord
-from mixora.documents import decode, parse_yaml, read_bytes
 from mixora.errors import ConfigError
-from mixora.plan import Plan
+from mixora.files.documents import decode, parse_yaml, read_bytes
+from mixora.planning.plan import Plan
 from mixora.short_names import SHORT_NAMES
 from mixora.tuner import MixoraConfig
 

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterable, Iterator
 
-from mixora.console import show_controls
+from mixora.display.console import show_controls
 
 
 def on_one_line(text: object) -> str:

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mixora.completion import complete_run
-from mixora.console import Console, show_controls
+from mixora.commands.completion import complete_run
+from mixora.commands.terminal import Debug, Model, reports_errors
+from mixora.display.console import Console, show_controls
 from mixora.errors import ConfigError, DataError
-from mixora.terminal import Debug, Model, reports_errors
 
 if TYPE_CHECKING:
     from mixora.answering.conversation import Conversation

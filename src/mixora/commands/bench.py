@@ -9,8 +9,8 @@ import typer
 from rich.table import Table
 
 import mixora
-from mixora.console import Console
-from mixora.terminal import Debug, reports_errors
+from mixora.commands.terminal import Debug, reports_errors
+from mixora.display.console import Console
 
 LISTED = (None, "--help")
 

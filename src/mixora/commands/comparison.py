@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mixora.terminal import AsJson, Debug, DryRun, Out, make_console, print_json, read_tree, reports_errors
+from mixora.commands.terminal import AsJson, Debug, DryRun, Out, make_console, print_json, read_tree, reports_errors
 
 if TYPE_CHECKING:
     from mixora.comparison.matrix import Matrix, Run

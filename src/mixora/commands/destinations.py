@@ -10,7 +10,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import RenderableType
 from rich.table import Table
 
-from mixora.console import Console
+from mixora.commands.terminal import make_console, print_json
+from mixora.display.console import Console
 from mixora.errors import ConfigError
 from mixora.exporting import (
     Exported,
@@ -24,7 +25,6 @@ from mixora.exporting import (
     upload,
 )
 from mixora.merging import Merged
-from mixora.terminal import make_console, print_json
 from mixora.training.progress import Progress
 from mixora.training.summaries import summarise_foreseen, summarise_merge
 

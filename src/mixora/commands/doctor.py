@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import mixora
-from mixora.terminal import AsJson, Debug, print_json, reports_errors
+from mixora.commands.terminal import AsJson, Debug, print_json, reports_errors
 
 if TYPE_CHECKING:
     from mixora.environment import Environment, Machine

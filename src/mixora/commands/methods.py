@@ -8,9 +8,8 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from mixora.completion import complete_recipe
-from mixora.console import Console
-from mixora.terminal import (
+from mixora.commands.completion import complete_recipe
+from mixora.commands.terminal import (
     AsJson,
     Debug,
     Model,
@@ -22,6 +21,7 @@ from mixora.terminal import (
     read_tree,
     reports_errors,
 )
+from mixora.display.console import Console
 
 if TYPE_CHECKING:
     from mixora.training.planning import Outlook

@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from mixora.console import Console
-from mixora.terminal import AsJson, Debug, print_json, reports_errors
+from mixora.commands.terminal import AsJson, Debug, print_json, reports_errors
+from mixora.display.console import Console
 
 
 @reports_errors
@@ -23,7 +23,7 @@ def report(
     from mixora.diagnostics.checkpoint import find_record
     from mixora.diagnostics.report import PAGE, render, summarise
     from mixora.diagnostics.verdict import judge_routers
-    from mixora.folders import write_text
+    from mixora.files.folders import write_text
 
     record = find_record(folder)
     page = write_text(out or folder / PAGE, render(record), overwrite or out is None)

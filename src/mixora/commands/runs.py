@@ -5,9 +5,19 @@ from typing import Annotated
 
 import typer
 
-from mixora.console import Console
+from mixora.commands.terminal import (
+    AsJson,
+    Changes,
+    Data,
+    Debug,
+    Run,
+    make_console,
+    print_json,
+    read_tree,
+    reports_errors,
+)
+from mixora.display.console import Console
 from mixora.errors import DataError
-from mixora.terminal import AsJson, Changes, Data, Debug, Run, make_console, print_json, read_tree, reports_errors
 
 Task = Annotated[list[str] | None, typer.Option(help="Only this task of several; may be given several times.")]
 

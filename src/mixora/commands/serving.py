@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mixora.commands.answers import Adapters, Device, Dtype
-from mixora.console import Console
+from mixora.commands.terminal import Debug, Model, reports_errors
+from mixora.display.console import Console
 from mixora.errors import ConfigError
-from mixora.terminal import Debug, Model, reports_errors
 
 if TYPE_CHECKING:
     from mixora.answering.roster import Roster

@@ -9,10 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from mixora.completion import complete_run
-from mixora.console import Console
-from mixora.errors import ConfigError
-from mixora.terminal import (
+from mixora.commands.completion import complete_run
+from mixora.commands.terminal import (
     AsJson,
     Data,
     Debug,
@@ -27,6 +25,8 @@ from mixora.terminal import (
     read_tree,
     reports_errors,
 )
+from mixora.display.console import Console
+from mixora.errors import ConfigError
 
 if TYPE_CHECKING:
     from mixora.diagnostics.record import RunRecord

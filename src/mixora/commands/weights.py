@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from mixora.completion import complete_destination, complete_run
-from mixora.terminal import (
+from mixora.commands.completion import complete_destination, complete_run
+from mixora.commands.terminal import (
     AsJson,
     Changes,
     Data,

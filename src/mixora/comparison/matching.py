@@ -13,8 +13,8 @@ from mixora.allocators.groups import GroupsConfig
 from mixora.comparison.settings import Match, MethodEntry, Setup
 from mixora.depth import is_line
 from mixora.errors import ConfigError
-from mixora.method import Method
-from mixora.plan import Plan
+from mixora.planning.method import Method
+from mixora.planning.plan import Plan
 from mixora.training.run_config import AdapterSection
 from mixora.tuner import plan
 

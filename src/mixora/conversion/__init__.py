@@ -7,10 +7,10 @@ from peft.utils.constants import CONFIG_NAME
 
 from mixora.conversion.crafted import convert_crafted
 from mixora.conversion.moe_peft import convert_moe_peft
+from mixora.display.stages import Stage, silently
 from mixora.errors import CheckpointError, ConfigError
-from mixora.folders import check_folder, claim_folder
-from mixora.plan import Plan
-from mixora.stages import Stage, silently
+from mixora.files.folders import check_folder, claim_folder
+from mixora.planning.plan import Plan
 
 
 def convert(

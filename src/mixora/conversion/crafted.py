@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from mixora.base_limits import check_sizes
 from mixora.bases import sketch
+from mixora.bases.limits import check_sizes
 from mixora.config import Strict, parse
 from mixora.conversion.tensors import (
     Shapes,
@@ -31,9 +31,9 @@ from mixora.conversion.tensors import (
     write_adapter,
 )
 from mixora.depth import Count
+from mixora.display.stages import Advance, Stage, count
 from mixora.errors import CheckpointError, ModelError
-from mixora.plan import Plan
-from mixora.stages import Advance, Stage, count
+from mixora.planning.plan import Plan
 from mixora.tuner import MixoraConfig, plan, recipe
 
 # model types of released checkpoints, and those of the dense models below them

@@ -26,7 +26,7 @@ from mixora.config import Strict, parse
 from mixora.conversion.tensors import Shapes, check_shapes, read_json, read_tensors, shapes_of, write_adapter
 from mixora.depth import Count
 from mixora.errors import CheckpointError, ConfigError, ModelError
-from mixora.plan import Plan, Site
+from mixora.planning.plan import Plan, Site
 from mixora.tuner import MixoraConfig, plan, recipe
 
 # bases whose linears have the names that MoE-PEFT gives them

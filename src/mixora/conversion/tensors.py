@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mixora import documents
 from mixora.errors import CheckpointError
+from mixora.files import documents
 from mixora.tuner import MixoraConfig
 
 Shapes = dict[str, tuple[int, ...]]

@@ -23,8 +23,8 @@ from mixora.data.prompts import (
     uses_chat,
 )
 from mixora.data.sources import Rows
+from mixora.display.stages import Advance
 from mixora.errors import DataError
-from mixora.stages import Advance
 
 IGNORED = -100
 

@@ -11,8 +11,8 @@ from typing import Any
 import pyarrow  # type: ignore[import-untyped]
 import pyarrow.parquet  # type: ignore[import-untyped]
 
-from mixora.documents import MOST_DIGITS, UnreadableError, decode, parse_json
 from mixora.errors import DataError
+from mixora.files.documents import MOST_DIGITS, UnreadableError, decode, parse_json
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from mixora.config import did_you_mean
 from mixora.data.files import READERS, Fault, Record, read_records
 from mixora.data.formats import FORMS, Row, detect_form, fitting_forms, form_named, problem_of
 from mixora.data.labels import check_class_names, name_classes, number_label
-from mixora.documents import UnreadableError, find_path, read_json, show
 from mixora.errors import DataError
+from mixora.files.documents import UnreadableError, find_path, read_json, show
 
 USUAL_SPLITS = ("train", "validation", "test")
 SHOWN = 10

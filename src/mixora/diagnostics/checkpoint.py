@@ -7,9 +7,9 @@ from typing import Any
 
 from mixora.diagnostics.page import is_number
 from mixora.diagnostics.record import RECORD, RunRecord, read_record
-from mixora.documents import read_json
 from mixora.errors import CheckpointError
-from mixora.plan import Plan
+from mixora.files.documents import read_json
+from mixora.planning.plan import Plan
 
 STATE, ADAPTER = "trainer_state.json", "adapter_config.json"
 NO_SCORES = ("epoch", "learning_rate", "grad_norm", "auxiliary_loss", "num_input_tokens_seen")

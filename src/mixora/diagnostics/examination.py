@@ -12,10 +12,10 @@ from mixora.diagnostics.places import spread_over_depth
 from mixora.diagnostics.record import Similar, SiteRouting, Typical
 from mixora.diagnostics.similarity import Correlation, choices_of, cosines_of, find_similar
 from mixora.diagnostics.typical import TokenCounts, find_strongest
+from mixora.display.stages import Advance, count
 from mixora.mixture import Mixture, mixtures_of
 from mixora.passes import Stream
 from mixora.routing import Observation, Routing
-from mixora.stages import Advance, count
 
 Batch = Mapping[str, Tensor]
 STREAMS: tuple[Stream, ...] = ("source", "target")

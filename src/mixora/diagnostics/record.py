@@ -9,8 +9,8 @@ from typing import Annotated, Any, Required
 from pydantic import AfterValidator, ConfigDict, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
-from mixora.asides import writing
 from mixora.errors import CheckpointError
+from mixora.files.asides import writing
 
 RECORD = "record.json"
 Row = dict[str, Any]

@@ -6,7 +6,6 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from mixora.asides import writing
 from mixora.diagnostics.charts import draw_lines
 from mixora.diagnostics.page import (
     NOTHING,
@@ -31,6 +30,7 @@ from mixora.diagnostics.router_sections import (
     write_similar,
     write_typical,
 )
+from mixora.files.asides import writing
 
 PAGE, LOSS, LOAD = "report.html", "loss.png", "expert_load.png"
 BETTER_LOW = ("loss", "perplexity", "error")

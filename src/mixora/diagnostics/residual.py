@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from mixora.errors import DataError, ModelError
 from mixora.mixture import Mixture, mixtures_of
-from mixora.parts import Parts
+from mixora.mixture.parts import Parts
 from mixora.passes import tracing
 from mixora.routing import Routing
 

@@ -9,11 +9,11 @@ from typing import Any, TypeVar
 from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 
-from mixora.documents import UnreadableError, decode, parse_json
 from mixora.endpoint.limits import Limits
 from mixora.endpoint.protocol import Request, read_request
 from mixora.endpoint.refusals import RefusedError
 from mixora.errors import MixoraError
+from mixora.files.documents import UnreadableError, decode, parse_json
 
 R = TypeVar("R", bound=Request)
 LOOPBACK = ("127.0.0.1", "localhost", "::1")

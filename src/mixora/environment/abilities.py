@@ -99,7 +99,7 @@ def _installed(name: str, package: str) -> Ability:
 def _fuse() -> None:
     import torch
 
-    from mixora.fused_loss import cross_entropy
+    from mixora.losses.fused import cross_entropy
 
     hidden_TI, weight_VI = torch.randn(4, 8, requires_grad=True), torch.randn(16, 8)
     cross_entropy(hidden_TI, weight_VI, torch.arange(4)).backward()

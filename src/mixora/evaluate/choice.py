@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
+from mixora.display.stages import Advance
 from mixora.errors import DataError
 from mixora.evaluate.perplexity import IGNORED, Collate, log_likelihoods
-from mixora.stages import Advance
 
 Ids = Sequence[int]
 

@@ -9,10 +9,10 @@ from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from torch import nn
 
+from mixora.display.stages import Advance
 from mixora.errors import DataError
 from mixora.evaluate.inference import batch_by_length, inference
 from mixora.evaluate.perplexity import Collate
-from mixora.stages import Advance
 
 
 def predict(

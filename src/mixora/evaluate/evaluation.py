@@ -7,13 +7,13 @@ from typing import Any, Protocol
 from transformers import PreTrainedTokenizerBase
 
 from mixora.config import Strict, Whole, did_you_mean
+from mixora.display.stages import Advance
 from mixora.errors import ConfigError, DataError
 from mixora.evaluate.choice import choose
 from mixora.evaluate.classification import classification_scores, predict, regression_scores
 from mixora.evaluate.generation import generate
 from mixora.evaluate.perplexity import Collate, token_loss
 from mixora.evaluate.scores import SCORES, parse_call
-from mixora.stages import Advance
 
 LOSSES = ("loss", "perplexity")
 _LABELLED = ("accuracy", "f1", "mcc", "pearson", "spearman")

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from mixora.display.stages import Advance
 from mixora.errors import DataError
 from mixora.evaluate.inference import batch_by_length, inference
-from mixora.stages import Advance
 
 # Values under which generation changes no score: set outright, since a model may bring others of its own.
 GREEDY = {"num_beams": 1, "temperature": 1.0, "top_p": 1.0, "top_k": 50, "repetition_penalty": 1.0}

@@ -6,8 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from mixora.display.stages import Advance
 from mixora.errors import DataError
-from mixora.stages import Advance
 
 
 @contextmanager

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mixora.display.stages import Advance
 from mixora.errors import DataError
 from mixora.evaluate.inference import batch_by_length, inference
-from mixora.stages import Advance
 
 IGNORED = -100
 

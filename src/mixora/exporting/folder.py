@@ -13,9 +13,9 @@ from mixora.bases import read_tokenizer
 from mixora.cards import Card, CardForm, Facts, facts_of, is_hub_id, write_card
 from mixora.config import did_you_mean, parse
 from mixora.diagnostics.record import RECORD, RunRecord, read_record
-from mixora.documents import read_json
 from mixora.errors import ConfigError
-from mixora.folders import check_folder, claim_folder
+from mixora.files.documents import read_json
+from mixora.files.folders import check_folder, claim_folder
 from mixora.loading import count_outputs, read_adapter_config
 from mixora.merging import Form, Merged
 from mixora.merging.export import name_base

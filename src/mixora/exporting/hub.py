@@ -11,7 +11,7 @@ from huggingface_hub.errors import HFValidationError, HTTPError
 from huggingface_hub.utils import validate_repo_id
 
 from mixora.errors import ConfigError, UnwrittenError
-from mixora.folders import MARK
+from mixora.files.folders import MARK
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mixora.activations import keep_all
 from mixora.footprint.alike import Kinds, describe, describe_input, may_leave_out
 from mixora.footprint.live import LiveBytes
 from mixora.footprint.stand_ins import stand_ins
 from mixora.footprint.timeline import Course, Phase, Stretch, compose
 from mixora.footprint.units import Unit
+from mixora.passes.activations import keep_all
 
 Loss = Callable[[Any, dict[str, Tensor]], Tensor]
 """The loss of a model on a batch, with its graph."""

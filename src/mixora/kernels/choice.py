@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from mixora.contracts import Shape
-from mixora.devices import kind_of
 from mixora.errors import ConfigError
+from mixora.host.devices import kind_of
 from mixora.kernels import KERNELS
 
 # By `devices.kind_of`. `cpu` and `amx`: what `mixora bench kernels` found, as the newest files in benchmarks/results

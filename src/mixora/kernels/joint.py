@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from mixora.inputs import Input
 from mixora.kernels.stacked import Stacked, segments_ER
+from mixora.passes.inputs import Input
 from mixora.routing import Routing
 
 

@@ -8,10 +8,10 @@ site's K slots, how many; whether it is the first program of its site. All arith
 import triton
 import triton.language as tl
 
-from mixora.kernels.triton import is_interpreted
+from mixora.host.devices import is_triton_interpreted
 
 WIDTH = tl.constexpr(7)
-IS_INTERPRETED = tl.constexpr(is_interpreted())
+IS_INTERPRETED = tl.constexpr(is_triton_interpreted())
 
 
 @triton.jit

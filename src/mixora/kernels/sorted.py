@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mixora.devices import without_autocast
+from mixora.host.devices import without_autocast
 from mixora.kernels.sorting import SortingKernel, cast_as_autocast, sort_by_expert
 from mixora.routing import Routing
 

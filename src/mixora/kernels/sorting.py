@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mixora.contracts import Kernel
-from mixora.devices import is_autocast
+from mixora.host.devices import is_autocast
 from mixora.routing import Routing
 
 

@@ -10,7 +10,6 @@ float64 and inference are computed as `joint` does.
 """
 
 import importlib.util
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -21,8 +20,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mixora.contracts import Shape
-from mixora.inputs import Input
+from mixora.host.devices import is_triton_interpreted
 from mixora.kernels.joint import Joined, Joint, add_product, hand_on
+from mixora.passes.inputs import Input
 from mixora.routing import Routing
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -42,7 +42,7 @@ class Triton(Joint):
             return f"cannot compute in {dtype}; valid: {', '.join(map(str, DTYPES))}"
         if importlib.util.find_spec("triton") is None:
             return "needs the package triton, which is not installed"
-        if torch.version.hip or not (torch.cuda.is_available() or is_interpreted()):
+        if torch.version.hip or not (torch.cuda.is_available() or is_triton_interpreted()):
             return "needs an NVIDIA GPU, and there is none"
         return None
 
@@ -51,14 +51,9 @@ def find_obstacle(x_TI: Tensor) -> str | None:
     """Why a launch cannot read such a tensor."""
     if x_TI.dtype not in DTYPES:
         return f"its input is in {x_TI.dtype}"
-    if x_TI.device.type == "cuda" or (x_TI.device.type == "cpu" and is_interpreted()):
+    if x_TI.device.type == "cuda" or (x_TI.device.type == "cpu" and is_triton_interpreted()):
         return None
     return f"its input is on {x_TI.device.type}"
-
-
-def is_interpreted() -> bool:
-    """Whether Triton computes on the CPU, step by step: set before the first launch."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from mixora import passes
+from mixora.display.stages import Advance
 from mixora.errors import ConfigError, DataError
 from mixora.evaluate.inference import inference
-from mixora.low_rank import LowRank
 from mixora.merging.regression import Inputs, Outputs
 from mixora.mixture import Mixture
-from mixora.stages import Advance
+from mixora.mixture.low_rank import LowRank
 
 Batch = Mapping[str, Tensor]
 FLOAT64 = 8

@@ -9,13 +9,13 @@ from peft import PeftModel
 from torch import Tensor
 from torch.nn import functional as F
 
+from mixora.display.stages import Advance
 from mixora.errors import DataError
 from mixora.evaluate.inference import inference
 from mixora.evaluate.perplexity import IGNORED
 from mixora.merging.approximation import Batch, hooked
 from mixora.merging.export import Pairs
 from mixora.mixture import Mixture
-from mixora.stages import Advance
 
 
 @dataclass(frozen=True)

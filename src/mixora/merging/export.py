@@ -15,16 +15,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from mixora import whole_modules
-from mixora.assembly import make_plan
 from mixora.bases import resolve_base
 from mixora.contracts import Parameters
-from mixora.draws import Draw
 from mixora.errors import ModelError
-from mixora.folding import check_untied
-from mixora.low_rank import LowRank
 from mixora.mixture import PREFIX, mixtures_of
-from mixora.parts import Parts
+from mixora.mixture.folding import check_untied
+from mixora.mixture.low_rank import LowRank
+from mixora.mixture.parts import Parts
+from mixora.planning import whole_modules
+from mixora.planning.assembly import make_plan
+from mixora.routing.draws import Draw
 from mixora.tuner import MixoraConfig
 
 Pairs = Mapping[str, LowRank]

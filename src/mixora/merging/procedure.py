@@ -11,11 +11,10 @@ from transformers import PreTrainedTokenizerBase
 
 from mixora.cards import Facts, facts_of
 from mixora.config import did_you_mean
-from mixora.draws import Draw
+from mixora.display.stages import Stage, silently
 from mixora.errors import CheckpointError, ConfigError
-from mixora.folders import check_folder, claim_folder
-from mixora.host import MIXORA
-from mixora.low_rank import LowRank
+from mixora.files.folders import check_folder, claim_folder
+from mixora.host.versions import MIXORA
 from mixora.merging.approximation import Approximation, Batch, active_rank, approximate
 from mixora.merging.card import write_companions
 from mixora.merging.comparison import Comparison, compare
@@ -23,7 +22,8 @@ from mixora.merging.export import Pairs, name_base, write_dense, write_lora, wri
 from mixora.merging.result import Form, Merged, MergedSite
 from mixora.merging.soup import Soup, cook
 from mixora.mixture import Mixture, mixtures_of
-from mixora.stages import Stage, silently
+from mixora.mixture.low_rank import LowRank
+from mixora.routing.draws import Draw
 from mixora.tuner import MixoraConfig
 
 Found = dict[str, tuple[LowRank, MergedSite]]

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from mixora.low_rank import LowRank
+from mixora.mixture.low_rank import LowRank
 
 
 @dataclass

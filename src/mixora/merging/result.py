@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from mixora.merging.comparison import Comparison
 from mixora.merging.soup import Soup
-from mixora.plan import star_layer
+from mixora.planning.plan import star_layer
 
 Form = Literal["peft-lora", "averaged", "dense"]
 

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from mixora.draws import serving
+from mixora.display.stages import Advance
 from mixora.errors import ConfigError, DataError
 from mixora.evaluate.inference import inference
 from mixora.merging.approximation import Batch
 from mixora.merging.comparison import predict, sum_loss
 from mixora.mixture import Mixture
-from mixora.stages import Advance
+from mixora.routing.draws import serving
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import yaml
 
 from mixora.config import did_you_mean, parse
 from mixora.errors import ConfigError
-from mixora.method import Method
+from mixora.planning.method import Method
 
 
 class Recipe(Method):

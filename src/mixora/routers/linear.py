@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from mixora.contracts import Parameters, Router
-from mixora.devices import without_autocast
+from mixora.host.devices import without_autocast
 from mixora.routing import Routing, Tokens
 
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from mixora.config import Strict
 from mixora.contracts import Expert, Parameters, Router
 from mixora.depth import OverDepth
-from mixora.draws import Draw
 from mixora.routing import Routing, Tokens
+from mixora.routing.draws import Draw
 
 
 class UniformConfig(Strict):

@@ -15,15 +15,15 @@ from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel, PreTrainedTokenizerBase
 
 from mixora.cards import Card, Facts, facts_of, write_card
-from mixora.draws import Draw
+from mixora.display.stages import Stage, silently
 from mixora.errors import CheckpointError, ModelError
 from mixora.evaluate.inference import inference
 from mixora.experts import Bottleneck, Hydra, Lora
-from mixora.folders import check_folder, claim_folder
-from mixora.host import MIXORA
+from mixora.files.folders import check_folder, claim_folder
+from mixora.host.versions import MIXORA
 from mixora.mixture import PREFIX, Mixture, mixtures_of
 from mixora.routers import Soft, TopK
-from mixora.stages import Stage, silently
+from mixora.routing.draws import Draw
 
 MODELLING = "modeling_mixora"
 ADAPTER = "mixora_adapter"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from mixora.fused_loss import CHUNK, IGNORED
+from mixora.losses.fused import CHUNK, IGNORED
 from mixora.mixture import Mixture
 from mixora.passes import current
 from mixora.training.second_pass import base_of

@@ -8,14 +8,14 @@ from typing import Any, Generic
 import torch
 from torch import Tensor, nn
 
-from mixora.activations import lean_activations
 from mixora.errors import TrainingError
+from mixora.host.world import sum_over_processes
 from mixora.mixture import mixtures_of
 from mixora.passes import tracing
+from mixora.passes.activations import lean_activations
 from mixora.routing import Trace
 from mixora.training.fused_head import FusedHead, Result, run_fused, why_not_fused
 from mixora.training.second_pass import Agreement, Pair, compare_passes, second_passes
-from mixora.world import sum_over_processes
 
 
 def auxiliary_loss(model: nn.Module, trace: Trace) -> tuple[Tensor | None, dict[str, Tensor]]:

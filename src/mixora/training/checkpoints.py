@@ -13,11 +13,11 @@ from typing import Any
 from transformers import TrainerCallback, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from mixora.asides import ASIDE, remove
 from mixora.config import merge_trees, parse
 from mixora.diagnostics.record import RECORD
 from mixora.errors import CheckpointError, ConfigError, NonFiniteError, StoppedError, UnwrittenError
-from mixora.folders import MARK
+from mixora.files.asides import ASIDE, remove
+from mixora.files.folders import MARK
 from mixora.training.bad_steps import count_left_out
 from mixora.training.manifest import find_damage
 from mixora.training.run_config import RunConfig, leaves_of, read_settings

@@ -14,13 +14,13 @@ from mixora.data import conversation_of
 from mixora.diagnostics.examination import examine
 from mixora.diagnostics.measure import load_by_group
 from mixora.evaluate import Evaluation, Examples
-from mixora.plan import Plan
+from mixora.host.world import count_processes
+from mixora.planning.plan import Plan
 from mixora.training.material import Material, TrainingSet, batches_of, batches_of_tasks
 from mixora.training.progress import Progress
 from mixora.training.run_config import RunConfig
 from mixora.training.tasks import average
 from mixora.tuner import MixoraConfig
-from mixora.world import count_processes
 
 ROWS_PER_GROUP = 8
 

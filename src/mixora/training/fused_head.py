@@ -18,8 +18,8 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from mixora.fused_loss import IGNORED, cross_entropy, cross_entropy_and_agreement, product_dtype
 from mixora.losses.consistency import Consistency
+from mixora.losses.fused import IGNORED, cross_entropy, cross_entropy_and_agreement, product_dtype
 from mixora.training.second_pass import Agreement, base_of, pass_losses
 
 Result = TypeVar("Result")

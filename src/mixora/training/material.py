@@ -28,9 +28,9 @@ from mixora.data import (
     render_prompt,
     share_out,
 )
+from mixora.display.stages import Advance
 from mixora.errors import ConfigError
 from mixora.evaluate import Examples
-from mixora.stages import Advance
 from mixora.training.processes import count_asked
 from mixora.training.rows import Past, TaskRows, evaluated_rows, labels_of, read_tasks
 from mixora.training.run_config import DataSection, RunConfig

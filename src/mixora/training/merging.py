@@ -15,7 +15,7 @@ from mixora.bases import load_base, sketch_base
 from mixora.cards import Facts, show_name
 from mixora.config import merge_trees, parse
 from mixora.errors import ConfigError
-from mixora.folders import check_folder
+from mixora.files.folders import check_folder
 from mixora.loading import check_files, count_outputs, from_pretrained, read_adapter_config, task_of
 from mixora.merging import Approximation, Form, Merged, foresee, merge
 from mixora.training.material import (

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from mixora.config import parse
 from mixora.diagnostics.record import read_record
-from mixora.documents import UnreadableError, find_path
 from mixora.errors import CheckpointError, DataError
+from mixora.files.documents import UnreadableError, find_path
 from mixora.loading import read_adapter_config, task_of
 from mixora.training.rows import Past, labels_of, read_tasks
 from mixora.training.run_config import RunConfig, read_settings

@@ -13,11 +13,11 @@ from transformers import PreTrainedModel
 
 from mixora.bases import Task, sketch_base
 from mixora.config import did_you_mean, parse
-from mixora.crafting import craft
+from mixora.conversion.crafting import craft
+from mixora.display.stages import Stage, silently
 from mixora.errors import ConfigError
 from mixora.footprint import STRATEGIES, Footprint, Loss, Memory, Parameters, Single, Strategy, count_base, estimate
-from mixora.plan import Plan
-from mixora.stages import Stage, silently
+from mixora.planning.plan import Plan
 from mixora.training.batch_loss import compute_loss
 from mixora.training.run_config import AdapterSection, ModelSection, check_names
 from mixora.tuner import MixoraConfig, plan

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from transformers import TrainerCallback
 
 from mixora.errors import CheckpointError, TrainingError
-from mixora.world import count_processes, process_index
+from mixora.host.world import count_processes, process_index
 
 COUNTS = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 """Where launchers write how many processes they start."""

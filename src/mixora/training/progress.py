@@ -12,7 +12,7 @@ from rich.progress import Progress as Bars
 from transformers import TrainerCallback
 from transformers.utils import logging
 
-from mixora.console import Console
+from mixora.display.console import Console
 from mixora.training.processes import is_started_first
 
 ROUTING = {"routing/evenness": "experts' evenness", "routing/dropped_share": "dropped"}

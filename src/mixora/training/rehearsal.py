@@ -9,9 +9,9 @@ from typing import Any
 from rich.console import RenderableType
 
 from mixora.bases import TASK_TYPES
-from mixora.folders import check_folder
+from mixora.files.folders import check_folder
 from mixora.footprint import Memory
-from mixora.plan import Plan
+from mixora.planning.plan import Plan
 from mixora.training.arguments import make_arguments
 from mixora.training.checkpoints import find_checkpoint
 from mixora.training.material import (

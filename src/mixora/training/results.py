@@ -11,10 +11,10 @@ from mixora.config import did_you_mean, merge_trees, parse
 from mixora.data import render_prompt
 from mixora.diagnostics.measure import inspect
 from mixora.diagnostics.residual import residual_energy
+from mixora.display.stages import count
 from mixora.errors import CheckpointError, ConfigError, DataError
 from mixora.evaluate import Examples, generate
 from mixora.loading import from_pretrained
-from mixora.stages import count
 from mixora.training.material import Material, batches_of_tasks, make_examples, read_material
 from mixora.training.past import read_past
 from mixora.training.progress import Progress

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from mixora.diagnostics.collapse import COLLAPSED, measure_evenness
 from mixora.diagnostics.places import name_site
 from mixora.diagnostics.verdict import AGAINST_COLLAPSE, name_some
+from mixora.host.world import sum_over_processes
 from mixora.mixture import mixtures_of
 from mixora.routing import Observation, Routing, Trace
-from mixora.world import sum_over_processes
 
 PREFIX = "routing/"
 ALARMING_SHARE = 0.1

@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mixora.data import FORMS, Rows, read_rows, splits_of
-from mixora.documents import find_path
 from mixora.errors import ConfigError, DataError
+from mixora.files.documents import find_path
 from mixora.training.run_config import DataSection, RunConfig, TaskSection
 
 

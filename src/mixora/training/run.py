@@ -11,7 +11,6 @@ import transformers
 from peft import PeftModel, get_peft_model
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from mixora.asides import writing
 from mixora.bases import TASK_TYPES
 from mixora.cards import Card, facts_of, write_card
 from mixora.diagnostics.checkpoint import history_of
@@ -19,10 +18,10 @@ from mixora.diagnostics.record import RunRecord
 from mixora.diagnostics.report import write_report
 from mixora.errors import ConfigError
 from mixora.evaluate import Evaluation, Examples, evaluate
-from mixora.folders import check_folder
+from mixora.files.asides import writing
+from mixora.files.folders import check_folder
 from mixora.loading import count_outputs, from_pretrained, read_adapter_config
-from mixora.plan import Plan
-from mixora.serving import served_by
+from mixora.planning.plan import Plan
 from mixora.training.arguments import make_arguments
 from mixora.training.beginning import begin
 from mixora.training.checkpoints import ChangedIntervals, finish, read_state, resumable
@@ -52,6 +51,7 @@ from mixora.training.start import Start, write_start
 from mixora.training.tasks import evaluation_of, mixture_table
 from mixora.training.trainers import Trainer
 from mixora.tuner import MixoraConfig, allocate, plan
+from mixora.tuner.serving import served_by
 
 
 def build(material: Material, rows: TrainingSet, config: RunConfig, progress: Progress) -> tuple[MixoraConfig, Plan]:

@@ -11,8 +11,8 @@ from mixora.data import EncodingConfig
 from mixora.depth import is_line
 from mixora.errors import ConfigError
 from mixora.evaluate import EvaluationConfig
-from mixora.serving import Served
 from mixora.tuner import MixoraConfig, recipe
+from mixora.tuner.serving import Served
 
 
 class ModelSection(Strict):

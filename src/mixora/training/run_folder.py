@@ -4,8 +4,8 @@ from pathlib import Path
 
 import yaml
 
-from mixora.asides import remove, writing
-from mixora.folders import check_folder, claim_folder
+from mixora.files.asides import remove, writing
+from mixora.files.folders import check_folder, claim_folder
 from mixora.training.run_config import RunConfig
 
 RUN_FILE = "run.yaml"

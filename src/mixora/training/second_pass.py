@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mixora.contracts import PassLoss
-from mixora.entrances import followed_by
 from mixora.errors import TrainingError
-from mixora.fused_loss import IGNORED
+from mixora.losses.fused import IGNORED
 from mixora.mixture import mixtures_of
 from mixora.passes import current, replay
+from mixora.passes.entrances import followed_by
 
 Pair = tuple[Tensor | None, Tensor | None]
 """The logits of both passes, as the model gives them; None where it gives none."""

@@ -17,9 +17,9 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from mixora.errors import TrainingError
-from mixora.keys import adapter_state
+from mixora.host.sharding import is_sharded
 from mixora.mixture import mixtures_of
-from mixora.sharding import is_sharded
+from mixora.tuner.keys import adapter_state
 
 
 def shard_on_cpu(trainer: Any) -> None:

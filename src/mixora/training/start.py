@@ -15,9 +15,9 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from mixora.asides import writing
 from mixora.config import Strict
 from mixora.errors import CheckpointError
+from mixora.files.asides import writing
 from mixora.training.material import Material, TrainingSet
 
 START = "start.json"

@@ -15,7 +15,7 @@ from mixora.diagnostics.record import RunRecord
 from mixora.diagnostics.report import summarise
 from mixora.diagnostics.verdict import judge_routers
 from mixora.merging import Comparison, Merged
-from mixora.plan import common_prefix, star_layer
+from mixora.planning.plan import common_prefix, star_layer
 from mixora.training.tasks import scores_table
 
 

@@ -5,8 +5,8 @@ from typing import Any
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
-from mixora.asides import ASIDE, discard, leave, remove, settle, tell_room, why_unwritten
 from mixora.errors import CheckpointError, UnwrittenError
+from mixora.files.asides import ASIDE, discard, leave, remove, settle, tell_room, why_unwritten
 from mixora.training.manifest import MANIFEST, find_damage, write_manifest
 
 

@@ -1,0 +1,1 @@
+"""Files: documents read within bounds, folders that are written to, nothing ever half there."""
