@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import fmean
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
@@ -12,7 +13,7 @@ from benchmarks.quality.costs import read_costs
 from benchmarks.quality.front import draw_front
 from benchmarks.quality.results import RESULTS, Results, is_complete
 from benchmarks.quality.standings import Standing, stand
-from benchmarks.quality.table import Table, match_table, read_table, table_names
+from benchmarks.quality.table import Table, read_table, table_names
 from mixora.comparison.wording import format_estimate
 from mixora.diagnostics.page import NOTHING
 
@@ -74,7 +75,7 @@ def _score_lines(results: Results, known: Found, others: Found) -> Iterator[str]
     yield _row("---", *("---:" for _ in range(1 + len(columns))))
     for name in dict.fromkeys(name for standings in known.values() for name in standings):
         cells = [_cell(table, data, standings.get(name)) for _, data, standings in columns]
-        yield _row(name, _count(results, next(iter(known)), name.split(",")[0]), *cells)
+        yield _row(name, _count(results, list(known), name.split(",")[0]), *cells)
 
 
 def _name_metric(table: Table, data: str) -> str:
@@ -90,9 +91,10 @@ def _cell(table: Table, data: str, standing: Standing | None) -> str:
     return format_estimate(standing.estimate, table.metrics[data]) + SIGNS[standing.verdict] + left_out
 
 
-def _count(results: Results, data: str, method: str) -> str:
-    matched = match_table(results.name, data)[method]
-    return f"{matched.trainable / 1e6:.2f} M, {matched.active / 1e6:.2f} M"
+def _count(results: Results, data: list[str], method: str) -> str:
+    """The mean over the final trials: where an allocator looks at weights or rows, the matching cannot tell."""
+    lines = [line for of in data for line in results.finals(of, method).values()]
+    return ", ".join(f"{fmean(line[key] for line in lines) / 1e6:.2f} M" for key in ("trainable", "active"))
 
 
 def _rate_lines(results: Results, data: list[str]) -> Iterator[str]:

@@ -160,7 +160,7 @@ class Router(ABC):
 
     @abstractmethod
     def route(self, x_TI: Tensor, parameters: Parameters, tokens: Tokens, training: bool) -> Routing:
-        """The routing of T tokens."""
+        """The routing of T tokens, decided in fp32 (fp64 for fp64 inputs) whatever `x_TI` is, also under autocast."""
 
     @property
     def sums_to_one(self) -> bool:

@@ -128,7 +128,8 @@ def invented(trial, gain=0.02):
     """Accuracies of a method that gains something, with noise that both share by seed."""
     noise = [0.01, -0.02, 0.03, 0.0, -0.01][trial.seed % 5]
     own = (0.001 * trial.seed if trial.method == "sira" else 0.0) + (gain if trial.method == "sira" else 0.0)
-    return {"metrics": {"merged": {"accuracy": 0.7 + noise + own}}, "total_seconds": 1.0}
+    counts = {"trainable": 1_000_000, "active": 500_000 + 20_000 * trial.seed}
+    return {"metrics": {"merged": {"accuracy": 0.7 + noise + own}}, **counts, "total_seconds": 1.0}
 
 
 def test_differences_are_those_of_a_paired_test(small, tmp_path, monkeypatch):
@@ -148,6 +149,8 @@ def test_differences_are_those_of_a_paired_test(small, tmp_path, monkeypatch):
     write_page(page, tmp_path / "plots", tmp_path / "results")
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "▲" in text
+    # as the trials counted them, the mean over the seeds
+    assert text.count("| 1.00 M, 0.54 M |") == 2
     plot = (tmp_path / "plots" / "small.svg").read_bytes()
     write_page(page, tmp_path / "plots", tmp_path / "results")
     assert page.read_text() == text and "seeds)" not in text
