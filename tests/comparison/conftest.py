@@ -38,11 +38,14 @@ class Pretend:
                 config = read_run(yaml.safe_load(file))
             metrics, costs = self.measure(job.name)
             scores = {"before": {**metrics, "rows": 2}, "after": {**metrics, "rows": 2}, "environment": costs}
-            counts = {"parameters": {"total": 9000, "trainable": 700, "active": 300}}
-            record = RunRecord(title=job.name, recipe=config.adapter.recipe, **WORDS, **scores, **counts)
+            counted = {"parameters": self.count(job.name)}
+            record = RunRecord(title=job.name, recipe=config.adapter.recipe, **WORDS, **scores, **counted)
             write_report(record, open_folder(config, overwrite=True))
             self.made.append(job.name)
             yield Outcome(job.name, 1.0, None)
+
+    def count(self, name):
+        return {"total": 9000, "trainable": 700, "active": 300}
 
 
 def quiet():

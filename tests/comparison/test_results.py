@@ -110,6 +110,14 @@ def test_without_the_reference_nothing_is_compared(finish):
     assert "3 of 3 runs are missing" in write_results(nothing, "mixora compare").read_text()
 
 
+def test_counts_are_means_where_an_allocator_saw_other_rows(finish, monkeypatch):
+    monkeypatch.setattr(
+        Pretend, "count", lambda self, name: {"total": 9000, "trainable": 700, "active": 300 + int(name[-1])}
+    )
+    found = finish(seeds=3).standings["commands"]["sira"]
+    assert (found.trainable, found.active) == (700, 301)
+
+
 def test_other_environments_are_told(finish):
     results = finish(lambda name: (measure(name)[0], {"device": name[-1]}), seeds=2)
     assert "The runs were made in 2 environments, so their seconds and memory do not compare." in remark(results)

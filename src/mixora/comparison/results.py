@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from statistics import fmean
 from typing import Any, Literal
 
 from mixora.comparison.matrix import Matrix, Run
@@ -28,7 +29,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Standing:
-    """A method on a data set. Costs are means over its runs, None where they are not known."""
+    """A method on a data set. Counts and costs are means over its runs; of costs None where they are not known."""
 
     data: str
     method: str
@@ -152,19 +153,23 @@ def _score(reference: str, metric: str, finished: Mapping[str, Mapping[int, RunR
 def _describe(
     matrix: Matrix, data: str, method: str, records: Mapping[int, RunRecord], scores: dict[str, Score]
 ) -> Standing:
-    counts = next(iter(records.values())).parameters
     costs = [record.environment for record in records.values()]
     return Standing(
         data=data,
         method=method,
         chosen=matrix.matched[data][method].chosen,
         scores=scores,
-        trainable=counts["trainable"],
-        active=counts["active"],
+        trainable=_mean_count("trainable", records.values()),
+        active=_mean_count("active", records.values()),
         seconds=_mean(cost.get("train_seconds") for cost in costs),
         memory_mib=_mean(cost.get("peak_memory_mib") for cost in costs),
         tokens_per_second=_mean(cost.get("train_tokens_per_second") for cost in costs),
     )
+
+
+def _mean_count(name: str, records: Iterable[RunRecord]) -> int:
+    """An allocator that looks at rows may give each seed its own."""
+    return round(fmean(record.parameters[name] for record in records))
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
