@@ -5,6 +5,7 @@ from pydantic import Field
 
 from mixora.config import Strict, override, parse, put, read_assignment, read_yaml
 from mixora.errors import ConfigError
+from mixora.files.documents import parse_yaml, write_yaml
 
 
 class Small(Strict):
@@ -78,6 +79,29 @@ def test_assignments_are_yaml():
             read_assignment(bad)
     with pytest.raises(ConfigError, match="not a YAML value"):
         read_assignment("a=[1")
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-3", 0.001),
+        ("2E6", 2e6),
+        ("-1.5e3", -1500.0),
+        ("1_0e+2", 1000.0),
+        (".5e1", 5.0),
+        ("1e", "1e"),
+        ("e-3", "e-3"),
+    ],
+)
+def test_numbers_with_an_exponent_need_no_point(text, value):
+    found = read_assignment(f"a={text}")[1]
+    assert found == value and type(found) is type(value)
+
+
+def test_text_that_looks_like_a_number_is_written_as_text():
+    tree = {"b": "1e-3", "a": 0.001, "c": "0.1", "é": ["-2e5", 1e-7]}
+    assert parse_yaml(write_yaml(tree)) == tree
+    assert write_yaml(tree).startswith("b: '1e-3'\na: 0.001\n")
 
 
 def test_put_makes_groups_and_keeps_values():

@@ -145,6 +145,14 @@ def test_text_cannot_steer_a_terminal():
         assert "[red]x[/red][/]" in printed or width == 20
 
 
+def test_a_column_is_as_broad_as_the_signs_for_control_characters():
+    file = io.StringIO()
+    grid = Table.grid()
+    grid.add_row("\x1b[31mred")
+    Console(file=file, width=80).print(grid)
+    assert file.getvalue().strip().endswith("red")
+
+
 def test_letters_of_all_languages_are_shown():
     text = "ünï 日本 \N{PARTY POPPER}\tกขค\n"
     assert show_controls(text) == text

@@ -67,6 +67,18 @@ def test_train_tells_its_results(trained):
     assert (out / "report.html").is_file() and (out / "adapter" / "adapter_model.safetensors").is_file()
 
 
+def test_lines_to_copy_are_whole_however_narrow_the_terminal(call, trained, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "30")
+    out, _ = trained
+    new = tmp_path / ("long " * 20 + "name")
+    words = ["train", out / "run.yaml", "train.steps=1", "--out", new]
+    assert f"would write to {new}: run.yaml, checkpoints, adapter" in call(*words, "--dry-run").output
+    told = call(*words).output
+    assert f"adapter  {new / 'adapter'}\nreport   {new / 'report.html'}\nyours    mixora train --recipe sira" in told
+    assert f"saved {new / 'adapter'}; reading it back\n" in told
+    assert "--out runs/yours\n" in told
+
+
 def test_run_file_and_changes(call, trained, tmp_path):
     out, _ = trained
     again = tmp_path / "again"

@@ -70,6 +70,17 @@ def test_another_file_is_taken_whole_and_the_run_s_own_is_not(classifier, tmp_pa
         reopen(classifier, {"data": {"source": str(tmp_path / "other.jsonl"), "evaluation_split": "test"}}, quiet())
 
 
+def test_rows_of_the_other_kind_are_refused(classifier, bases, tmp_path):
+    with pytest.raises(
+        DataError, match=r"got 'text' rows for a run whose model tells classes apart.*: classification,"
+    ):
+        measure(classifier, tmp_path, [{"text": "a"}])
+    write_rows(tmp_path, "texts", [{"text": f"a {n}"} for n in range(12)])
+    run(settings(bases / "llama", tmp_path / "texts.jsonl", tmp_path / "run"))
+    with pytest.raises(DataError, match=r"got 'classification' rows for a run whose model writes text; .*completion"):
+        measure(tmp_path / "run", tmp_path, rows_of("ham", "spam"))
+
+
 def test_an_old_run_whose_rows_are_gone_says_so(classifier, tmp_path):
     old = forget_classes(classifier, tmp_path)
     settings = (old / "run.yaml").read_text()

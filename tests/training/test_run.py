@@ -232,6 +232,16 @@ def test_a_mistake_costs_no_earlier_results(mistake, bases, data, tmp_path):
     assert len(fit(read_run(tree), quiet(), overwrite=True).history) == 1
 
 
+def test_paths_in_ones_home_are_found_by_a_tilde(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = read_run(settings("base", "~/rows.jsonl", "~/out"))
+    assert (config.data.source, config.out) == (str(tmp_path / "rows.jsonl"), str(tmp_path / "out"))
+    claim_folder(tmp_path / "out")
+    (tmp_path / "out" / "base").mkdir()
+    with pytest.raises(ConfigError, match="holds ~/out/base, which is read"):
+        check_folder(config.out, overwrite=True, reads=["~/out/base"])
+
+
 def test_only_a_finished_run_can_be_reopened(tmp_path):
     with pytest.raises(CheckpointError, match="is not the folder of a finished run"):
         reopen(tmp_path, {}, quiet())

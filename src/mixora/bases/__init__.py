@@ -3,6 +3,7 @@
 from mixora.bases.base import (
     TASK_TYPES,
     Task,
+    count_positions,
     language_task_of,
     load_base,
     read_base_config,
@@ -15,6 +16,7 @@ from mixora.bases.base import (
 __all__ = [
     "TASK_TYPES",
     "Task",
+    "count_positions",
     "language_task_of",
     "load_base",
     "read_base_config",

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
+from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
@@ -41,6 +42,9 @@ TASK_TYPES: dict[Task, str] = {
     "sequence-classification": "SEQ_CLS",
     "seq2seq-lm": "SEQ_2_SEQ_LM",
 }
+
+# what tables of positions are called in transformers: in BERT and its kin, GPT-2, OPT and BART, GPT
+_POSITIONS = ("position_embeddings", "wpe", "embed_positions", "positions_embed")
 
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
 
@@ -220,6 +224,17 @@ def _check_task(task: str, num_labels: int | None) -> None:
 
 def _hint(word: str, known: Iterable[str]) -> str:
     return did_you_mean(word, known).split(" (known")[0]
+
+
+def count_positions(model: nn.Module) -> int | None:
+    """The most tokens of a row where their positions are looked up in a table; None where they are computed."""
+    sizes = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and name.rpartition(".")[2] in _POSITIONS:
+            # OPT and BART leave the first rows free, RoBERTa those up to the one of padding
+            free = 0 if module.padding_idx is None else module.padding_idx + 1
+            sizes.append(module.num_embeddings - int(getattr(module, "offset", free)))
+    return min(sizes, default=None)
 
 
 def _read_dtype(dtype: str | torch.dtype) -> torch.dtype:

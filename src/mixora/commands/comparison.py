@@ -86,7 +86,7 @@ def _report(results: "Results", progress: "Progress", as_json: bool) -> None:
     page = write_results(results, shlex.join(["mixora", *sys.argv[1:]]))
     for part in summarise(results):
         progress.show(part)
-    progress.console.print(f"page  {page}", highlight=False)
+    progress.console.print(f"page  {page}", highlight=False, soft_wrap=True)
     if as_json:
         print_json(results.to_dict())
 

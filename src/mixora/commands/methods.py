@@ -50,13 +50,12 @@ def recipes(
     debug: Debug = False,
 ) -> None:
     """List the named methods, or show one with all its settings."""
-    import yaml
-
+    from mixora.files.documents import write_yaml
     from mixora.recipes import read_recipe, recipe_names
 
     if name is not None:
         data = read_recipe(name).model_dump(mode="json")
-        print_json(data) if as_json else sys.stdout.write(yaml.safe_dump(data, sort_keys=False, allow_unicode=True))
+        print_json(data) if as_json else sys.stdout.write(write_yaml(data))
         return
     found = {known: read_recipe(known) for known in recipe_names()}
     if as_json:

@@ -10,11 +10,10 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-import yaml
-
 from mixora.comparison.execution import Job, Outcome
 from mixora.comparison.matrix import Matrix, Run
 from mixora.errors import ConfigError
+from mixora.files.documents import write_yaml
 from mixora.training.progress import Progress
 
 QUEUE = "queue"
@@ -102,7 +101,7 @@ def _prepare(run: Run, threads: int, queue: Path) -> Job:
     settings, log = queue / f"{run.name}.yaml", queue / f"{run.name}.log"
     settings.parent.mkdir(parents=True, exist_ok=True)
     tree: dict[str, Any] = run.config.model_dump(mode="json")
-    settings.write_text(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    settings.write_text(write_yaml(tree), encoding="utf-8")
     return Job(run.name, str(settings), str(log), os.getcwd(), threads)
 
 

@@ -8,7 +8,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from mixora.config import Strict, did_you_mean, parse
 from mixora.errors import ConfigError
-from mixora.training.run_config import AdapterSection, DataSection, EvaluateSection, ModelSection, TrainSection
+from mixora.training.run_config import AdapterSection, DataSection, EvaluateSection, Folder, ModelSection, TrainSection
 
 Parameters = Literal["trainable", "active"]
 Seeds = Annotated[int, Field(ge=1, le=1000)]
@@ -128,7 +128,7 @@ class Comparison(Setup):
     """
 
     metric: str | None = None
-    out: Annotated[str, Field(min_length=1)] = "runs/comparison"
+    out: Folder = "runs/comparison"
 
 
 def read_comparison(tree: Mapping[str, Any]) -> Comparison:

@@ -18,6 +18,7 @@ MOST_LEVELS = 100
 MOST_NODES = 100_000
 MOST_DIGITS = 100
 
+_EXPONENTIAL = re.compile(r"[-+]?([0-9][0-9_]*(\.[0-9_]*)?|\.[0-9]+)[eE][-+]?[0-9]+$")
 _MAYBE_HALF = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -195,8 +196,20 @@ class _Loader(yaml.SafeLoader):
         return read(node)
 
 
+class _Dumper(yaml.SafeDumper):
+    """Puts text in quotes that the loader would read as a number."""
+
+
 for _tag in ("int", "float"):
     _Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", _Loader.construct_number)
+for _way in (_Loader, _Dumper):
+    # YAML 1.2 has it so; the library, of 1.1, takes 1e-3 for text
+    _way.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENTIAL, list("-+.0123456789"))
+
+
+def write_yaml(tree: Any) -> str:
+    """`tree` as YAML text that `parse_yaml` reads as the same, its keys in their order."""
+    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def show(value: Any, most: int = 200) -> str:

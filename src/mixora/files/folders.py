@@ -52,7 +52,8 @@ def _check_replaceable(folder: Path, overwrite: bool, reads: Iterable[str | Path
             f"out: {folder} was not written by mixora, so --overwrite leaves it alone; valid: another folder"
         )
     for path in reads:
-        if folder.resolve() in (resolved := Path(path).resolve(), *resolved.parents) and resolved.exists():
+        read = Path(os.path.expanduser(path)).resolve()
+        if folder.resolve() in (read, *read.parents) and read.exists():
             raise ConfigError(f"out: {folder} holds {path}, which is read; valid: another folder")
 
 

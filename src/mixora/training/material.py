@@ -13,7 +13,7 @@ import transformers
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from mixora.bases import Task, load_base, read_base_config, read_tokenizer, sketch_base
+from mixora.bases import Task, count_positions, load_base, read_base_config, read_tokenizer, sketch_base
 from mixora.data import (
     FORMS,
     Collator,
@@ -29,11 +29,12 @@ from mixora.data import (
     share_out,
 )
 from mixora.display.stages import Advance
-from mixora.errors import ConfigError
+from mixora.errors import ConfigError, DataError
 from mixora.evaluate import Examples
 from mixora.training.processes import count_asked
 from mixora.training.rows import Past, TaskRows, evaluated_rows, labels_of, read_tasks
 from mixora.training.run_config import DataSection, RunConfig
+from mixora.training.tasks import name_metrics
 
 ROUTED_ROWS = 64
 
@@ -87,6 +88,10 @@ def read_material(
     """
     tasks, rows = read_tasks(config, to_train, past)
     is_labelled = FORMS[rows.form].labelled
+    if past is not None:
+        _check_meets(rows, past)
+    if to_train:
+        name_metrics(config, evaluated_rows(tasks, config))
     base, dtype, attention = config.model.base, config.model.dtype, config.model.attn_implementation
     base_config = read_base_config(base)
     task = _choose_task(config, is_labelled, bool(base_config.is_encoder_decoder))
@@ -97,6 +102,15 @@ def read_material(
         model, tokenizer = sketch_base(base, task=task, dtype=dtype), read_tokenizer(base)
     kind: ModelKind = "encoder-decoder" if base_config.is_encoder_decoder else _kind_of(model, task)
     return Material(model, tokenizer, task, kind, tasks)
+
+
+def _check_meets(rows: Rows, past: Past) -> None:
+    """`DataError` for labels where the model of the past run writes, and for texts where it has a head."""
+    has_head = past.labels is not None
+    if FORMS[rows.form].labelled != has_head:
+        does = "tells classes apart, or gives numbers" if has_head else "writes text"
+        valid = ", ".join(name for name, form in FORMS.items() if form.labelled == has_head)
+        raise DataError(f"{rows.origin}: got {rows.form!r} rows for a run whose model {does}; valid: {valid}")
 
 
 def read_task(config: RunConfig) -> tuple[Task, dict[str, Rows]]:
@@ -132,10 +146,29 @@ def encode_rows(
     # text has no prompt to format, which is no mistake beside tasks that have one
     common: dict[str, Any] = {"model_kind": material.kind, "advance": advance}
     plain = encoding if config.data.tasks is None else encoding.model_copy(update={"prompt_format": "auto"})
-    return {
+    encoded = {
         name: encode(rows, material.tokenizer, plain if rows.form == "text" else encoding, **common)
         for name, rows in tasks.items()
     }
+    _check_positions(material, config, encoded)
+    return encoded
+
+
+def _check_positions(material: Material, config: RunConfig, encoded: Mapping[str, Encoded]) -> None:
+    """`ConfigError` for rows that are longer than the base's table of positions."""
+    most = count_positions(material.model)
+    if most is None or config.data.max_length <= most:
+        return
+    for rows in encoded.values():
+        columns = {"input_ids", "labels"} if material.kind == "encoder-decoder" else {"input_ids"}
+        longest = max(len(row) for name in columns for row in rows.dataset[name])
+        if "position_ids" in rows.dataset.column_names:
+            longest = max(max(row) for row in rows.dataset["position_ids"]) + 1
+        if longest > most:
+            raise ConfigError(
+                f"data.max_length: got {config.data.max_length}, and a row has {longest} tokens; "
+                f"valid for {config.model.base}: at most {most}"
+            )
 
 
 def make_training_set(material: Material, config: RunConfig, advance: Advance | None = None) -> TrainingSet:

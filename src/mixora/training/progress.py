@@ -38,7 +38,7 @@ class Progress:
 
     def say(self, text: str) -> None:
         """One line."""
-        self.console.print(text, style="dim", highlight=False)
+        self.console.print(text, style="dim", highlight=False, soft_wrap=True)
 
     def show(self, renderable: RenderableType) -> None:
         """A table or the like."""

@@ -53,7 +53,7 @@ def _name_task(rows: TaskRows, name: str) -> TaskRows:
 
 
 def _check_together(tasks: Mapping[str, Rows]) -> Rows:
-    """The rows of one of the tasks, all of which one model can learn; `ConfigError` if it cannot."""
+    """The rows of one of the tasks, all of which one model can learn; `ConfigError` or `DataError` if it cannot."""
     labelled = {FORMS[rows.form].labelled for rows in tasks.values()}
     if len(labelled) > 1:
         got = ", ".join(f"{name}: {rows.form}" for name, rows in tasks.items())
@@ -67,7 +67,12 @@ def _check_together(tasks: Mapping[str, Rows]) -> Rows:
             f"data.tasks: one head cannot have different labels: got {got}; valid: the same labels in the same order, "
             "a run for each task, or rows of prompts with completions, or of choices, for a language model"
         )
-    return next(iter(tasks.values()))
+    rows = next(iter(tasks.values()))
+    if rows.labels is not None and len(rows.labels) == 1:
+        raise DataError(
+            f"{rows.origin}: {rows.labels[0]!r} is the only class; valid: two classes or more, or floats to regress on"
+        )
+    return rows
 
 
 def _read_task(section: TaskSection, data: DataSection, to_train: bool, past: Past | None) -> TaskRows:

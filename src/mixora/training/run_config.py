@@ -1,10 +1,11 @@
 """What a run consists of: model, adapter, data, training, evaluation. Read from a file, the command line, or both."""
 
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
 from mixora.config import Strict, Whole, did_you_mean, parse, read_yaml
 from mixora.data import EncodingConfig
@@ -13,6 +14,10 @@ from mixora.errors import ConfigError
 from mixora.evaluate import EvaluationConfig
 from mixora.tuner import MixoraConfig, recipe
 from mixora.tuner.serving import Served
+
+# a path in one's home may begin with ~, also where no shell reads it; transformers' trainer takes it so
+Place = Annotated[str, AfterValidator(os.path.expanduser)]
+Folder = Annotated[Place, Field(min_length=1)]
 
 
 class ModelSection(Strict):
@@ -58,7 +63,7 @@ class TaskSection(Strict):
     `weight`: how often the task is drawn, beside the weights of the others.
     """
 
-    source: str
+    source: Place
     form: str | None = None
     train_rows: Whole | None = None
     evaluation_split: str | None = None
@@ -81,7 +86,7 @@ class DataSection(EncodingConfig):
     `group_by`: the field by which reports split the load of the experts; "task" where there are tasks, else "domain".
     """
 
-    source: str | None = None
+    source: Place | None = None
     tasks: dict[str, TaskSection] | None = None
     mixing: MixingSection | None = None
     form: str | None = None
@@ -192,5 +197,5 @@ class RunConfig(Strict):
     adapter: AdapterSection = AdapterSection()
     train: TrainSection = TrainSection()
     evaluate: EvaluateSection = EvaluateSection()
-    out: Annotated[str, Field(min_length=1)] = "runs/mixora"
+    out: Folder = "runs/mixora"
     title: str | None = None

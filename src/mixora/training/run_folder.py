@@ -2,9 +2,8 @@
 
 from pathlib import Path
 
-import yaml
-
 from mixora.files.asides import remove, writing
+from mixora.files.documents import write_yaml
 from mixora.files.folders import check_folder, claim_folder
 from mixora.training.run_config import RunConfig
 
@@ -29,6 +28,6 @@ def open_folder(config: RunConfig, overwrite: bool) -> Path:
 
 def write_settings(config: RunConfig) -> None:
     """The run's settings as a run file."""
-    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    text = write_yaml(config.model_dump(mode="json"))
     with writing(Path(config.out) / RUN_FILE) as path:
         path.write_text(text, encoding="utf-8")

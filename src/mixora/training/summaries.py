@@ -20,7 +20,7 @@ from mixora.training.tasks import scores_table
 
 
 def summarise_run(record: RunRecord, out: Path) -> Iterator[RenderableType]:
-    """The end of a run, for a terminal."""
+    """The end of a run, for a terminal: text that wraps, and lines to copy as strings, which do not."""
     table = Table(
         "metric", "before", "after", "read back", title=f"{record.title}: {record.after['rows']:.0f} held-out rows"
     )
@@ -46,7 +46,7 @@ def summarise_run(record: RunRecord, out: Path) -> Iterator[RenderableType]:
             block.add_row(Text(f"{name:>9}", style="bold"), text)
         yield block
         yield ""
-    yield summarise(record)
+    yield Text(summarise(record))
     for finding in judge_routers(record):
         yield Text(f"{finding.kind}: {finding.text}")
     yield f"adapter  {out / 'adapter'}\nreport   {out / 'report.html'}\nyours    {record.next_command}"
