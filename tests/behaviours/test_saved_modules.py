@@ -4,9 +4,11 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import ModulesToSaveWrapper
+from safetensors.torch import load_file, save_file
 
 import mixora
-from mixora.errors import ConfigError
+from mixora.errors import CheckpointError, ConfigError
+from mixora.loading import add_pretrained
 from tests.behaviours.cases import (
     IDS,
     add,
@@ -49,6 +51,22 @@ def test_a_head_is_trained_saved_and_restored(recipe, tmp_path):
         again.get_base_model().classifier.modules_to_save["other"].weight, head.modules_to_save["default"].weight
     )
     assert same(logits(again, "encoder"), logits(model, "encoder"))
+
+
+def test_a_head_that_the_file_lacks_is_named_and_the_base_stays_as_it_was(tmp_path):
+    settings = {"task_type": "CAUSAL_LM", "num_experts": 4, "top_k": 2}
+    model = get_peft_model(tiny_llama(), mixora.recipe("sira", modules_to_save=["lm_head"], **settings))
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    del tensors["base_model.model.lm_head.weight"]
+    save_file(tensors, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"})
+    names, plain = set(model.state_dict()), tiny_llama()
+    with pytest.raises(CheckpointError, match=r"model\.lm_head\.weight: missing, expected \[64, 32\]"):
+        mixora.from_pretrained(plain, tmp_path)
+    assert set(plain.state_dict()) == set(tiny_llama().state_dict())
+    with pytest.raises(CheckpointError, match=r"model\.lm_head\.weight: missing, expected \[64, 32\]"):
+        add_pretrained(model, tmp_path, "second")
+    assert set(model.state_dict()) == names
 
 
 @each_recipe
