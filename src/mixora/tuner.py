@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from peft import PeftConfig
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from mixora import entrances, host, keys, whole_modules
@@ -192,7 +193,7 @@ class MixoraModel(host.Tuner):
         self._replace_module(parent, name, wrapped, target)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        if isinstance(new_module, Mixture) or isinstance(child, Mixture):
+        if isinstance(new_module, Mixture) or isinstance(child, Mixture | ModulesToSaveWrapper):
             # PEFT's way expects a weight on the wrapped module; `add` made the tensors on the right device
             setattr(parent.get_base_layer() if isinstance(parent, Mixture) else parent, child_name, new_module)
             return

@@ -23,7 +23,7 @@ from tests.behaviours.cases import (
     train,
     wrap,
 )
-from tests.models import adapt, tiny_answerer, tiny_llama, tiny_roberta_classifier
+from tests.models import adapt, tiny_answerer, tiny_bert_classifier, tiny_llama, tiny_roberta_classifier
 
 
 def change(model, name="default", factor=2.0):
@@ -103,6 +103,18 @@ def test_any_module_by_name_is_saved(recipe, tmp_path):
     assert again.modules_to_save == {"lm_head", "norm"}
     with model.disable_adapter():
         assert same(logits(model), plain_logits())
+
+
+@pytest.mark.parametrize(
+    ("make", "saved"), [(tiny_roberta_classifier, ["classifier"]), (tiny_bert_classifier, ["pooler", "classifier"])]
+)
+def test_modules_of_several_layers_are_unloaded(make, saved):
+    """They have no weight of their own, for which PEFT asks."""
+    model = change(adapt(make(), mixora.recipe("lora", modules_to_save=saved))).eval()
+    expected = model(IDS).logits.detach()
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(merged(IDS).logits, expected)
+    assert merged.state_dict().keys() == make().state_dict().keys()
 
 
 @pytest.mark.filterwarnings("ignore:Model (has|with) `tie_word_embeddings=True`")
