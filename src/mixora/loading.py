@@ -173,6 +173,10 @@ def _read_headers(folder: Path) -> Headers:
 def _compare(model: PeftModel, adapter: str, on_disk: Headers) -> list[str]:
     # embeddings are not ours to save, and looking for them would ask the hub for the base
     state = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+    if len(model.peft_config) == 1 and on_disk.keys() - state:
+        # but PEFT saves those that were resized, or have an adapter, unless it is told not to
+        saved = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=True)
+        state |= {name: tensor for name, tensor in saved.items() if name in on_disk}
     problems = [_tell_missing(name, state[name]) for name in sorted(state.keys() - on_disk)]
     problems += [f"{name}: unexpected" for name in sorted(on_disk.keys() - state)]
     for name in sorted(state.keys() & on_disk):
