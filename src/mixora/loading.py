@@ -12,13 +12,15 @@ from peft import PeftConfig, PeftModel
 from peft.utils import get_peft_model_state_dict
 from peft.utils.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mixora.bases import TASK_TYPES, Task, load_base
 from mixora.errors import MOST_NAMED, CheckpointError, ConfigError
 from mixora.files.documents import read_json
 from mixora.host.versions import MIXORA
+from mixora.mixture import PREFIX
+from mixora.planning import whole_modules
 
 FLOATS = ("F16", "BF16", "F32", "F64")
 # what PEFT warns about is an error here
@@ -51,6 +53,7 @@ def from_pretrained(
     config = read_adapter_config(folder)
     if not isinstance(base, PreTrainedModel):
         base, _ = load_base(base, task=task_of(config), **for_base)
+    _check_whole_modules(base, config, folder, adapter)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=_TOLD_BELOW)
         model = PeftModel.from_pretrained(
@@ -71,7 +74,7 @@ def add_pretrained(model: PeftModel, adapter: str | Path, adapter_name: str) -> 
     """
     folder = find_adapter(adapter)
     check_files(folder)
-    read_adapter_config(folder)
+    _check_whole_modules(model.get_base_model(), read_adapter_config(folder), folder, adapter)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=_TOLD_BELOW)
         model.load_adapter(str(folder), adapter_name, ignore_mismatched_sizes=True)
@@ -82,8 +85,26 @@ def add_pretrained(model: PeftModel, adapter: str | Path, adapter_name: str) -> 
         raise
 
 
+def _check_whole_modules(base: nn.Module, config: PeftConfig, folder: Path, adapter: str | Path) -> None:
+    """Before PEFT, which for these raises a bare `KeyError` in the middle of its work."""
+    on_disk, names = _read_headers(folder), whole_modules.names_of(config)
+    expected = {
+        f"base_model.model.{path}.{key}": tensor
+        for path, module in base.named_modules()
+        # an adapter that is there already may have copies of its own
+        if path.endswith(names) and not re.search(r"\.(original_module|modules_to_save|base_layer)(\.|$)", path)
+        for key, tensor in getattr(module, "original_module", module).state_dict().items()
+        if PREFIX not in key and "base_layer" not in key
+    }
+    _refuse([_tell_missing(name, expected[name]) for name in sorted(expected.keys() - on_disk)], adapter)
+
+
 def _check_tensors(model: PeftModel, adapter_name: str, folder: Path, adapter: str | Path) -> None:
-    problems = _compare(model, adapter_name, _read_headers(folder))
+    _refuse(_compare(model, adapter_name, _read_headers(folder)), adapter)
+
+
+def _refuse(problems: list[str], adapter: str | Path) -> None:
+    """`CheckpointError` where there are any."""
     if problems:
         more = [f"and {len(problems) - MOST_NAMED} more"] if len(problems) > MOST_NAMED else []
         shown = "\n  ".join([*problems[:MOST_NAMED], *more])
@@ -152,11 +173,19 @@ def _read_headers(folder: Path) -> Headers:
 def _compare(model: PeftModel, adapter: str, on_disk: Headers) -> list[str]:
     # embeddings are not ours to save, and looking for them would ask the hub for the base
     state = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
-    problems = [f"{name}: missing, expected {list(state[name].shape)}" for name in sorted(state.keys() - on_disk)]
+    if len(model.peft_config) == 1 and on_disk.keys() - state:
+        # but PEFT saves those that were resized, or have an adapter, unless it is told not to
+        saved = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=True)
+        state |= {name: tensor for name, tensor in saved.items() if name in on_disk}
+    problems = [_tell_missing(name, state[name]) for name in sorted(state.keys() - on_disk)]
     problems += [f"{name}: unexpected" for name in sorted(on_disk.keys() - state)]
     for name in sorted(state.keys() & on_disk):
         problems += [f"{name}: {problem}" for problem in _problems_of(state[name], *on_disk[name])]
     return problems
+
+
+def _tell_missing(name: str, tensor: Tensor) -> str:
+    return f"{name}: missing, expected {list(tensor.shape)}"
 
 
 def _problems_of(loaded: Tensor, shape: tuple[int, ...], dtype: str) -> Iterator[str]:

@@ -10,6 +10,7 @@ from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file, save_file
 
 import mixora
+from mixora.errors import CheckpointError
 from tests.behaviours.cases import (
     add,
     base,
@@ -23,7 +24,7 @@ from tests.behaviours.cases import (
     train,
     wrap,
 )
-from tests.models import fill
+from tests.models import adapt, fill
 
 
 @each_kind
@@ -185,6 +186,27 @@ def test_tensors_that_a_file_lacks_are_named(tmp_path):
     save_file(tensors, tmp_path / "adapter_model.safetensors")
     with pytest.warns(UserWarning, match=r"missing adapter keys.*mixora_B"):
         load(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+@pytest.mark.parametrize(("targets", "tokens"), [(["q_proj", "lm_head"], 64), (["q_proj"], 70)])
+def test_embeddings_that_peft_saves_by_itself_come_back(targets, tokens, tmp_path):
+    """Those that were resized, and heads that have an adapter."""
+    base().save_pretrained(tmp_path / "base")
+    models = [base(), base()]
+    for model in models:
+        model.resize_token_embeddings(tokens, mean_resizing=False)
+        model.name_or_path = str(tmp_path / "base")
+    model = adapt(models[0], mixora.recipe("lora", targets=targets)).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    on_disk = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert any("lm_head" in name and "mixora" not in name for name in on_disk)
+    again = mixora.from_pretrained(models[1], tmp_path / "adapter")
+    assert same(logits(again), logits(model))
+    save_file(on_disk | {"foreign": torch.ones(1)}, tmp_path / "adapter" / "adapter_model.safetensors")
+    models[1] = again.unload()
+    with pytest.raises(CheckpointError, match="1 tensors do not fit the model:\n  foreign: unexpected"):
+        mixora.from_pretrained(models[1], tmp_path / "adapter")
 
 
 def test_fill_makes_a_difference():

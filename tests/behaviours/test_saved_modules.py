@@ -4,9 +4,11 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import ModulesToSaveWrapper
+from safetensors.torch import load_file, save_file
 
 import mixora
-from mixora.errors import ConfigError
+from mixora.errors import CheckpointError, ConfigError
+from mixora.loading import add_pretrained
 from tests.behaviours.cases import (
     IDS,
     add,
@@ -21,7 +23,7 @@ from tests.behaviours.cases import (
     train,
     wrap,
 )
-from tests.models import adapt, tiny_answerer, tiny_llama, tiny_roberta_classifier
+from tests.models import adapt, tiny_answerer, tiny_bert_classifier, tiny_llama, tiny_roberta_classifier
 
 
 def change(model, name="default", factor=2.0):
@@ -49,6 +51,22 @@ def test_a_head_is_trained_saved_and_restored(recipe, tmp_path):
         again.get_base_model().classifier.modules_to_save["other"].weight, head.modules_to_save["default"].weight
     )
     assert same(logits(again, "encoder"), logits(model, "encoder"))
+
+
+def test_a_head_that_the_file_lacks_is_named_and_the_base_stays_as_it_was(tmp_path):
+    settings = {"task_type": "CAUSAL_LM", "num_experts": 4, "top_k": 2}
+    model = get_peft_model(tiny_llama(), mixora.recipe("sira", modules_to_save=["lm_head"], **settings))
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    del tensors["base_model.model.lm_head.weight"]
+    save_file(tensors, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"})
+    names, plain = set(model.state_dict()), tiny_llama()
+    with pytest.raises(CheckpointError, match=r"model\.lm_head\.weight: missing, expected \[64, 32\]"):
+        mixora.from_pretrained(plain, tmp_path)
+    assert set(plain.state_dict()) == set(tiny_llama().state_dict())
+    with pytest.raises(CheckpointError, match=r"model\.lm_head\.weight: missing, expected \[64, 32\]"):
+        add_pretrained(model, tmp_path, "second")
+    assert set(model.state_dict()) == names
 
 
 @each_recipe
@@ -85,6 +103,18 @@ def test_any_module_by_name_is_saved(recipe, tmp_path):
     assert again.modules_to_save == {"lm_head", "norm"}
     with model.disable_adapter():
         assert same(logits(model), plain_logits())
+
+
+@pytest.mark.parametrize(
+    ("make", "saved"), [(tiny_roberta_classifier, ["classifier"]), (tiny_bert_classifier, ["pooler", "classifier"])]
+)
+def test_modules_of_several_layers_are_unloaded(make, saved):
+    """They have no weight of their own, for which PEFT asks."""
+    model = change(adapt(make(), mixora.recipe("lora", modules_to_save=saved))).eval()
+    expected = model(IDS).logits.detach()
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(merged(IDS).logits, expected)
+    assert merged.state_dict().keys() == make().state_dict().keys()
 
 
 @pytest.mark.filterwarnings("ignore:Model (has|with) `tie_word_embeddings=True`")

@@ -1,5 +1,6 @@
 """The command `serve`: an OpenAI-compatible HTTP endpoint over adapters."""
 
+import asyncio
 import logging
 import signal
 import socket
@@ -16,10 +17,13 @@ from mixora.errors import ConfigError
 
 if TYPE_CHECKING:
     from mixora.answering.roster import Roster
+    from mixora.endpoint.application import Server
     from mixora.endpoint.limits import Limits
 
 GRACE_SECONDS = 10
 """How long answers on their way have to come to their end when the server is ended."""
+LAST_SECONDS = 5
+"""How long those that did not have to be told so."""
 
 Host = Annotated[str, typer.Option(help="The address to listen at; loopback reaches this machine alone.")]
 Port = Annotated[int, typer.Option(help="0 takes a free one.", min=0, max=65535)]
@@ -93,7 +97,7 @@ def _serve(
         console.print(f"warning: {host} is no loopback address: {guard}; nothing is encrypted", style="yellow")
     shown = f"[{host}]" if ":" in host else host
     console.print(f"http://{shown}:{listener.getsockname()[1]}/v1 serves {', '.join(roster.voices)}", soft_wrap=True)
-    _run(server.build(), listener)
+    _run(server, listener)
     console.print("stopped")
 
 
@@ -106,15 +110,23 @@ def _listen(host: str, port: int) -> socket.socket:
         raise ConfigError(f"{host}:{port}: cannot be listened at: {reason}; valid: another --port or --host") from None
 
 
-def _run(application: Any, listener: socket.socket) -> None:
+def _run(server: "Server", listener: socket.socket) -> None:
     """Until SIGINT or SIGTERM; answers on their way have `GRACE_SECONDS` to come to their end."""
     import uvicorn
 
+    class Web(uvicorn.Server):
+        """Has the engine end answers before they would be cut off without a word."""
+
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            asyncio.get_running_loop().call_later(GRACE_SECONDS, server.engine.close)
+            await super().shutdown(sockets)
+
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
     settings: dict[str, Any] = {"log_config": None, "access_log": False, "server_header": False}
-    config = uvicorn.Config(application, timeout_graceful_shutdown=GRACE_SECONDS, ws="none", **settings)
+    cut_off = GRACE_SECONDS + LAST_SECONDS
+    config = uvicorn.Config(server.build(), timeout_graceful_shutdown=cut_off, ws="none", **settings)
     with _heeding_only_once():
-        uvicorn.Server(config).run(sockets=[listener])
+        Web(config).run(sockets=[listener])
 
 
 @contextmanager

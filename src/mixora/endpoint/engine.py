@@ -113,11 +113,15 @@ class Engine:
         """Begin to compute."""
         self._thread.start()
 
-    def stop(self) -> None:
-        """End after the token at hand; whoever waits is told."""
+    def close(self) -> None:
+        """Have it end after the token at hand; whoever waits is told."""
         with self._changed:
             self._is_closing = True
             self._changed.notify()
+
+    def stop(self) -> None:
+        """`close`, and wait for the end."""
+        self.close()
         self._thread.join()
 
     def submit(self, question: Question) -> None:

@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from peft import PeftConfig
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from mixora.config import did_you_mean
@@ -108,7 +109,7 @@ class MixoraModel(versions.Tuner):
         self._replace_module(parent, name, wrapped, target)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        if isinstance(new_module, Mixture) or isinstance(child, Mixture):
+        if isinstance(new_module, Mixture) or isinstance(child, Mixture | ModulesToSaveWrapper):
             # PEFT's way expects a weight on the wrapped module; `add` made the tensors on the right device
             setattr(parent.get_base_layer() if isinstance(parent, Mixture) else parent, child_name, new_module)
             return
