@@ -56,6 +56,11 @@ def test_one_class_is_none(try_out, label, bases, tmp_path):
         try_out(tree)
 
 
+def test_a_rehearsal_counts_the_rows_that_are_measured(bases, data, tmp_path):
+    tree = settings(bases / "llama", data / "commands", tmp_path / "out", evaluate__limit=3)
+    assert rehearsed(tree).evaluation_rows == 3
+
+
 def test_a_rehearsal_tells_of_an_unknown_metric(bases, data, tmp_path):
     tree = settings(bases / "llama", data / "commands", tmp_path / "out", evaluate__metrics=["los"])
     with pytest.raises(ConfigError, match=r"metrics: got 'los'.*did you mean 'loss'"):

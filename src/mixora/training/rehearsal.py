@@ -83,7 +83,7 @@ def rehearse(config: RunConfig, overwrite: bool = False, resume: bool = False) -
     material = read_material(config, with_weights=False)
     rows = material.train_rows()
     encode_rows(material, config, {name: first_rows(of_task, TRIED_ROWS) for name, of_task in rows.items()})
-    make_examples(material, config)
+    examples = make_examples(material, config)
     arguments = make_arguments(config)
     sizes = {name: len(of_task) for name, of_task in rows.items()}
     batches = math.ceil(count_rows_of_epoch(config, sizes) / (config.train.batch_size * count_asked()))
@@ -93,7 +93,7 @@ def rehearse(config: RunConfig, overwrite: bool = False, resume: bool = False) -
         out=config.out,
         task=material.task,
         train_rows=sum(sizes.values()),
-        evaluation_rows=sum(len(task.evaluation) for task in material.tasks.values()),
+        evaluation_rows=sum(len(of_task.rows) for of_task in examples.values()),
         steps=config.train.steps or math.ceil(per_epoch * arguments.num_train_epochs),
         is_packed=config.data.packing,
         plan=table,
