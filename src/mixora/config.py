@@ -6,6 +6,7 @@ beside the class it configures.
 
 import difflib
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar
@@ -64,10 +65,13 @@ def _describe(error: ValidationError, model: type[Strict], data: Tree, root: str
             merged[dotted] = ("", [f"unknown key{did_you_mean(str(path[-1]), siblings)}"])
         elif item["type"] == "missing":
             merged[dotted] = ("", ["is required"])
+        elif item["type"] == "too_short" and item["ctx"]["actual_length"] < len(item["input"]):
+            # pydantic counts what is valid, and tells of the others by themselves
+            continue
         elif item["type"] == "value_error":
             merged.setdefault(dotted, ("", []))[1].append(str(item["ctx"]["error"]))
         else:
-            valid = item["msg"].removeprefix("Input should be ")
+            valid = re.sub(r"^Input should be |^\w+ should have (?=at )| after validation, not.*", "", item["msg"])
             if item["type"] == "union_tag_invalid":
                 tags = [t.strip().strip("'") for t in item["ctx"]["expected_tags"].split(",")]
                 valid = ", ".join(tags) + did_you_mean(str(item["ctx"]["tag"]), tags)

@@ -80,19 +80,19 @@ def test_bodies_that_nobody_meant_are_refused(asker, body):
         ("/v1/completions", {"n": 2}, "n: got 2; valid: 1", "n"),
         ("/v1/completions", {"temperature": 3}, "temperature: got 3; valid: less than or equal to 2", "temperature"),
         ("/v1/completions", {"temprature": 1}, "temprature: unknown key; did you mean 'temperature'?", "temprature"),
-        ("/v1/completions", {"prompt": ["a", "b"]}, "prompt: got", "prompt"),
+        ("/v1/completions", {"prompt": ["a", "b"]}, "prompt: got 2 prompts; valid: one", "prompt"),
         ("/v1/completions", {"prompt": [99999]}, "token ids are 0 to", "prompt"),
         ("/v1/completions", {"prompt": []}, "one or more", "prompt"),
         ("/v1/completions", {"echo": True}, "echo: got True", "echo"),
         ("/v1/completions", {"suffix": "a"}, "suffix: is not served; valid: left out", "suffix"),
         ("/v1/completions", {"logprobs": 6}, "logprobs: got 6", "logprobs"),
-        ("/v1/completions", {"stop": ["a"] * 9}, "stop: got", "stop"),
+        ("/v1/completions", {"stop": ["a"] * 9}, "or at most 8 items", "stop"),
         ("/v1/completions", {"stop": ""}, "stop: got ''", "stop"),
         ("/v1/completions", {"stream_options": {}}, "has no effect without stream", "stream_options"),
         ("/v1/completions", {"model": 5}, "model: got 5; valid: a valid string", "model"),
         ("/v1/chat/completions", {"top_logprobs": 2}, "has no effect without logprobs", "top_logprobs"),
         ("/v1/chat/completions", {"tools": [{"type": "function"}]}, "tools: is not served", "tools"),
-        ("/v1/chat/completions", {"messages": []}, "messages: got []", "messages"),
+        ("/v1/chat/completions", {"messages": []}, "messages: got []; valid: at least 1 item", "messages"),
         (
             "/v1/chat/completions",
             {"messages": [{"role": "tool", "content": "a"}]},
@@ -107,6 +107,8 @@ def test_a_mistake_is_named(asker, path, changes, says, param):
     assert response.status_code == 400
     error = response.json()["error"]
     assert says in error["message"] and error["param"] == param
+    # of a list whose parts are wrong nothing is told but that
+    assert error["message"].count("\n") == 0 and "validation" not in error["message"]
 
 
 @pytest.mark.parametrize(

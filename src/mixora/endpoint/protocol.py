@@ -139,7 +139,7 @@ class ChatRequest(Request):
 class CompletionRequest(Request):
     """A text, or its token ids, that is to be continued; several prompts are several requests."""
 
-    prompt: str | tuple[TokenId, ...] | tuple[str] | tuple[tuple[TokenId, ...]]
+    prompt: str | tuple[TokenId, ...] | tuple[str, ...] | tuple[tuple[TokenId, ...], ...]
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
     best_of: Literal[1] = 1
     echo: Literal[False] = False
@@ -148,8 +148,11 @@ class CompletionRequest(Request):
     @field_validator("prompt")
     @classmethod
     def _take_the_only_one(cls, prompt: Any) -> Any:
-        is_nested = isinstance(prompt, tuple) and len(prompt) == 1 and not isinstance(prompt[0], int)
-        return prompt[0] if is_nested else prompt
+        if isinstance(prompt, str) or not prompt or isinstance(prompt[0], int):
+            return prompt
+        if len(prompt) > 1:
+            raise ValueError(f"got {len(prompt)} prompts; valid: one, and a request for each other")
+        return prompt[0]
 
     @property
     def num_tops(self) -> int | None:
