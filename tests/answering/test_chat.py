@@ -29,7 +29,8 @@ def chat(roster, saved, monkeypatch):
 
     def run(*lines, words=()):
         command = ["chat", str(saved / "red"), str(saved / "blue"), "--max-new-tokens", "8", *words]
-        return CliRunner().invoke(app, command, input="".join(f"{line}\n" for line in lines))
+        told = b"".join(line if isinstance(line, bytes) else f"{line}\n".encode() for line in lines)
+        return CliRunner().invoke(app, command, input=told)
 
     return run
 
@@ -66,6 +67,13 @@ def test_the_end_of_input_leaves_and_commands_are_told(chat):
     assert "  tiny (the base)" in result.stdout
     for message in ("which is not served; did you mean 'red'", "/nothing: no such command; valid: /adapter"):
         assert message in " ".join(result.stderr.split())
+
+
+def test_bytes_that_are_no_text_end_nothing(chat, roster):
+    result = chat(b"caf\xe9\n", "lamp")
+    assert result.exit_code == 0, result.output
+    assert result.stdout == "red: " + expect(roster, "red", [user("lamp")]) + "\n"
+    assert "the line is no text in utf-8, so nobody was asked" in " ".join(result.stderr.split())
 
 
 def test_control_characters_of_an_answer_do_not_reach_the_terminal(chat, monkeypatch):

@@ -1,5 +1,6 @@
 """The command `chat`: talk to adapters in a terminal, or line by line from standard input."""
 
+import io
 import signal
 import sys
 import threading
@@ -76,13 +77,26 @@ def chat(
 
 def _converse(talk: "Conversation") -> None:
     """Take lines until one says that it is over."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")
     for line in _read_lines(talk):
         if line == "/quit":
             return
-        if line.startswith("/") and not line.startswith("//"):
+        if not _is_text(line):
+            _complain(f"the line is no text in {sys.stdin.encoding}, so nobody was asked")
+        elif line.startswith("/") and not line.startswith("//"):
             _obey(line, talk)
         elif line.strip():
             _say(line.removeprefix("/") if line.startswith("//") else line, talk)
+
+
+def _is_text(line: str) -> bool:
+    """Whether all bytes of a line were characters."""
+    try:
+        line.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _read_lines(talk: "Conversation") -> Iterator[str]:
