@@ -60,9 +60,10 @@ def install(model: nn.Module) -> list[Any]:
 
 
 def _entrances(model: nn.Module) -> list[nn.Module]:
-    """The modules a forward pass can begin at: a model, its backbone, and the halves of an encoder-decoder.
+    """The modules a forward pass can begin at: a model, its backbone, and every model inside of it.
 
-    A module around models of transformers, which may name its inputs as it likes, is entered at each of these.
+    Such as the halves of an encoder-decoder, or the tower for images, which `generate` calls by itself. A module around
+    models of transformers, which may name its inputs as it likes, is entered at each of these.
     """
     inner = [] if isinstance(model, PreTrainedModel) else _outermost_models(model)
     if inner:
@@ -70,6 +71,7 @@ def _entrances(model: nn.Module) -> list[nn.Module]:
     found = [model, getattr(model, getattr(model, "base_model_prefix", "") or "-", None)]
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         found += [model.get_encoder(), model.get_decoder()]  # type: ignore[operator]
+    found += [module for module in model.modules() if isinstance(module, PreTrainedModel)]
     return list(dict.fromkeys(m for m in found if isinstance(m, nn.Module)))
 
 
