@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch import nn
 from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
     CLIPConfig,
     CLIPModel,
     Wav2Vec2Config,
@@ -193,3 +195,20 @@ def test_a_tower_that_is_called_past_the_model_has_a_pass(recipe):
     assert all(torch.equal(o.routing.valid_T, MASK.bool().flatten()) for o in trace.observations)
     found = model.get_image_features(inputs["pixel_values"]).pooler_output
     torch.testing.assert_close(found / found.norm(dim=-1, keepdim=True), whole.image_embeds)
+
+
+def test_a_mask_may_go_on_behind_a_cache_of_fixed_size():
+    """Bloom fills its mask up to the size of a static cache: the last columns are those of tokens to come."""
+    torch.manual_seed(0)
+    base = BloomForCausalLM(BloomConfig(vocab_size=64, hidden_size=WIDTH, n_head=4, n_layer=2, **MARKS))
+    model, inputs = adapt(base, sira()).eval(), {"input_ids": token_ids(2, 6), "attention_mask": MASK.flip(1)}
+    settings = {"max_new_tokens": 4, "min_new_tokens": 4, "return_dict_in_generate": True, "output_logits": True}
+    growing = model.generate(**inputs, **settings, do_sample=False)
+    with tracing() as trace:
+        fixed = model.generate(
+            **inputs, **settings, do_sample=False, cache_implementation="static", disable_compile=True
+        )
+    torch.testing.assert_close(fixed.logits, growing.logits)
+    prompt, *others = (o.routing.valid_T for o in trace.observations if o.path.endswith("h.0.self_attention.dense"))
+    assert torch.equal(prompt, MASK.flip(1).bool().flatten())
+    assert len(others) == 3 and all(valid_T.all() for valid_T in others)
