@@ -5,7 +5,7 @@ import torch
 from peft import get_peft_model
 
 import mixora
-from mixora.passes import tracing
+from mixora.passes import injection, tracing
 from tests.models import OneLinear, adapt, fill, gradients, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5, token_ids
 
 SMALL = {"num_experts": 4, "top_k": 2, "rank": 2, "targets": ["all-linear"], "expert_dropout": 0.0}
@@ -169,3 +169,31 @@ def test_auxiliary_gradients_come_once_and_with_their_weights():
     assert len(expected) == 4
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}")
+
+
+class AddsInPlace(OneLinear):
+    """As Falcon's block adds its attention to the output of its feed-forward part."""
+
+    def forward(self, x):
+        y = self.proj(x)
+        y += 2 * x
+        return (y**2,)
+
+
+class Adds(AddsInPlace):
+    def forward(self, x):
+        return ((self.proj(x) + 2 * x) ** 2,)
+
+
+@pytest.mark.parametrize("kernel", ["joint", "stacked"])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_model_may_add_in_place_to_what_a_module_gives(kernel, processes, monkeypatch):
+    monkeypatch.setattr(injection, "count_processes", lambda: processes)
+    x, found = torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(0)), []
+    for block in (AddsInPlace, Adds):
+        torch.manual_seed(0)
+        model = adapt(block(8, 8), sira(targets=["proj"], kernel=kernel), seed=1)
+        model(x)[0].sum().backward()
+        found.append(gradients(model))
+    assert any("router" in name for name in found[0])
+    torch.testing.assert_close(*found)

@@ -6,7 +6,16 @@ import math
 import pytest
 import torch
 from torch import nn
-from transformers import Wav2Vec2Config, Wav2Vec2Model, XLNetConfig, XLNetModel
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    CLIPConfig,
+    CLIPModel,
+    Wav2Vec2Config,
+    Wav2Vec2Model,
+    XLNetConfig,
+    XLNetModel,
+)
 
 import mixora
 from mixora.passes import tracing
@@ -14,6 +23,7 @@ from mixora.passes.forward import _tell_misfit
 from tests.models import INNER, WIDTH, adapt, tiny_bert, tiny_llama, tiny_t5, token_ids
 
 MASK = torch.tensor([[1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 0]])
+MARKS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 
 
 def sira(**changes):
@@ -166,3 +176,40 @@ def test_a_model_called_by_another_has_a_pass_of_its_own():
     found = valid_by_path(student, input_ids=token_ids(2, 6), attention_mask=MASK)
     assert [len(valid_T) for _, valid_T in found] == [4, 12, 12]
     assert all(torch.equal(valid_T, MASK.bool().flatten()) for _, valid_T in found[1:])
+
+
+@pytest.mark.parametrize("recipe", ["mixlora", "sira"])
+def test_a_tower_that_is_called_past_the_model_has_a_pass(recipe):
+    """As `get_text_features`, and `generate` of models that see images, call it."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": WIDTH, "intermediate_size": INNER, "num_attention_heads": 4, "num_hidden_layers": 2}
+    texts = {**sizes, "vocab_size": 64, "max_position_embeddings": 16, **MARKS}
+    images = {**sizes, "image_size": 8, "patch_size": 4}
+    base = CLIPModel(CLIPConfig(text_config=texts, vision_config=images, projection_dim=16))
+    model = adapt(base, mixora.recipe(recipe)).eval()
+    inputs = {"input_ids": token_ids(2, 6), "attention_mask": MASK, "pixel_values": torch.randn(2, 3, 8, 8)}
+    whole = model(**inputs)
+    found = model.get_text_features(inputs["input_ids"], inputs["attention_mask"]).pooler_output
+    torch.testing.assert_close(found / found.norm(dim=-1, keepdim=True), whole.text_embeds)
+    with tracing() as trace:
+        model.get_text_features(inputs["input_ids"], inputs["attention_mask"])
+    assert all(torch.equal(o.routing.valid_T, MASK.bool().flatten()) for o in trace.observations)
+    found = model.get_image_features(inputs["pixel_values"]).pooler_output
+    torch.testing.assert_close(found / found.norm(dim=-1, keepdim=True), whole.image_embeds)
+
+
+def test_a_mask_may_go_on_behind_a_cache_of_fixed_size():
+    """Bloom fills its mask up to the size of a static cache: the last columns are those of tokens to come."""
+    torch.manual_seed(0)
+    base = BloomForCausalLM(BloomConfig(vocab_size=64, hidden_size=WIDTH, n_head=4, n_layer=2, **MARKS))
+    model, inputs = adapt(base, sira()).eval(), {"input_ids": token_ids(2, 6), "attention_mask": MASK.flip(1)}
+    settings = {"max_new_tokens": 4, "min_new_tokens": 4, "return_dict_in_generate": True, "output_logits": True}
+    growing = model.generate(**inputs, **settings, do_sample=False)
+    with tracing() as trace:
+        fixed = model.generate(
+            **inputs, **settings, do_sample=False, cache_implementation="static", disable_compile=True
+        )
+    torch.testing.assert_close(fixed.logits, growing.logits)
+    prompt, *others = (o.routing.valid_T for o in trace.observations if o.path.endswith("h.0.self_attention.dense"))
+    assert torch.equal(prompt, MASK.flip(1).bool().flatten())
+    assert len(others) == 3 and all(valid_T.all() for valid_T in others)

@@ -139,6 +139,12 @@ def test_targets_that_cannot_be_met(targets, message):
         mixora.plan(tiny_llama(), sira(targets))
 
 
+def test_only_groups_that_are_there_are_named_as_known():
+    known = r"known: all-linear, attention, c_attn, c_fc, c_proj, feed-forward, lm_head\)"
+    with pytest.raises(ConfigError, match=known):
+        mixora.plan(tiny_gpt2(), sira(["query"]))
+
+
 def two_rules(first, second):
     part = {"expert": {"kind": "lora"}, "router": {"kind": "topk"}}
     rules = {name: {"targets": targets, **part} for name, targets in (("one", first), ("two", second))}

@@ -19,6 +19,7 @@ from transformers import (
 )
 
 import mixora
+from mixora.errors import DataError
 from mixora.losses import fused as fused_loss
 from mixora.training.fused_head import why_not_fused
 from tests import models
@@ -233,6 +234,16 @@ def test_a_failed_pass_leaves_the_model_as_it_was():
     assert set(vars(head)) == attributes
     for again in (model.eval(), copy.deepcopy(model)):
         assert torch.equal(again(**batch).logits, before)
+
+
+@pytest.mark.parametrize("make", [make_sira, make_adamix])
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_batch_without_labels_is_an_error(make, fused):
+    model, (batch,) = make(), accumulated_batches(1)
+    del batch["labels"]
+    for given in (model.train(), model.eval(), model.get_base_model().model):
+        with pytest.raises(DataError, match=r"gave no loss for a batch of input_ids, attention_mask; valid: one with"):
+            mixora.compute_loss(given, batch, fused_loss=fused)
 
 
 def test_a_batch_without_a_supervised_token_is_worth_nothing():

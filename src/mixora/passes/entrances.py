@@ -60,9 +60,10 @@ def install(model: nn.Module) -> list[Any]:
 
 
 def _entrances(model: nn.Module) -> list[nn.Module]:
-    """The modules a forward pass can begin at: a model, its backbone, and the halves of an encoder-decoder.
+    """The modules a forward pass can begin at: a model, its backbone, and every model inside of it.
 
-    A module around models of transformers, which may name its inputs as it likes, is entered at each of these.
+    Such as the halves of an encoder-decoder, or the tower for images, which `generate` calls by itself. A module around
+    models of transformers, which may name its inputs as it likes, is entered at each of these.
     """
     inner = [] if isinstance(model, PreTrainedModel) else _outermost_models(model)
     if inner:
@@ -70,6 +71,7 @@ def _entrances(model: nn.Module) -> list[nn.Module]:
     found = [model, getattr(model, getattr(model, "base_model_prefix", "") or "-", None)]
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         found += [model.get_encoder(), model.get_decoder()]  # type: ignore[operator]
+    found += [module for module in model.modules() if isinstance(module, PreTrainedModel)]
     return list(dict.fromkeys(m for m in found if isinstance(m, nn.Module)))
 
 
@@ -130,22 +132,22 @@ def _read_pass(module: nn.Module, inputs: dict[str, Any]) -> Pass:
         serving=current_serving(),
         kept=_kept_for(inputs.get("past_key_values")) if seed is None else None,
     )
-    length = _length_of(inputs, "input_ids", "inputs_embeds")
+    length, before = _length_of(inputs, "input_ids", "inputs_embeds"), _length_before(inputs.get("past_key_values"))
     kept = inputs.get("logits_to_keep")
     here.head_columns = kept if isinstance(kept, Tensor) or kept else None
     if inputs.get("encoder_hidden_states") is not None:
         # a decoder called by itself
         _put(here.mask_BS, "source", inputs.get("encoder_attention_mask"), torch.bool)
-        _put(here.mask_BS, "target", inputs.get("attention_mask"), torch.bool, length)
+        _put(here.mask_BS, "target", inputs.get("attention_mask"), torch.bool, length, before)
         return here
     _put(here.positions_BS, "source", inputs.get("position_ids"), None, length)
     mask_BS = inputs.get("attention_mask")
     if mask_BS is None and module.training and "source" in here.positions_BS:
         mask_BS = _mask_of_packed(here.positions_BS["source"])
-    _put(here.mask_BS, "source", mask_BS, torch.bool, length)
+    _put(here.mask_BS, "source", mask_BS, torch.bool, length, before)
     if getattr(getattr(module, "config", None), "is_encoder_decoder", False):
         length = _length_of(inputs, "decoder_input_ids", "decoder_inputs_embeds")
-        _put(here.mask_BS, "target", _target_mask(inputs), torch.bool, length)
+        _put(here.mask_BS, "target", _target_mask(inputs), torch.bool, length, before)
     return here
 
 
@@ -169,12 +171,30 @@ def _kept_for(cache: Any) -> dict[str, Any] | None:
     return _kept.setdefault(cache, {}) if isinstance(cache, Cache) and not torch.compiler.is_compiling() else None
 
 
+def _length_before(cache: Any) -> int | Tensor | None:
+    """How many tokens a cache of fixed size holds, behind which a mask may go on; None of other caches."""
+    try:
+        return cache.get_seq_length() if isinstance(cache, Cache) and cache.is_compileable else None
+    except ValueError:
+        # a state that holds no tokens
+        return None
+
+
 def _put(
-    into: dict[Stream, Tensor], stream: Stream, value: Any, dtype: torch.dtype | None, length: int | None = None
+    into: dict[Stream, Tensor],
+    stream: Stream,
+    value: Any,
+    dtype: torch.dtype | None,
+    length: int | None = None,
+    before: int | Tensor | None = None,
 ) -> None:
-    """With a cache, a mask speaks of earlier tokens too; the last `length` come in."""
+    """With a cache, a mask speaks of earlier tokens too; the `length` after those `before`, or the last, come in."""
     if isinstance(value, Tensor) and value.dim() == 2:
-        value = value if length is None else value[:, -length:]
+        if length is not None and before is not None and value.shape[1] > length:
+            columns = torch.arange(length, device=value.device) + torch.as_tensor(before, device=value.device)
+            value = value[:, columns.clamp(max=value.shape[1] - 1)]
+        elif length is not None:
+            value = value[:, -length:]
         into[stream] = value if dtype is None else value.to(dtype)
 
 

@@ -69,7 +69,8 @@ class _AddGradient(torch.autograd.Function):
     def forward(ctx: Any, y: Tensor, loss: Tensor, calls: Counter[tuple[str, str]], of_site: tuple[str, str]) -> Tensor:
         ctx.calls, ctx.of_site = calls, of_site
         ctx.made_as = {"dtype": loss.dtype, "device": loss.device}
-        return y.view_as(y)
+        # not as a view, which a model could not add to in place
+        return y.detach()
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, Tensor, None, None]:
@@ -82,7 +83,7 @@ class _AddPooled(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, pooled: Pooled, *sums: Tensor) -> Tensor:
         ctx.pooled = pooled
-        return y.view_as(y)
+        return y.detach()
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:

@@ -254,7 +254,7 @@ def _nothing(entry: str, linears: list[Linear], model: nn.Module, where: str, gr
         valid = "linear modules" + (" and modules of known width" if WHOLE in groups else "")
         return f"{where}: {entry!r} is a {type(others[0]).__name__}; valid here: {valid}"
     leaves = {linear.path.rpartition(".")[2] for linear in linears}
-    known = did_you_mean(entry, {*leaves, *groups} - {entry})
+    known = did_you_mean(entry, leaves.union(group for group in groups if any(_names(group, each) for each in linears)))
     return f"{where}: {entry!r} matches no {'linear ' if why else ''}module of this model{why}{known}"
 
 

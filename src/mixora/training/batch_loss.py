@@ -8,7 +8,7 @@ from typing import Any, Generic
 import torch
 from torch import Tensor, nn
 
-from mixora.errors import TrainingError
+from mixora.errors import DataError, TrainingError
 from mixora.host.world import sum_over_processes
 from mixora.mixture import mixtures_of
 from mixora.passes import tracing
@@ -111,9 +111,12 @@ def compute_loss(
 
     `batch`: what the model's forward takes, labels included. Runs the second pass where a loss needs it. `fused_loss`:
     compute the cross entropy without the whole logits where that is exact. Returns the loss, a scalar with its graph,
-    and each auxiliary term detached and without its coefficient. Raises `TrainingError`.
+    and each auxiliary term detached and without its coefficient. Raises `TrainingError`, and `DataError` for a batch
+    without labels.
     """
     is_fused = fused_loss and model.training and why_not_fused(model) is None
-    passes = run_passes(model, FusedHead(model) if is_fused else None, lambda _: model(**batch).loss)
+    passes = run_passes(model, FusedHead(model) if is_fused else None, lambda _: getattr(model(**batch), "loss", None))
+    if passes.result is None:
+        raise DataError(f"the model gave no loss for a batch of {', '.join(batch)}; valid: one with labels")
     total, terms = sum_losses(model, passes, batch.get("labels")) if model.training else (None, {})
     return passes.result if total is None else passes.result + total, terms
