@@ -139,6 +139,12 @@ def test_targets_that_cannot_be_met(targets, message):
         mixora.plan(tiny_llama(), sira(targets))
 
 
+@pytest.mark.parametrize("make", [mixora.plan, mixora.allocate])
+def test_the_name_of_a_recipe_is_no_configuration(make):
+    with pytest.raises(ConfigError, match=r"config: got 'sira'; valid: a MixoraConfig, as mixora.recipe"):
+        make(tiny_gpt2(), "sira")
+
+
 def test_only_groups_that_are_there_are_named_as_known():
     known = r"known: all-linear, attention, c_attn, c_fc, c_proj, feed-forward, lm_head\)"
     with pytest.raises(ConfigError, match=known):

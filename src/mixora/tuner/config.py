@@ -79,6 +79,7 @@ def plan(model: nn.Module, config: MixoraConfig) -> Plan:
 
     A budget that is not allocated yet is allocated for this plan. Raises `ConfigError` where the two do not fit.
     """
+    _check(config)
     whole = whole_modules.names_of(config)
     found = make_plan(model, allocate(model, config).method, whole)
     untrained = remark_untrained(model, found, whole) if config.task_type == "SEQ_CLS" else ()
@@ -95,9 +96,15 @@ def allocate(
     Without a budget, allocator `groups` leaves the rules as they are. Raises `ConfigError` for a budget that cannot
     be met, and `ModelError` or `DataError` for weights and batches that the allocator cannot read.
     """
+    _check(config)
     found, whole = copy.copy(config), whole_modules.names_of(config)
     if not is_settled(model, config.method, whole):
         ranks = choose_ranks(model, config.method, whole, batches, progress)
         found.method = config.method.model_copy(update={"allocation": ranks})
         found.allocation = found.method.model_dump(mode="json")["allocation"]
     return found
+
+
+def _check(config: Any) -> None:
+    if not isinstance(config, MixoraConfig):
+        raise ConfigError(f"config: got {show(config)}; valid: a MixoraConfig, as mixora.recipe('sira') gives it")
