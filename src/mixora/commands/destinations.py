@@ -57,11 +57,11 @@ def export_to_folder(asked: Destination, out: Path | None, form: Any, of_hub: Ma
         if asked.as_json:
             print_json({"form": form, "sites": methods, "out": out, "written": False})
         for part in summarise_foreseen(form, methods, out):
-            console.print(part, soft_wrap=isinstance(part, str))
+            console.show(part)
         return
     exported = _export(asked, out, form, console, overwrite=asked.overwrite)
     for part in _summarise(exported):
-        console.print(part, soft_wrap=isinstance(part, str))
+        console.show(part)
     if asked.as_json:
         print_json(exported.to_dict())
 

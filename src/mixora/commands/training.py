@@ -120,7 +120,7 @@ def _rehearse(config: "RunConfig", overwrite: bool, resume: bool, as_json: bool)
         print_json(rehearsal.to_dict())
         return
     for part in rehearsal.lines():
-        Console().print(part, soft_wrap=isinstance(part, str))
+        Console().show(part)
 
 
 def _launch(places: "Places", words: list[str], flags: Mapping[str, bool], values: Mapping[str, Any]) -> NoReturn:
@@ -140,4 +140,4 @@ def _show(record: "RunRecord", config: "RunConfig", as_json: bool) -> None:
         print_json(asdict(record))
         return
     for part in summarise_run(record, Path(config.out)):
-        Console().print(part, soft_wrap=isinstance(part, str))
+        Console().show(part)

@@ -25,6 +25,10 @@ class Console(RichConsole):
     def __init__(self, **options: Any) -> None:
         super().__init__(**options, markup=False, emoji=False)
 
+    def show(self, part: RenderableType) -> None:
+        """A part of a summary: a string is there to be copied, so its lines are never broken; anything else wraps."""
+        self.print(part, soft_wrap=isinstance(part, str))
+
     def render_str(self, text: str, **options: Any) -> Text:
         """As rich does, so that a sign in place of a control character counts where a width is measured."""
         return super().render_str(show_controls(text), **options)
