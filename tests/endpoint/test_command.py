@@ -63,15 +63,16 @@ def test_answers_that_take_longer_than_the_end_are_told_so(saved, monkeypatch): 
         told[stream] = httpx.post(f"http://127.0.0.1:{port}/v1/completions", json=body, timeout=60)
 
     def ask_and_end():
+        until = time.monotonic() + 60
         try:
             while not told:
+                assert time.monotonic() < until
                 time.sleep(0.02)
                 with suppress(httpx.ConnectError):
                     told["health"] = httpx.get(f"http://127.0.0.1:{port}/health")
             asking = [threading.Thread(target=ask, args=(stream,)) for stream in (False, True)]
             for thread in asking:
                 thread.start()
-            until = time.monotonic() + 60
             while "mixora_running 2.0" not in httpx.get(f"http://127.0.0.1:{port}/metrics").text:
                 assert time.monotonic() < until
                 time.sleep(0.02)
