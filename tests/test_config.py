@@ -45,7 +45,9 @@ def test_nested_values_are_read_without_conversion():
             r"run\.part\.width: got 'x'; valid: .*(array|tuple).* or .*integer",
         ),
         ({"boxes": {"a": {"rank": 1.5}}}, r"run\.boxes\.a\.rank: got 1\.5"),
-        ({"rate": float("nan")}, r"run: .*valid: numbers"),
+        ({"rate": float("nan")}, r"run\.rate: got nan; valid: a finite number"),
+        ({"boxes": {"a": [1.0, float("-inf")]}}, r"run\.boxes\.a\.1: got -inf; valid: a finite number"),
+        ({"rate": {1, 2}}, r"run: .*valid: numbers"),
     ],
 )
 def test_every_mistake_names_its_path_and_what_is_valid(data, message):

@@ -6,6 +6,7 @@ beside the class it configures.
 
 import difflib
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -52,7 +53,17 @@ def parse(model: type[S], data: Mapping[str, Any], root: str = "") -> S:
         if isinstance(error, ValidationError):
             # keys as JSON has them: strings
             raise ConfigError("\n".join(_describe(error, model, json.loads(text), root))) from None
-        raise ConfigError(f"{root or 'config'}: {error}; valid: numbers, strings, booleans, lists, mappings") from None
+        infinite = [f"{path}: got {value}; valid: a finite number" for path, value in _not_finite(data, root)]
+        other = f"{root or 'config'}: {error}; valid: numbers, strings, booleans, lists, mappings"
+        raise ConfigError("\n".join(infinite) or other) from None
+
+
+def _not_finite(value: Any, at: str) -> Iterator[tuple[str, float]]:
+    if isinstance(value, float) and not math.isfinite(value):
+        yield at, value
+    items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list | tuple) else ()
+    for name, child in items:
+        yield from _not_finite(child, f"{at}.{name}" if at else str(name))
 
 
 def _describe(error: ValidationError, model: type[Strict], data: Tree, root: str) -> list[str]:

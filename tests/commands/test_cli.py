@@ -95,6 +95,9 @@ def test_evaluate_generate_and_inspect(call, trained, data):  # noqa: F811
     metrics = json.loads(call("evaluate", out, "--json").output)
     assert metrics["loss"] == json.loads((out / "record.json").read_text())["after"]["loss"]
     assert "slot f1" in call("evaluate", out, "--split", "train").output
+    for change in ("adapter.rank=3", "train.steps=9", "out=x", "title=x"):
+        refused = call("evaluate", out, change)
+        assert refused.exit_code == 2 and "has no effect on a run that is trained" in refused.output
     asked = ["--prompt", "lamp hall", "--prompt", "song folk", "--max-new-tokens", 3]
     answers = json.loads(call("generate", out, *asked, "--compare", "--json").output)
     assert [a["prompt"] for a in answers] == ["lamp hall", "song folk"] and "base" in answers[0]

@@ -109,3 +109,12 @@ def test_a_merge_is_foreseen_as_it_happens(place, tmp_path):
     assert foreseen["sites"] == {site["path"]: site["method"] for site in merged["sites"]}
     refused = call("export", place / "run", "--to", "peft-lora", "--out", tmp_path / "b", "--dry-run")
     assert refused.exit_code == 2 and "--approximate" in refused.output
+
+
+def test_a_tilde_that_no_shell_has_read(place, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(place)
+    for name in NAMES:
+        assert call(*commands(place)[name], f"--out=~/{name}").exit_code == 0
+        assert (tmp_path / name / MARK).is_file()
+    assert not (place / "~").exists()

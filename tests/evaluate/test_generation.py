@@ -4,6 +4,7 @@ import torch
 from mixora.errors import DataError
 from mixora.evaluate import generate
 from mixora.evaluate.generation import pad_prompts
+from tests import models
 
 PROMPTS = [[4], [5, 6, 7, 8], [9, 10], [4, 5, 6, 7, 8, 9, 10]]
 
@@ -79,6 +80,22 @@ def test_prompts_are_padded_on_the_side_asked_for():
 def test_unusable_prompts(llama, tokenizer, prompts, count, message):
     with pytest.raises(DataError, match=message):
         generate(llama, tokenizer, prompts, max_new_tokens=count, batch_size=1)
+
+
+@pytest.mark.parametrize(("build", "fits"), [(models.tiny_gpt2, (40, 25)), (models.tiny_bart, (64, 64))])
+def test_answers_end_where_the_positions_do(build, fits, tokenizer):
+    model, (length, count) = build().eval(), fits
+
+    def ask(length, count):
+        prompt = [5] * length
+        return generate(
+            model, tokenizer, [[4], prompt], max_new_tokens=count, batch_size=2, min_new_tokens=count, use_cache=True
+        )
+
+    ask(length, count)
+    for more in [(length + 1, count), (length, count + 1)]:
+        with pytest.raises(DataError, match=rf"{more[0]} and {more[1]} tokens; valid for this model: at most 6[45] "):
+            ask(*more)
 
 
 def test_an_end_is_needed(llama, tokenizer):

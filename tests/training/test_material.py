@@ -6,9 +6,10 @@ import torch
 from mixora.bases import count_positions
 from mixora.errors import ConfigError, DataError
 from mixora.training.rehearsal import rehearse
+from mixora.training.rows import read_tasks
 from mixora.training.run_config import read_run
 from tests import models
-from tests.training.conftest import write_rows
+from tests.training.conftest import command_rows, write_rows
 from tests.training.test_run import run, settings
 
 TAKES_64 = [models.tiny_gpt2, models.tiny_opt, models.tiny_bart]
@@ -65,3 +66,32 @@ def test_a_rehearsal_tells_of_an_unknown_metric(bases, data, tmp_path):
     tree = settings(bases / "llama", data / "commands", tmp_path / "out", evaluate__metrics=["los"])
     with pytest.raises(ConfigError, match=r"metrics: got 'los'.*did you mean 'loss'"):
         rehearsed(tree)
+
+
+@pytest.mark.parametrize("name", ["valid", "val", "dev"])
+def test_validation_rows_by_another_name(name, tmp_path):
+    write_rows(tmp_path, "train", command_rows(20))
+    write_rows(tmp_path, name, command_rows(3))
+    write_rows(tmp_path, "test", command_rows(5))
+    tree = settings("base", tmp_path, tmp_path / "out")
+    (rows,) = read_tasks(read_run(tree), to_train=True)[0].values()
+    assert (len(rows.train), len(rows.evaluation)) == (20, 3)
+    write_rows(tmp_path, "validation", command_rows(7))
+    (rows,) = read_tasks(read_run(tree), to_train=True)[0].values()
+    assert (len(rows.train), len(rows.evaluation)) == (20, 7)
+
+
+def test_two_splits_that_may_be_the_validation_rows(tmp_path):
+    for name in ("train", "dev", "val"):
+        write_rows(tmp_path, name, command_rows(4))
+    config = read_run(settings("base", tmp_path, tmp_path / "out"))
+    with pytest.raises(DataError, match=r"the splits val and dev, either of.*valid: data\.evaluation_split=val, or"):
+        read_tasks(config, to_train=True)
+
+
+def test_a_field_to_group_by_that_no_row_has(tmp_path):
+    write_rows(tmp_path, "train", command_rows(20))
+    tree = settings("base", tmp_path, tmp_path / "out", data__group_by="domian")
+    with pytest.raises(ConfigError, match=r"data\.group_by: got 'domian'.*no row has; did you mean 'domain'"):
+        read_tasks(read_run(tree), to_train=True)
+    assert read_tasks(read_run(tree), to_train=False)

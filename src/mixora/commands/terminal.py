@@ -74,11 +74,15 @@ Run = Annotated[
 
 
 def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """A user's mistake ends with one message and exit code 2, a fault of ours with exit code 1."""
+    """A user's mistake ends with one message and exit code 2, a fault of ours with exit code 1.
+
+    Paths among the options may begin with ~, also where no shell reads it (--out=~/runs).
+    """
 
     @wraps(command)
     def run(**options: Any) -> None:
         _quieten_libraries()
+        options |= {k: Path(os.path.expanduser(v)) for k, v in options.items() if isinstance(v, Path)}
         try:
             command(**options)
         except StoppedError as stop:

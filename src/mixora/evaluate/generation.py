@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from mixora.bases import count_positions
 from mixora.display.stages import Advance
 from mixora.errors import DataError
 from mixora.evaluate.inference import batch_by_length, inference
@@ -39,9 +40,11 @@ def generate(
         One text per prompt, in order, without prompt and special tokens; white space stays as generated.
 
     Raises:
-        DataError: no prompts, an empty one, `max_new_tokens` under 1, or no EOS token.
+        DataError: no prompts, an empty one, `max_new_tokens` under 1, no EOS token, or more tokens than the model has
+            positions for.
     """
     _check_prompts(prompts, max_new_tokens)
+    _check_positions(model, max(map(len, prompts), default=0), max_new_tokens)
     ends = end_ids(model, tokenizer)
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
     options = {"max_new_tokens": max_new_tokens, "do_sample": do_sample, "pad_token_id": padding, "eos_token_id": ends}
@@ -63,6 +66,23 @@ def _check_prompts(prompts: Sequence[Sequence[int]], max_new_tokens: int) -> Non
         raise DataError(f"prompt {empty[0]} has no tokens; valid: one or more")
     if max_new_tokens < 1:
         raise DataError(f"max_new_tokens: got {max_new_tokens}; valid: 1 or more")
+
+
+def _check_positions(model: Any, longest: int, max_new_tokens: int) -> None:
+    """The last token of an answer is not read, and an encoder-decoder's answer begins with a token of its own."""
+    most = count_positions(model)
+    if most is None:
+        return
+    if not model.config.is_encoder_decoder:
+        got, fits = f"{longest} and {max_new_tokens}", longest + max_new_tokens <= most + 1
+        valid = f"at most {most + 1} together"
+    else:
+        got, fits = f"{longest} and {max_new_tokens}", max(longest, max_new_tokens) <= most
+        valid = f"at most {most} each"
+    if not fits:
+        raise DataError(
+            f"the longest prompt has and max_new_tokens allows {got} tokens; valid for this model: {valid}"
+        )
 
 
 def end_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:

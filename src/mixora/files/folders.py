@@ -17,7 +17,7 @@ def check_folder(out: str | Path, overwrite: bool = False, reads: Iterable[str |
     """The path of the folder that `claim_folder` would make with the same arguments; changes nothing.
 
     Raises `ConfigError` if it holds something and may not be replaced, if replacing it would remove one of the paths
-    in `reads`, or if it cannot be written.
+    in `reads` or a result that lies in it, or if it cannot be written.
     """
     try:
         folder = find_path(out)
@@ -55,6 +55,12 @@ def _check_replaceable(folder: Path, overwrite: bool, reads: Iterable[str | Path
         read = Path(os.path.expanduser(path)).resolve()
         if folder.resolve() in (read, *read.parents) and read.exists():
             raise ConfigError(f"out: {folder} holds {path}, which is read; valid: another folder")
+    for mark in folder.rglob(MARK):
+        if mark.parent != folder:
+            raise ConfigError(
+                f"out: {folder} holds {mark.parent}, a result by itself, which would go too; "
+                "valid: another folder, or move that one first"
+            )
 
 
 def claim_folder(out: str | Path, overwrite: bool = False, reads: Iterable[str | Path] = ()) -> Path:

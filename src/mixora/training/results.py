@@ -87,16 +87,20 @@ class Trained:
         return answers
 
 
+MAY_CHANGE = ("model", "data", "evaluate")
+"""Sections of a run's settings that matter to its result too; the others say how it was made."""
+
+
 def reopen(run: Path, changes: Mapping[str, Any], progress: Progress, tasks: Sequence[str] = ()) -> Trained:
     """The result of `mixora train`, with changes to its settings, and with some of its tasks only if named.
 
     Raises:
         CheckpointError: the folder is no such result.
-        ConfigError: a task that the run does not have.
+        ConfigError: a task that the run does not have, or a change that has no effect once a run is trained.
     """
     if not (run / RUN_FILE).is_file() or not (run / "adapter").is_dir():
         raise CheckpointError(f"{run}: is not the folder of a finished run; valid: what `mixora train --out` wrote")
-    config = parse(RunConfig, merge_trees(read_settings(run / RUN_FILE), changes))
+    config = _change(read_settings(run / RUN_FILE), changes)
     if tasks:
         config = config.model_copy(update={"data": _select(config.data, tasks)})
     progress.say(f"reading {run} and {config.model.base}")
@@ -104,6 +108,15 @@ def reopen(run: Path, changes: Mapping[str, Any], progress: Progress, tasks: Seq
         material = read_material(config, to_train=False, past=read_past(run))
         model = from_pretrained(material.model, run / "adapter")
     return Trained(model, material, config, progress)
+
+
+def _change(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> RunConfig:
+    for name in RunConfig.model_fields.keys() - set(MAY_CHANGE):
+        if name in changes:
+            raise ConfigError(
+                f"{name}: has no effect on a run that is trained; valid: {', '.join(MAY_CHANGE)}, or a new run"
+            )
+    return parse(RunConfig, merge_trees(tree, changes))
 
 
 def _select(data: DataSection, names: Sequence[str]) -> DataSection:

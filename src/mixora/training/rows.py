@@ -4,10 +4,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from mixora.config import did_you_mean
 from mixora.data import FORMS, Rows, read_rows, splits_of
 from mixora.errors import ConfigError, DataError
 from mixora.files.documents import find_path
 from mixora.training.run_config import DataSection, RunConfig, TaskSection
+
+ALSO_VALIDATION = ("valid", "val", "dev")
+"""What the split of validation rows is called where it is not "validation"."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,8 @@ def read_tasks(config: RunConfig, to_train: bool, past: Past | None = None) -> t
     tasks = {name: _read_task(section, config.data, to_train, past) for name, section in sections.items()}
     if config.data.tasks is not None:
         tasks = {name: _name_task(rows, name) for name, rows in tasks.items()}
+    if to_train:
+        _check_group(config.data.group_by, tasks)
     return tasks, _check_together({name: rows.evaluation for name, rows in tasks.items()})
 
 
@@ -50,6 +56,17 @@ def _name_task(rows: TaskRows, name: str) -> TaskRows:
         return replace(part, rows=tuple({**row, "task": name} for row in part))
 
     return TaskRows(rows.train and named(rows.train), named(rows.evaluation))
+
+
+def _check_group(field: str | None, tasks: Mapping[str, TaskRows]) -> None:
+    """`ConfigError` for a field to group by that no row has on which the run is evaluated."""
+    if field is None:
+        return
+    known: set[str] = set()
+    for rows in tasks.values():
+        known.update(*rows.evaluation)
+    if field not in known:
+        raise ConfigError(f"data.group_by: got {field!r}, a field that no row has{did_you_mean(field, known)}")
 
 
 def _check_together(tasks: Mapping[str, Rows]) -> Rows:
@@ -94,13 +111,20 @@ def _read_task(section: TaskSection, data: DataSection, to_train: bool, past: Pa
 def _find_split(source: str, split: str) -> str | None:
     """The split to evaluate on; None where `source` lacks that of validation rows, in place of which some are held out.
 
-    Raises `DataError` where it lacks another one.
+    Raises `DataError` where it lacks another one, or has several that go by the names of validation rows.
     """
-    if split not in splits_of(source):
-        if split == "validation":
-            return None
+    known = splits_of(source)
+    if split in known:
+        return split
+    if split != "validation":
         read_rows(source, split)  # raises, and names the splits there are
-    return split
+    others = [name for name in ALSO_VALIDATION if name in known]
+    if len(others) > 1:
+        raise DataError(
+            f"{source}: has the splits {' and '.join(others)}, either of which may be the validation rows; "
+            f"valid: data.evaluation_split={others[0]}, or another split"
+        )
+    return others[0] if others else None
 
 
 def _hold_out(rows: Rows) -> tuple[Rows, Rows]:

@@ -82,7 +82,8 @@ class DataSection(EncodingConfig):
 
     `source`: a file, a folder with train and validation files, or a hub id; or `tasks`: several, by name. `mixing`: how
     often each task is drawn. `form`: told from the fields if not given. `train_rows`: the first so many only.
-    `evaluation_split`: rows to evaluate on; where the source lacks it, the last tenth of the training rows is held out.
+    `evaluation_split`: rows to evaluate on; where the source lacks "validation", its "valid", "val" or "dev", else the
+    last tenth of the training rows, which is held out.
     `group_by`: the field by which reports split the load of the experts; "task" where there are tasks, else "domain".
     """
 
