@@ -80,9 +80,7 @@ def _check_positions(model: Any, longest: int, max_new_tokens: int) -> None:
         got, fits = f"{longest} and {max_new_tokens}", max(longest, max_new_tokens) <= most
         valid = f"at most {most} each"
     if not fits:
-        raise DataError(
-            f"the longest prompt has and max_new_tokens allows {got} tokens; valid for this model: {valid}"
-        )
+        raise DataError(f"the longest prompt has and max_new_tokens allows {got} tokens; valid for this model: {valid}")
 
 
 def end_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
