@@ -4,6 +4,7 @@ import ast
 import io
 import json
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 import yaml
 from peft import get_peft_model
 from rich.table import Table
+from safetensors.torch import load_file, save_file
 
 import mixora
 from mixora import loading
@@ -78,6 +80,27 @@ def test_an_adapter_in_a_pickle_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match=r"has no adapter_model\.safetensors"):
         mixora.from_pretrained(tiny_llama(), tmp_path)
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("name", ["norm.weight", "layers.0.self_attn.q_proj.base_layer.weight", "embed_tokens.weight"])
+@pytest.mark.parametrize("is_first", [True, False])
+def test_an_adapter_writes_nothing_into_the_base(name, is_first, tmp_path):
+    get_peft_model(tiny_llama(), mixora.recipe("sira", task_type="CAUSAL_LM")).save_pretrained(tmp_path)
+    base = tiny_llama()
+    model = base if is_first else get_peft_model(base, mixora.recipe("pesc", task_type="CAUSAL_LM"))
+    load = mixora.from_pretrained if is_first else partial(loading.add_pretrained, adapter_name="other")
+    path = tmp_path / "adapter_model.safetensors"
+    weight = base.get_parameter("model." + name.replace(".base_layer", ""))
+    save_file({**load_file(path), f"base_model.model.model.{name}": torch.full_like(weight, 7.0)}, path)
+    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    # PEFT saves embeddings by itself, and the first adapter may bring them
+    if is_first and name == "embed_tokens.weight":
+        assert (load(model, tmp_path).get_input_embeddings().weight == 7).all()
+        return
+    with pytest.raises(CheckpointError, match=rf"{name}: unexpected, since it is a weight of the base"):
+        load(model, tmp_path)
+    now = base.state_dict()
+    assert now.keys() == before.keys() and all(torch.equal(now[name], tensor) for name, tensor in before.items())
 
 
 def test_of_an_adapter_on_the_hub_two_files_are_fetched(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import re
 import warnings
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,9 @@ from mixora.files.documents import read_json
 from mixora.host.versions import MIXORA
 from mixora.mixture import PREFIX
 from mixora.planning import whole_modules
+
+ROOT = "base_model.model."
+"""Of the names of tensors in an adapter's file; what follows is the name in the base."""
 
 FLOATS = ("F16", "BF16", "F32", "F64")
 # what PEFT warns about is an error here
@@ -53,7 +57,7 @@ def from_pretrained(
     config = read_adapter_config(folder)
     if not isinstance(base, PreTrainedModel):
         base, _ = load_base(base, task=task_of(config), **for_base)
-    _check_whole_modules(base, config, folder, adapter)
+    _check_names(base, config, folder, adapter)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=_TOLD_BELOW)
         model = PeftModel.from_pretrained(
@@ -74,7 +78,7 @@ def add_pretrained(model: PeftModel, adapter: str | Path, adapter_name: str) -> 
     """
     folder = find_adapter(adapter)
     check_files(folder)
-    _check_whole_modules(model.get_base_model(), read_adapter_config(folder), folder, adapter)
+    _check_names(model.get_base_model(), read_adapter_config(folder), folder, adapter, is_first=False)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=_TOLD_BELOW)
         model.load_adapter(str(folder), adapter_name, ignore_mismatched_sizes=True)
@@ -85,18 +89,48 @@ def add_pretrained(model: PeftModel, adapter: str | Path, adapter_name: str) -> 
         raise
 
 
-def _check_whole_modules(base: nn.Module, config: PeftConfig, folder: Path, adapter: str | Path) -> None:
-    """Before PEFT, which for these raises a bare `KeyError` in the middle of its work."""
-    on_disk, names = _read_headers(folder), whole_modules.names_of(config)
+def _check_names(base: nn.Module, config: PeftConfig, folder: Path, adapter: str | Path, is_first: bool = True) -> None:
+    """Before PEFT, which raises a bare `KeyError` where a module that is trained whole lacks a tensor, and writes into
+    the base what has the name of one of its weights. The first adapter may bring embeddings, as PEFT saves them.
+    """
+    on_disk, whole = _read_headers(folder), whole_modules.names_of(config)
     expected = {
-        f"base_model.model.{path}.{key}": tensor
+        f"{ROOT}{path}.{key}": tensor
         for path, module in base.named_modules()
         # an adapter that is there already may have copies of its own
-        if path.endswith(names) and not re.search(r"\.(original_module|modules_to_save|base_layer)(\.|$)", path)
+        if path.endswith(whole) and not re.search(r"\.(original_module|modules_to_save|base_layer)(\.|$)", path)
         for key, tensor in getattr(module, "original_module", module).state_dict().items()
         if PREFIX not in key and "base_layer" not in key
     }
-    _refuse([_tell_missing(name, expected[name]) for name in sorted(expected.keys() - on_disk)], adapter)
+    problems = [_tell_missing(name, expected[name]) for name in sorted(expected.keys() - on_disk)]
+    own = {_name_in_base(name) for name in _names_of_tensors(base)}
+    own -= _names_of_embeddings(base) if is_first else set()
+    problems += [
+        f"{name}: unexpected, since it is a weight of the base"
+        for name in sorted(on_disk.keys() - expected)
+        if _name_in_base(name.removeprefix(ROOT)) in own
+    ]
+    _refuse(problems, adapter)
+
+
+def _names_of_tensors(module: nn.Module) -> list[str]:
+    named = (module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False))
+    return [name for name, _ in chain(*named)]
+
+
+def _names_of_embeddings(base: Any) -> set[str]:
+    """Of the tensors of a model's first and last layer, as PEFT finds these; none where a model does not tell them."""
+    try:
+        layers = (base.get_input_embeddings(), base.get_output_embeddings())
+    except (AttributeError, NotImplementedError):
+        return set()
+    found = [(path, module) for path, module in base.named_modules() if any(module is layer for layer in layers)]
+    return {_name_in_base(f"{path}.{name}") for path, module in found for name in _names_of_tensors(module)}
+
+
+def _name_in_base(name: str) -> str:
+    """Without the steps that adapters put into it."""
+    return re.sub(r"\.(original_module|base_layer)(?=\.)", "", name)
 
 
 def _check_tensors(model: PeftModel, adapter_name: str, folder: Path, adapter: str | Path) -> None:

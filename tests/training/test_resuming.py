@@ -20,6 +20,7 @@ from mixora.cli import app
 from mixora.errors import CheckpointError, ConfigError, StoppedError, UnwrittenError
 from mixora.files.asides import ASIDE
 from mixora.files.folders import MARK
+from mixora.files.locks import FolderLock
 from mixora.training import run as running
 from mixora.training.arguments import make_arguments
 from mixora.training.checkpoints import clear_leftovers, find_checkpoint, read_resumed, resumable
@@ -214,6 +215,24 @@ def test_what_a_finished_run_had_not_removed_goes(keeps, tmp_path):
     clear_leftovers(tmp_path)
     left = {MARK, "record.json", "run.yaml"} | ({"checkpoints"} if keeps else set())
     assert {path.name for path in tmp_path.iterdir()} == left
+
+
+def test_where_a_run_is_at_work_no_other_one_writes(bases, data, tmp_path):
+    out = tmp_path / "out"
+    tree = tree_of(bases, data, out, steps=1)
+    fit(read_run(tree), quiet())
+    (out / ASIDE / "half").mkdir(parents=True)
+    before = sorted(out.rglob("*"))
+    with FolderLock(out) as lock:
+        lock.take()
+        for act in (
+            lambda: clear_leftovers(out),
+            lambda: fit(read_run(tree), quiet(), overwrite=True),
+            lambda: fit(read_run(tree), quiet(), resume=True),
+        ):
+            with pytest.raises(ConfigError, match="is being written by another process"):
+                act()
+    assert sorted(out.rglob("*")) == before
 
 
 def test_checkpoints_without_an_optimiser_are_refused(bases, data, tmp_path):

@@ -18,6 +18,7 @@ from mixora.diagnostics.record import RECORD
 from mixora.errors import CheckpointError, ConfigError, NonFiniteError, StoppedError, UnwrittenError
 from mixora.files.asides import ASIDE, remove
 from mixora.files.folders import MARK
+from mixora.files.locks import FolderLock
 from mixora.training.bad_steps import count_left_out
 from mixora.training.manifest import find_damage
 from mixora.training.run_config import RunConfig, leaves_of, read_settings
@@ -127,13 +128,18 @@ def _tell_way_on(run: Path, command: str) -> str:
 
 
 def clear_leftovers(run: Path) -> None:
-    """Remove what a killed process had not finished writing, or of a finished run not finished removing."""
+    """Remove what a killed process had not finished writing, or of a finished run not finished removing.
+
+    Raises `ConfigError` where a process is at work there.
+    """
     if not (run / MARK).is_file():
         return
-    for folder in (run, run / CHECKPOINTS):
-        remove(folder / ASIDE)
-    if (run / RECORD).is_file() and (run / START).is_file():
-        finish(run, read_settings(run / RUN_FILE).get("train", {}).get("keep_checkpoints", False))
+    with FolderLock(run) as lock:
+        lock.take()
+        for folder in (run, run / CHECKPOINTS):
+            remove(folder / ASIDE)
+        if (run / RECORD).is_file() and (run / START).is_file():
+            finish(run, read_settings(run / RUN_FILE).get("train", {}).get("keep_checkpoints", False))
 
 
 def finish(run: Path, keep_checkpoints: bool) -> None:

@@ -20,6 +20,7 @@ from mixora.errors import ConfigError
 from mixora.evaluate import Evaluation, Examples, evaluate
 from mixora.files.asides import writing
 from mixora.files.folders import check_folder
+from mixora.files.locks import FolderLock
 from mixora.loading import count_outputs, from_pretrained, read_adapter_config
 from mixora.planning.plan import Plan
 from mixora.training.arguments import make_arguments
@@ -71,15 +72,15 @@ def fit(config: RunConfig, progress: Progress, overwrite: bool = False, resume: 
     once a checkpoint is written, `UnwrittenError` where the disk is full, and `NonFiniteError` where numbers go wrong.
 
     Where several processes were started, each calls this: all train, the first one does the rest alone, and the others
-    return None. Raises `TrainingError` where they do not find together.
+    return None. Raises `TrainingError` where they do not find together, and `ConfigError` while another writes there.
     """
-    with deterministic(config.train.deterministic):
-        return _fit(config, progress, overwrite, resume)
+    with deterministic(config.train.deterministic), FolderLock(Path(config.out)) as lock:
+        return _fit(config, progress, overwrite, resume, lock)
 
 
-def _fit(config: RunConfig, progress: Progress, overwrite: bool, resume: bool) -> RunRecord | None:
+def _fit(config: RunConfig, progress: Progress, overwrite: bool, resume: bool, lock: FolderLock) -> RunRecord | None:
     started = time.perf_counter()
-    _meet(config, overwrite, resume)
+    _meet(config, overwrite, resume, lock)
     # a new classification head is drawn with the base
     torch.manual_seed(config.train.seed)
     material, rows = _read(config, progress)
@@ -90,7 +91,7 @@ def _fit(config: RunConfig, progress: Progress, overwrite: bool, resume: bool) -
     torch.manual_seed(config.train.seed)
     model = get_peft_model(material.model, adapter)
     measured = {"before": measure(model, examples, config, progress, "before")} if is_first() else {}
-    out = _claim(config, overwrite, resume, begun.start)
+    out = _claim(config, overwrite, resume, begun.start, lock)
     with resumable(out):
         trainer = make_trainer(model, material, rows, config)
         seconds = train(trainer, begun.checkpoint, progress)
@@ -118,18 +119,21 @@ def _fit(config: RunConfig, progress: Progress, overwrite: bool, resume: bool) -
     return record
 
 
-def _meet(config: RunConfig, overwrite: bool, resume: bool) -> None:
+def _meet(config: RunConfig, overwrite: bool, resume: bool, lock: FolderLock) -> None:
     """Processes that were started together find together, before one of them looks at a folder that others write."""
     make_arguments(config)  # opens their group; a mistake in it has cost nothing yet
     check_processes()
-    if not resume and is_first():
-        check_folder(config.out, overwrite, paths_read(config))
+    if is_first():
+        lock.take()
+        if not resume:
+            check_folder(config.out, overwrite, paths_read(config))
 
 
-def _claim(config: RunConfig, overwrite: bool, resume: bool, start: Start) -> Path:
+def _claim(config: RunConfig, overwrite: bool, resume: bool, start: Start, lock: FolderLock) -> Path:
     if is_first():
         if not resume:
             open_folder(config, overwrite)
+            lock.take()
         write_settings(config)
         write_start(Path(config.out), start)
     wait_for_all()
