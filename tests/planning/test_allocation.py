@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 import mixora
 from mixora.allocators import ALLOCATORS
 from mixora.errors import CheckpointError, ConfigError, ModelError
+from mixora.planning.plan import Plan
 from tests.models import adapt, tiny_bert_classifier, tiny_gpt2, tiny_llama, tiny_t5, token_ids
 
 KINDS = tuple(ALLOCATORS)
@@ -218,6 +219,20 @@ def test_plain_lora_takes_a_budget_too(kind):
     plan = mixora.plan(GPT2, mixora.allocate(GPT2, config, BATCHES))
     assert 0 <= 9000 - plan.parameters < 32 + 96
     assert {site.num_experts for site in plan.sites} == {1}
+
+
+@pytest.mark.parametrize("budget_of", ["trainable", "active"])
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [("hydralora", {}), ("hydralora", {"num_experts": 3}), ("adamix-lora", {}), ("adamix-lora", {"share": "none"})],
+)
+def test_experts_that_must_have_one_rank_get_it(name, changes, budget_of):
+    config = mixora.recipe(name, budget=30_000, budget_of=budget_of, **changes, **{"allocator.kind": "spectral"})
+    plan = mixora.plan(LLAMA, mixora.allocate(LLAMA, config))
+    assert all(len(set(site.ranks)) == 1 for site in plan.sites)
+    assert len({site.ranks[0] for site in plan.sites}) > 2
+    one_step = max(measured(Plan((site,)), budget_of) / site.ranks[0] for site in plan.sites)
+    assert 0 <= 30_000 - measured(plan, budget_of) < one_step
 
 
 def test_progress_is_told():

@@ -95,7 +95,9 @@ def _ways(method: MethodEntry) -> tuple[Way, ...]:
     allocator = method.adapter().build().method.allocator
     if allocator.kind != "groups" or allocator.budget is not None:
         return (_by_budget,)
-    return (_by_rank, _by_budget, _by_depth)
+    # a budget may give each site another rank; of experts of one rank, it is simpler to say by layers
+    is_even = any(rule.one_rank for rule in method.adapter().build().method.rules.values())
+    return (_by_rank, _by_depth, _by_budget) if is_even else (_by_rank, _by_budget, _by_depth)
 
 
 def _by_rank(model: nn.Module, method: MethodEntry, target: int, match: Match) -> list[Matched]:
@@ -131,7 +133,7 @@ def _by_experts(model: nn.Module, method: MethodEntry, target: int, match: Match
 
 
 def _by_budget(model: nn.Module, method: MethodEntry, target: int, match: Match) -> list[Matched]:
-    """The method's allocator meets the count itself, by experts of unequal rank; not all experts can have that."""
+    """The method's allocator meets the count itself, by experts or sites of unequal rank."""
     rules = method.adapter().build().method.rules
     if any(_alpha_of(rule) is not None and not isinstance(rule.expert.rank, int) for rule in rules.values()):
         # each layer has a factor of its own, which would change with whatever rank the allocator gives it

@@ -49,9 +49,16 @@ def choose_ranks(
     weights = allocator.weigh(candidates, Evidence(model, batches, progress or (lambda done, total: None)))
     ones = {path: (1,) * count for path, count in _count_experts(given, weights, allocator).items()}
     least = plan_with(ones)
-    more = plan_with({path: (2, *ranks[1:]) for path, ranks in ones.items()})
-    units = [more_site.parameters - site.parameters for site, more_site in zip(least.sites, more.sites, strict=True)]
-    totals = _divide(given, least, units, weights, method)
+    # the ranks that a site's experts get at once
+    steps = [site.num_experts if method.rules[site.rule].one_rank else 1 for site in least.sites]
+    more = plan_with(
+        {
+            site.path: (2,) * step + (1,) * (site.num_experts - step)
+            for site, step in zip(least.sites, steps, strict=True)
+        }
+    )
+    counts = _divide(given, least, more, steps, weights, method)
+    totals = [count * step for count, step in zip(counts, steps, strict=True)]
     found = {site.path: spread(total, site.num_experts) for site, total in zip(least.sites, totals, strict=True)}
     path, ranks = max(found.items(), key=lambda item: item[1])
     if ranks[0] > MOST:
@@ -82,22 +89,31 @@ def _count_experts(given: Plan, weights: list[float], allocator: Allocator) -> d
     return counts
 
 
-def _divide(given: Plan, least: Plan, units: list[int], weights: list[float], method: Method) -> list[int]:
-    """The sum of ranks of each site. `units`: parameters of one rank; `least`: the plan in which every rank is 1."""
+def _divide(given: Plan, least: Plan, more: Plan, steps: list[int], weights: list[float], method: Method) -> list[int]:
+    """How many steps each site gets. `least`: the plan in which every rank is 1; `more`: with a step more at each site.
+
+    A step is a number of ranks, which the weights of the sites are for one by one.
+    """
     is_active = method.allocator.budget_of == "active"
     budget = method.allocator.budget or (given.active_parameters if is_active else given.parameters)
-    prices = [
-        Fraction(unit * site.top_k, site.num_experts) if is_active else Fraction(unit)
-        for unit, site in zip(units, least.sites, strict=True)
-    ]
-    experts = [site.num_experts for site in least.sites]
+    prices = [_price(*sites, step, is_active) for *sites, step in zip(least.sites, more.sites, steps, strict=True)]
+    fewest = [site.num_experts // step for site, step in zip(least.sites, steps, strict=True)]
     smallest = least.active_parameters if is_active else least.parameters
     # what does not grow with the ranks: routers
-    fixed = smallest - sum(int(count * price) for count, price in zip(experts, prices, strict=True))
-    totals = apportion(weights, experts, prices, budget - fixed)
-    if totals is None:
+    fixed = smallest - sum(int(count * price) for count, price in zip(fewest, prices, strict=True))
+    shares = [weight / step for weight, step in zip(weights, steps, strict=True)]
+    counts = apportion(shares, fewest, prices, budget - fixed)
+    if counts is None:
         raise ConfigError(
             f"allocator.budget: got {budget}; valid for these sites: at least {smallest} "
             f"{method.allocator.budget_of} parameters, which is one rank for each expert, and the routers"
         )
-    return totals
+    return counts
+
+
+def _price(site: Site, more: Site, step: int, is_active: bool) -> Fraction:
+    """Parameters of a step; of one rank of one expert as many are active as it has on average."""
+    if is_active and step == site.num_experts:
+        return Fraction(more.active_parameters - site.active_parameters)
+    price = Fraction(more.parameters - site.parameters)
+    return price * site.top_k / site.num_experts if is_active else price

@@ -94,10 +94,10 @@ def _check_site(linear: Linear, name: str, rule: Rule, expert: Expert, router: R
     objection = router.objection(linear.is_causal, expert)
     if objection:
         raise ConfigError(f"rules.{name}.router.{objection}")
-    if (expert.one_rank or router.draws) and len(set(ranks)) > 1:
+    if rule.one_rank and len(set(ranks)) > 1:
         raise ConfigError(
             f"rules.{name}: {rule.expert.kind!r} experts under router {rule.router.kind!r} have one rank, but an "
-            f"allocation gives {linear.path} the ranks {list(ranks)}; valid: no budget, or other parts"
+            f"allocation gives {linear.path} the ranks {list(ranks)}; valid: one rank for each site, or other parts"
         )
 
 

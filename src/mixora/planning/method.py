@@ -69,6 +69,11 @@ class Rule(Strict):
     router: AnyRouter
     kernel: AnyKernel = "auto"
 
+    @property
+    def one_rank(self) -> bool:
+        """Whether the experts of a site cannot differ in rank: they share a tensor, or one is drawn for a pass."""
+        return EXPERTS[self.expert.kind].one_rank or ROUTERS[self.router.kind].draws
+
 
 class Method(Strict):
     """Named rules, of which no two may match the same module, the losses, and how a budget is spread over the sites.
