@@ -96,7 +96,8 @@ def _divide(given: Plan, least: Plan, more: Plan, steps: list[int], weights: lis
     """
     is_active = method.allocator.budget_of == "active"
     budget = method.allocator.budget or (given.active_parameters if is_active else given.parameters)
-    prices = [_price(*sites, step, is_active) for *sites, step in zip(least.sites, more.sites, steps, strict=True)]
+    grown = zip(least.sites, more.sites, steps, strict=True)
+    prices = [_price(site, larger, step, is_active) for site, larger, step in grown]
     fewest = [site.num_experts // step for site, step in zip(least.sites, steps, strict=True)]
     smallest = least.active_parameters if is_active else least.parameters
     # what does not grow with the ranks: routers
@@ -111,9 +112,9 @@ def _divide(given: Plan, least: Plan, more: Plan, steps: list[int], weights: lis
     return counts
 
 
-def _price(site: Site, more: Site, step: int, is_active: bool) -> Fraction:
-    """Parameters of a step; of one rank of one expert as many are active as it has on average."""
+def _price(site: Site, larger: Site, step: int, is_active: bool) -> Fraction:
+    """Parameters of a step, by which a site gets `larger`; of one rank of one expert those active on average."""
     if is_active and step == site.num_experts:
-        return Fraction(more.active_parameters - site.active_parameters)
-    price = Fraction(more.parameters - site.parameters)
+        return Fraction(larger.active_parameters - site.active_parameters)
+    price = Fraction(larger.parameters - site.parameters)
     return price * site.top_k / site.num_experts if is_active else price
