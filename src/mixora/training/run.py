@@ -251,5 +251,4 @@ def _remark(rows: TrainingSet, trainer: Trainer) -> Iterator[str]:
         yield (
             f"{len(trainer.bad_steps)} of {trainer.state.global_step} steps left out: their numbers were not finite."
         )
-    if trainer.alarm.note:
-        yield trainer.alarm.note
+    yield from filter(None, (trainer.idle_sites.note, trainer.alarm.note))

@@ -17,6 +17,7 @@ from mixora.mixture import mixtures_of
 from mixora.training.bad_steps import FiniteSteps
 from mixora.training.batch_loss import run_passes, sum_losses
 from mixora.training.fused_head import FusedHead, why_not_fused
+from mixora.training.idle_sites import IdleSites
 from mixora.training.own_loss import reads_num_items
 from mixora.training.processes import OwnDraws, check_processes
 from mixora.training.processes import average as average_over_processes
@@ -35,8 +36,9 @@ class AuxiliaryLossMixin(FiniteSteps):
     Beside `loss`, which is all of it, a log line holds each term without its coefficient, and `auxiliary_loss`: their
     weighted sum, so that `loss - auxiliary_loss` is the task's own. Where tokens are routed it also holds what the
     routers did since the last line, as means over the sites (`routing/entropy` and so on). `alarm.note` says so where
-    the routers collapsed, and a warning was logged. Losses and figures are of the tokens of all processes. Raises
-    `TrainingError` where several were started and do not train together.
+    the routers collapsed, and `idle_sites.note` where sites got no gradient in the first step; a warning was logged.
+    Losses and figures are of the tokens of all processes. Raises `TrainingError` where several were started and do not
+    train together.
     """
 
     _logged_reason: str | None = None
@@ -54,6 +56,8 @@ class AuxiliaryLossMixin(FiniteSteps):
             trainer.accelerator.ddp_handler.find_unused_parameters = True
         self.fused_loss = fused_loss
         self._terms, self.figures, self.alarm = Terms(), RoutingFigures(), CollapseAlarm()
+        self.idle_sites = IdleSites()
+        trainer.add_callback(self.idle_sites)
         trainer.add_callback(ShardingCheck(self))
 
     def create_accelerator_and_postprocess(self) -> None:
