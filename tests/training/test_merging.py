@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import PeftModel
 from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 import mixora
 from mixora.bases import load_base
@@ -54,6 +54,17 @@ def test_the_run_of_a_classifier_brings_its_head(bases, data, tmp_path):
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
     for folder in (run / "adapter", tmp_path / "out"):
         assert "num_labels=2)" in (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize("fit_rows", [None, 4])
+def test_a_dense_classifier_names_its_classes(fit_rows, bases, data, tmp_path):
+    recipe = {"recipe": "lora"} if fit_rows is None else {"recipe": "sira", "num_experts": 2, "top_k": 1}
+    run = train(bases / "bert", data / "classes", tmp_path / "run", **recipe, rank=2)
+    merge_folder(run, tmp_path / "out", {}, SILENT, to="dense", fit_rows=fit_rows)
+    classify = pipeline("text-classification", str(tmp_path / "out"))
+    labels = tuple(json.loads((run / "record.json").read_text())["labels"])
+    assert tuple(classify.model.config.id2label.values()) == labels
+    assert classify("lamp hall 3")[0]["label"] in labels and "LABEL_0" not in labels
 
 
 def test_the_run_of_a_routed_mixture_is_fitted_on_its_training_rows(bases, data, tmp_path):

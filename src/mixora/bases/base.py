@@ -6,7 +6,7 @@ A GGUF file is unpacked once into a folder of safetensors; see `gguf`.
 import importlib.util
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -224,6 +224,13 @@ def _check_task(task: str, num_labels: int | None) -> None:
 
 def _hint(word: str, known: Iterable[str]) -> str:
     return did_you_mean(word, known).split(" (known")[0]
+
+
+def name_classes(model: PreTrainedModel, labels: Sequence[str]) -> None:
+    """Let a classifier's configuration say what its outputs mean; mere numbers say no more than it does."""
+    if len(labels) == model.config.num_labels and not all(label.isdigit() for label in labels):
+        model.config.id2label = dict(enumerate(labels))
+        model.config.label2id = {label: number for number, label in enumerate(labels)}
 
 
 def count_positions(model: nn.Module) -> int | None:

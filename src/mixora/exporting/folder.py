@@ -81,7 +81,7 @@ def export_folder(
     check_folder(out, overwrite, [source, base])
     if form == "standalone":
         progress.say(f"reading {adapter} and {base}")
-        model, tokenizer = load_adapted(adapter, parse(ModelSection, tree["model"], "model"))
+        model, tokenizer = load_adapted(source, adapter, parse(ModelSection, tree["model"], "model"))
         companions: dict[str, Any] = {"tokenizer": tokenizer, "facts": facts, "progress": progress.task}
         return Exported(out, form, write_standalone(model, out, overwrite=overwrite, **companions))
     _copy_adapter(adapter, claim_folder(out, overwrite, [source, base]), base_id)

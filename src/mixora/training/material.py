@@ -13,7 +13,7 @@ import transformers
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from mixora.bases import Task, count_positions, load_base, read_base_config, read_tokenizer, sketch_base
+from mixora.bases import Task, count_positions, load_base, name_classes, read_base_config, read_tokenizer, sketch_base
 from mixora.data import (
     FORMS,
     Collator,
@@ -98,6 +98,7 @@ def read_material(
     outputs = len(rows.labels or (0,)) if task == "sequence-classification" else None
     if with_weights:
         model, tokenizer = load_base(base, task=task, num_labels=outputs, dtype=dtype, attn_implementation=attention)
+        name_classes(model, rows.labels or ())
     else:
         model, tokenizer = sketch_base(base, task=task, dtype=dtype), read_tokenizer(base)
     kind: ModelKind = "encoder-decoder" if base_config.is_encoder_decoder else _kind_of(model, task)

@@ -11,7 +11,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from mixora.bases import load_base, sketch_base
+from mixora.bases import load_base, name_classes, sketch_base
 from mixora.cards import Facts, show_name
 from mixora.config import merge_trees, parse
 from mixora.errors import ConfigError
@@ -26,7 +26,7 @@ from mixora.training.material import (
     read_material,
     sample_batches,
 )
-from mixora.training.past import read_past
+from mixora.training.past import find_labels, read_past
 from mixora.training.progress import Progress
 from mixora.training.rows import Past
 from mixora.training.run_config import ModelSection, RunConfig, read_settings
@@ -71,7 +71,7 @@ def merge_folder(
             approximation = None if fit_rows is None else sample(material, config, fit_rows)
             held_out = _all_batches(material, config) if soup else None
         else:
-            model, tokenizer = load_adapted(adapter, parse(ModelSection, tree["model"], "model"))
+            model, tokenizer = load_adapted(source, adapter, parse(ModelSection, tree["model"], "model"))
     if base_id is not None:
         model.peft_config[model.active_adapter].base_model_name_or_path = base_id
     settings: dict[str, Any] = {"rank": rank, "uniform_rank": uniform_rank, "overwrite": overwrite, "soup": held_out}
@@ -137,11 +137,12 @@ def sketch_adapted(adapter: Path, section: ModelSection) -> PeftModel:
     return get_peft_model(sketch_base(section.base, task=task_of(config), dtype=section.dtype), config)
 
 
-def load_adapted(adapter: Path, section: ModelSection) -> tuple[PeftModel, PreTrainedTokenizerBase]:
-    """The base with the adapter, and its tokenizer."""
+def load_adapted(source: Path, adapter: Path, section: ModelSection) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+    """The base with the adapter, and its tokenizer. `source`: the run that the adapter is of, or the adapter."""
     task = task_of(read_adapter_config(adapter))
     outputs = count_outputs(adapter) if task == "sequence-classification" else None
     base, tokenizer = load_base(section.base, task=task, num_labels=outputs, dtype=section.dtype)
+    name_classes(base, find_labels(source) or ())
     return from_pretrained(base, adapter), tokenizer
 
 

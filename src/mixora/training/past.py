@@ -23,15 +23,22 @@ def read_past(run: Path) -> Past:
 
 def _read_labels(run: Path, config: RunConfig) -> tuple[str, ...]:
     """From the record; of a run whose record does not say, from the rows that it was trained on."""
-    with suppress(CheckpointError):
-        labels = read_record(run).labels
-        if labels is not None:
-            return tuple(labels)
+    labels = find_labels(run)
+    if labels is not None:
+        return labels
     try:
         _, rows = read_tasks(config, to_train=False)
     except DataError as error:
         raise CheckpointError(f"{run}: its record names no classes, and its rows cannot be read: {error}") from None
     return labels_of(rows) or ()
+
+
+def find_labels(run: Path) -> tuple[str, ...] | None:
+    """The class names that the record of a run tells; None where the folder holds no record, or the record no names."""
+    with suppress(CheckpointError):
+        labels = read_record(run).labels
+        return None if labels is None else tuple(labels)
+    return None
 
 
 def _places(config: RunConfig) -> Iterator[Path]:
