@@ -100,6 +100,8 @@ def test_bodies_that_nobody_meant_are_refused(asker, body):
             "messages",
         ),
         ("/v1/chat/completions", {"max_completion_tokens": 3}, "valid: one of them", "max_completion_tokens"),
+        ("/v1/chat/completions", {"store": True}, "store: got True; valid: False", "store"),
+        ("/v1/chat/completions", {"tool_choice": "required"}, "valid: 'none' or 'auto'", "tool_choice"),
     ],
 )
 def test_a_mistake_is_named(asker, path, changes, says, param):
@@ -136,8 +138,17 @@ def test_a_template_that_refuses_is_a_mistake_of_the_messages(asker, monkeypatch
 
 
 def test_what_clients_send_and_means_nothing_is_taken(asker):
-    idle = {"n": 1, "user": "me", "frequency_penalty": 0, "presence_penalty": 0.0, "logit_bias": {}, "stop": None}
+    idle = {
+        "n": 1,
+        "user": "me",
+        "metadata": {"run": "7"},
+        "frequency_penalty": 0,
+        "presence_penalty": 0.0,
+        "logit_bias": {},
+        "stop": None,
+    }
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     messages = [{"role": "developer", "content": "be kind"}, {"role": "user", "content": parts}]
-    assert asker.post("/v1/chat/completions", json.dumps({**CHAT, **idle, "messages": messages})).status_code == 200
+    of_chats = {"store": False, "tools": [], "tool_choice": "none", "parallel_tool_calls": True, "messages": messages}
+    assert asker.post("/v1/chat/completions", json.dumps({**CHAT, **idle, **of_chats})).status_code == 200
     assert asker.post("/v1/completions", json.dumps({**TEXT, **idle, "prompt": ["a"]})).status_code == 200

@@ -47,8 +47,9 @@ class Request(Strict):
     stream: bool = False
     stream_options: StreamOptions | None = None
     n: Literal[1] = 1
-    # says who asks, and changes no answer
+    # say who asks and what for, and change no answer
     user: str | None = None
+    metadata: dict[str, str] | None = None
     frequency_penalty: NotServed = None
     presence_penalty: NotServed = None
     logit_bias: NotServed = None
@@ -118,6 +119,10 @@ class ChatRequest(Request):
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     response_format: ResponseFormat | None = None
     tools: NotServed = None
+    # without tools there is none to choose
+    tool_choice: Literal["none", "auto"] | None = None
+    parallel_tool_calls: bool | None = None
+    store: Literal[False] = False
 
     @model_validator(mode="after")
     def _check_pairs(self) -> Self:
