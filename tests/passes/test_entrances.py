@@ -20,7 +20,7 @@ from transformers import (
 import mixora
 from mixora.passes import tracing
 from mixora.passes.forward import _tell_misfit
-from tests.models import INNER, WIDTH, adapt, tiny_bert, tiny_llama, tiny_t5, token_ids
+from tests.models import INNER, WIDTH, adapt, tiny_bert, tiny_gemma3, tiny_llama, tiny_t5, token_ids
 
 MASK = torch.tensor([[1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 0]])
 MARKS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -198,11 +198,24 @@ def test_a_tower_that_is_called_past_the_model_has_a_pass(recipe):
     torch.testing.assert_close(found / found.norm(dim=-1, keepdim=True), whole.image_embeds)
 
 
-def test_a_mask_may_go_on_behind_a_cache_of_fixed_size():
-    """Bloom fills its mask up to the size of a static cache: the last columns are those of tokens to come."""
+def tiny_bloom():
     torch.manual_seed(0)
-    base = BloomForCausalLM(BloomConfig(vocab_size=64, hidden_size=WIDTH, n_head=4, n_layer=2, **MARKS))
-    model, inputs = adapt(base, sira()).eval(), {"input_ids": token_ids(2, 6), "attention_mask": MASK.flip(1)}
+    return BloomForCausalLM(BloomConfig(vocab_size=64, hidden_size=WIDTH, n_head=4, n_layer=2, **MARKS))
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("build", [tiny_bloom, tiny_llama, tiny_gemma3])
+def test_a_mask_may_go_on_behind_a_cache_of_fixed_size(build, attention):
+    """Bloom fills its mask up to the size of a static cache: the last columns are those of tokens to come.
+
+    Llama's says which key each query sees, Gemma's that for each kind of layer.
+    """
+    base = build()
+    if build is not tiny_bloom:
+        base.set_attn_implementation(attention)
+    # limits of capacity, which padding would use up
+    model = adapt(base, sira(capacity_factor=1.0)).eval()
+    inputs = {"input_ids": token_ids(2, 6), "attention_mask": MASK.flip(1), "use_cache": True, "pad_token_id": 0}
     settings = {"max_new_tokens": 4, "min_new_tokens": 4, "return_dict_in_generate": True, "output_logits": True}
     growing = model.generate(**inputs, **settings, do_sample=False)
     with tracing() as trace:
@@ -210,6 +223,7 @@ def test_a_mask_may_go_on_behind_a_cache_of_fixed_size():
             **inputs, **settings, do_sample=False, cache_implementation="static", disable_compile=True
         )
     torch.testing.assert_close(fixed.logits, growing.logits)
-    prompt, *others = (o.routing.valid_T for o in trace.observations if o.path.endswith("h.0.self_attention.dense"))
+    first = trace.observations[0].path
+    prompt, *others = (o.routing.valid_T for o in trace.observations if o.path == first)
     assert torch.equal(prompt, MASK.flip(1).bool().flatten())
     assert len(others) == 3 and all(valid_T.all() for valid_T in others)

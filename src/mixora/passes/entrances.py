@@ -1,7 +1,7 @@
 """Hooks at the entrances of a model: what a layer cannot see in its input is read here, once for each pass."""
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -189,6 +189,11 @@ def _put(
     before: int | Tensor | None = None,
 ) -> None:
     """With a cache, a mask speaks of earlier tokens too; the `length` after those `before`, or the last, come in."""
+    if isinstance(value, Mapping):
+        # what layers of several kinds see; on padding they agree
+        value = next(iter(value.values()), None)
+    if isinstance(value, Tensor) and value.dim() == 4 and dtype is torch.bool and value.shape[2] == length:
+        value, before = _sees_itself(value, before), None
     if isinstance(value, Tensor) and value.dim() == 2:
         if length is not None and before is not None and value.shape[1] > length:
             columns = torch.arange(length, device=value.device) + torch.as_tensor(before, device=value.device)
@@ -196,6 +201,18 @@ def _put(
         elif length is not None:
             value = value[:, -length:]
         into[stream] = value if dtype is None else value.to(dtype)
+
+
+def _sees_itself(mask_B1SK: Tensor, before: int | Tensor | None) -> Tensor:
+    """Real tokens, by what each query sees of the keys (as bool, or as what is added to scores): padding sees no token.
+
+    `generate` with a cache of fixed size hands on such a mask in place of one of tokens: [B, S].
+    """
+    length, keys = mask_B1SK.shape[2:]
+    queries = torch.arange(length, device=mask_B1SK.device)
+    own = queries + torch.as_tensor(keys - length if before is None else before, device=queries.device)
+    seen_BS = mask_B1SK[:, 0, queries, own.clamp(max=keys - 1)]
+    return seen_BS == 0 if seen_BS.is_floating_point() else seen_BS.bool()
 
 
 def _target_mask(inputs: dict[str, Any]) -> Tensor | None:
