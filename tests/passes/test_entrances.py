@@ -203,16 +203,17 @@ def tiny_bloom():
     return BloomForCausalLM(BloomConfig(vocab_size=64, hidden_size=WIDTH, n_head=4, n_layer=2, **MARKS))
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("build", [tiny_bloom, tiny_llama, tiny_gemma3])
+@pytest.mark.parametrize(
+    ("build", "attention"),
+    [(tiny_bloom, "eager"), (tiny_llama, "eager"), (tiny_llama, "sdpa"), (tiny_gemma3, "eager"), (tiny_gemma3, "sdpa")],
+)
 def test_a_mask_may_go_on_behind_a_cache_of_fixed_size(build, attention):
     """Bloom fills its mask up to the size of a static cache: the last columns are those of tokens to come.
 
     Llama's says which key each query sees, Gemma's that for each kind of layer.
     """
     base = build()
-    if build is not tiny_bloom:
-        base.set_attn_implementation(attention)
+    base.set_attn_implementation(attention)
     # limits of capacity, which padding would use up
     model = adapt(base, sira(capacity_factor=1.0)).eval()
     inputs = {"input_ids": token_ids(2, 6), "attention_mask": MASK.flip(1), "use_cache": True, "pad_token_id": 0}
