@@ -88,6 +88,7 @@ def test_unequal_ranks_in_a_site_are_refused():
         "hydralora", targets=["q_proj"], allocation={"model.layers.0.self_attn.q_proj": [2, 1, 1, 1]}
     )
     with pytest.raises(
-        ConfigError, match=r"'hydra' experts under router 'soft' have one rank.*\[2, 1, 1, 1\]; valid: no budget"
+        ConfigError,
+        match=r"'hydra' experts under router 'soft' have one rank.*\[2, 1, 1, 1\]; valid: one rank for each site",
     ):
         mixora.plan(tiny_llama(layers=1), config)

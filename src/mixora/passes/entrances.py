@@ -190,8 +190,8 @@ def _put(
 ) -> None:
     """With a cache, a mask speaks of earlier tokens too; the `length` after those `before`, or the last, come in."""
     if isinstance(value, Mapping):
-        # what layers of several kinds see; on padding they agree
-        value = next(iter(value.values()), None)
+        # one for each kind of layer; on padding they agree, and all keys stand in the one that sees all
+        value = value.get("full_attention", next(iter(value.values()), None))
     if isinstance(value, Tensor) and value.dim() == 4 and dtype is torch.bool and value.shape[2] == length:
         value, before = _sees_itself(value, before), None
     if isinstance(value, Tensor) and value.dim() == 2:
