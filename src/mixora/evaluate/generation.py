@@ -44,7 +44,7 @@ def generate(
             positions for.
     """
     _check_prompts(prompts, max_new_tokens)
-    _check_positions(model, max(map(len, prompts), default=0), max_new_tokens)
+    _check_positions(model, prompts, max_new_tokens)
     ends = end_ids(model, tokenizer)
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
     options = {"max_new_tokens": max_new_tokens, "do_sample": do_sample, "pad_token_id": padding, "eos_token_id": ends}
@@ -68,19 +68,17 @@ def _check_prompts(prompts: Sequence[Sequence[int]], max_new_tokens: int) -> Non
         raise DataError(f"max_new_tokens: got {max_new_tokens}; valid: 1 or more")
 
 
-def _check_positions(model: Any, longest: int, max_new_tokens: int) -> None:
+def _check_positions(model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
     """The last token of an answer is not read, and an encoder-decoder's answer begins with a token of its own."""
-    most = count_positions(model)
-    if most is None:
-        return
-    if not model.config.is_encoder_decoder:
-        got, fits = f"{longest} and {max_new_tokens}", longest + max_new_tokens <= most + 1
-        valid = f"at most {most + 1} together"
-    else:
-        got, fits = f"{longest} and {max_new_tokens}", max(longest, max_new_tokens) <= most
-        valid = f"at most {most} each"
-    if not fits:
-        raise DataError(f"the longest prompt has and max_new_tokens allows {got} tokens; valid for this model: {valid}")
+    most, longest = count_positions(model), max(map(len, prompts), default=0)
+    are_apart = model.config.is_encoder_decoder
+    needed = max(longest, max_new_tokens) if are_apart else longest + max_new_tokens - 1
+    if most is not None and needed > most:
+        valid = f"{most} each" if are_apart else f"{most + 1} together"
+        raise DataError(
+            f"the longest prompt has and max_new_tokens allows {longest} and {max_new_tokens} tokens; "
+            f"valid for this model: at most {valid}"
+        )
 
 
 def end_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
