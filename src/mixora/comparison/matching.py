@@ -92,11 +92,11 @@ Way = Callable[[nn.Module, MethodEntry, int, Match], list[Matched]]
 def _ways(method: MethodEntry) -> tuple[Way, ...]:
     if method.vary == "num_experts":
         return (_by_experts,)
-    allocator = method.adapter().build().method.allocator
-    if allocator.kind != "groups" or allocator.budget is not None:
+    built = method.adapter().build().method
+    if built.allocator.kind != "groups" or built.allocator.budget is not None:
         return (_by_budget,)
     # a budget may give each site another rank; of experts of one rank, it is simpler to say by layers
-    is_even = any(rule.one_rank for rule in method.adapter().build().method.rules.values())
+    is_even = any(rule.one_rank for rule in built.rules.values())
     return (_by_rank, _by_depth, _by_budget) if is_even else (_by_rank, _by_budget, _by_depth)
 
 
