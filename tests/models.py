@@ -24,6 +24,8 @@ from transformers import (
     GemmaForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    GptOssConfig,
+    GptOssForCausalLM,
     HunYuanMoEV1Config,
     HunYuanMoEV1ForCausalLM,
     LlamaConfig,
@@ -98,6 +100,12 @@ def tiny_gemma3(seed=0):
 def tiny_mixtral(seed=0):
     """Its experts are computed one by one: torch's grouped product takes no float64."""
     return _decoder(MixtralForCausalLM, MixtralConfig, seed=seed, num_local_experts=4, experts_implementation="eager")
+
+
+def tiny_gpt_oss(seed=0):
+    """Its feed-forward part gives router scores beside hidden states."""
+    sizes = {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8, "sliding_window": 4}
+    return _decoder(GptOssForCausalLM, GptOssConfig, seed=seed, **sizes, experts_implementation="eager")
 
 
 def tiny_qwen3_moe(seed=0):

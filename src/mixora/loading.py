@@ -50,7 +50,8 @@ def from_pretrained(
     `base` is a model, or what `mixora.bases.load_base` takes (which also gets `for_base`: `dtype`, `num_labels`, ...).
     `adapter` is a folder written by `save_pretrained`, or a hub id. Weights that are missing, unexpected or of the
     wrong shape, numbers that are no floats or not finite, and a model that does not fit the adapter's plan, are a
-    `CheckpointError` that names all of them.
+    `CheckpointError` that names all of them. Where the adapter brings embeddings of more or fewer tokens, as PEFT saves
+    those that were resized, the base gets as many.
     """
     folder = find_adapter(adapter)
     check_files(folder)
@@ -58,6 +59,7 @@ def from_pretrained(
     if not isinstance(base, PreTrainedModel):
         base, _ = load_base(base, task=task_of(config), **for_base)
     _check_names(base, config, folder, adapter)
+    _resize(base, folder)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=_TOLD_BELOW)
         model = PeftModel.from_pretrained(
@@ -126,6 +128,15 @@ def _names_of_embeddings(base: Any) -> set[str]:
         return set()
     found = [(path, module) for path, module in base.named_modules() if any(module is layer for layer in layers)]
     return {_name_in_base(f"{path}.{name}") for path, module in found for name in _names_of_tensors(module)}
+
+
+def _resize(base: PreTrainedModel, folder: Path) -> None:
+    """Give the base as many tokens as the embeddings in an adapter's file, if there are any."""
+    own = {name for name in _names_of_embeddings(base) if name.endswith(".weight")}
+    rows = {shape[0] for name, (shape, _) in _read_headers(folder).items() if name.removeprefix(ROOT) in own and shape}
+    if len(rows) == 1 and rows != {base.get_input_embeddings().weight.shape[0]}:
+        # what the new rows hold is read from the file
+        base.resize_token_embeddings(rows.pop(), mean_resizing=False)
 
 
 def _name_in_base(name: str) -> str:

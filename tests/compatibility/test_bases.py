@@ -54,6 +54,7 @@ BASES = {
     "MiniLM (real weights)": (real_minilm, CLASSES, 24, 6 + 30, 6),
     "T5": (models.tiny_t5, TEXT, 24, 4 + 32, 4),
     "ViT": (models.tiny_vit, IMAGES, 8, 2 + 12, 2),
+    "GPT-OSS (attention, whole feed-forward part)": (models.tiny_gpt_oss, TEXT, 8, 2 + 8, 2),
     "Mixtral (attention, whole feed-forward part)": (models.tiny_mixtral, TEXT, 8, 2 + 8, 2),
     "Qwen3-MoE (attention, whole feed-forward part)": (models.tiny_qwen3_moe, TEXT, 8, 2 + 8, 2),
 }

@@ -8,7 +8,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 import mixora
-from mixora.errors import ConfigError, MixoraError, ModelError
+from mixora.errors import ConfigError, MixoraError
 from mixora.mixture import Mixture
 from tests import versions
 from tests.models import adapt, fill, tiny_bert, tiny_llama, tiny_t5, token_ids
@@ -258,31 +258,6 @@ def test_a_linear_that_two_rules_name_by_path_is_refused():
     rules = {**pesc().rules, "shared": {**pesc().rules["shared"], "targets": ["output.dense"]}}
     with pytest.raises(ConfigError, match=r"rules\.shared\.targets: .*output\.dense is already taken by rule 'ffn'"):
         mixora.plan(tiny_bert(), mixora.MixoraConfig(rules=rules))
-
-
-class GivesPair(nn.Module):
-    """A block whose feed-forward part gives more than hidden states."""
-
-    class Part(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.up, self.down = nn.Linear(4, 6), nn.Linear(6, 4)
-
-        def forward(self, x):
-            return self.down(self.up(x)), None
-
-    def __init__(self):
-        super().__init__()
-        self.part = self.Part()
-
-    def forward(self, x):
-        return self.part(x)[0]
-
-
-def test_a_module_that_gives_no_tensor_is_refused():
-    model = get_peft_model(GivesPair(), serial(["part"]))
-    with pytest.raises(ModelError, match="part: a Part gives a tuple; valid for an adapted module: one that gives one"):
-        model(torch.randn(2, 4))
 
 
 def test_each_half_of_an_encoder_decoder_reads_its_own_tokens():

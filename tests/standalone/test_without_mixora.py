@@ -13,7 +13,7 @@ import mixora
 from mixora.bases import load_base
 from mixora.standalone import write_standalone
 from tests.characters import save_bases
-from tests.models import adapt, tiny_gemma, tiny_llama, tiny_mistral, tiny_qwen2, tiny_qwen3, token_ids
+from tests.models import adapt, tiny_gemma, tiny_gpt_oss, tiny_llama, tiny_mistral, tiny_qwen2, tiny_qwen3, token_ids
 
 MAKERS = {
     "llama": tiny_llama,
@@ -21,6 +21,7 @@ MAKERS = {
     "qwen2": tiny_qwen2,
     "qwen3": tiny_qwen3,
     "gemma": tiny_gemma,
+    "gpt-oss": tiny_gpt_oss,
 }
 PLAIN = """
 import json, sys

@@ -10,7 +10,7 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from mixora.answering.rows import Decoder
-from mixora.bases import load_base
+from mixora.bases import load_base, read_tokenizer
 from mixora.config import did_you_mean, parse
 from mixora.data.prompts import EncodingConfig, uses_chat
 from mixora.display.stages import Stage, silently
@@ -128,7 +128,9 @@ def load_roster(sources: Sequence[Source], device: str = "cpu", progress: Stage 
     section = _agree(sources)
     place = _check_device(device)
     with progress(f"reading {section.base} and {len(sources)} adapter(s)"):
-        base, tokenizer = load_base(section.base, dtype=section.dtype)
+        base, _ = load_base(section.base, dtype=section.dtype)
+        # the first one alone may bring tokens of its own
+        tokenizer = read_tokenizer(section.base, sources[0].folder)
         model = from_pretrained(base.to(place), sources[0].folder, adapter_name="voice_0")
         for number, source in enumerate(sources[1:], 1):
             add_pretrained(model, source.folder, f"voice_{number}")

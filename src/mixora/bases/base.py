@@ -25,7 +25,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE, PreTrainedTokenizerBase
 
 from mixora.bases.gguf import unpack_gguf
 from mixora.bases.limits import check_sizes
@@ -110,13 +110,31 @@ def read_base_config(name: str | Path) -> PreTrainedConfig:
     return _read_config(resolve_base(name), name, {})
 
 
-def read_tokenizer(name: str | Path, **hub: Any) -> PreTrainedTokenizerBase:
-    """The tokenizer of a base, with a padding token where it has an end token. Raises `ModelError`."""
-    tokenizer = _read(AutoTokenizer, resolve_base(name), name, hub)
+def read_tokenizer(name: str | Path, adapter: Path | None = None, **hub: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer of a base, with a padding token where it has an end token. Raises `ModelError`.
+
+    `adapter`: the folder of an adapter, whose own tokenizer it is where one was saved there: it may know more tokens.
+    """
+    if adapter is not None and (adapter / TOKENIZER_CONFIG_FILE).is_file():
+        tokenizer = _read(AutoTokenizer, adapter, adapter, {})
+    else:
+        tokenizer = _read(AutoTokenizer, resolve_base(name), name, hub)
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.name_or_path = str(name)
     return tokenizer
+
+
+def is_resized(model: PreTrainedModel) -> bool:
+    """Whether a model has more or fewer tokens than the base it was read from; False where that lies here no more."""
+    name = model.name_or_path
+    if not name:
+        return False
+    try:
+        config = _read_config(resolve_base(name), name, {"local_files_only": True})
+    except ModelError:
+        return False
+    return bool(config.get_text_config().vocab_size != model.config.get_text_config().vocab_size)
 
 
 def sketch_base(name: str | Path, *, task: Task | None = None, dtype: str | torch.dtype = "float32") -> PreTrainedModel:

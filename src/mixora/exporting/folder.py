@@ -85,7 +85,7 @@ def export_folder(
         companions: dict[str, Any] = {"tokenizer": tokenizer, "facts": facts, "progress": progress.task}
         return Exported(out, form, write_standalone(model, out, overwrite=overwrite, **companions))
     _copy_adapter(adapter, claim_folder(out, overwrite, [source, base]), base_id)
-    read_tokenizer(base).save_pretrained(str(out))
+    read_tokenizer(base, adapter).save_pretrained(str(out))
     write_card(out, Card(form, facts))
     return Exported(out, form, None)
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from mixora.bases import resolve_base
+from mixora.bases import is_resized, resolve_base
 from mixora.contracts import Parameters
 from mixora.errors import ModelError
 from mixora.mixture import PREFIX, mixtures_of
@@ -75,8 +75,9 @@ def _write_adapter(folder: Path, model: PeftModel, adapter: str, config: Any, te
     config.revision = source.revision
     config.modules_to_save = getattr(source, "modules_to_save", None)
     config.inference_mode = True
-    # embeddings are never changed here, and looking for them would ask the hub for the base
-    state = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+    # as PEFT decides, which would ask the hub for the base
+    resized = is_resized(model.get_base_model())
+    state = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=resized)
     whole = {name: tensor for name, tensor in state.items() if PREFIX not in name}
     save_file(dict(_storable(whole | tensors)), folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
     config.save_pretrained(str(folder))

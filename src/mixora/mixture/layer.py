@@ -126,9 +126,10 @@ class Mixture(nn.Module, Foldable):
         tensors = self.leader_of(adapter).parameters_of(adapter)
         return any(tensors[kind].requires_grad for kind in tensors if kind.startswith("router"))
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The frozen module's output plus that of every active adapter: same shape and dtype as the former.
 
+        What the frozen module gives beside hidden states, as the router scores of GPT-OSS, is given on as it is.
         Between the linears of a feed-forward part that experts go through, K times as many rows as in the frozen model.
         """
         here = None if self.training or torch.is_grad_enabled() else passes.current()
@@ -145,18 +146,20 @@ class Mixture(nn.Module, Foldable):
             with passes.entered() as here:
                 is_first = self.path in self.parts[spanning].firsts
                 return (self._enter_slots if is_first else self._leave_slots)(spanning, x, here)
-        frozen = y = self.base_layer(x, *args, **kwargs)
+        given = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters or self.merged:
-            return y
+            return given
+        frozen = given[0] if isinstance(given, tuple) and given else given
         if not isinstance(frozen, Tensor):
             raise ModelError(
-                f"{self.path}: a {type(self.get_base_layer()).__name__} gives a {type(frozen).__name__}; "
-                "valid for an adapted module: one that gives one tensor"
+                f"{self.path}: a {type(self.get_base_layer()).__name__} gives a {type(given).__name__}; valid for an "
+                "adapted module: one that gives hidden states, alone or first in a tuple"
             )
+        y = frozen
         for adapter in self.active_adapters:
             if adapter in self.parts:
                 y = self._adapt(adapter, x, frozen, y)
-        return y
+        return (y, *given[1:]) if isinstance(given, tuple) else y
 
     def _adapt(self, adapter: str, x: Tensor, frozen: Tensor, y: Tensor) -> Tensor:
         with self._entered(adapter) as here:

@@ -85,8 +85,10 @@ class Adapter(nn.Module):
         return F.gelu(hidden_nr) if self.is_behind else hidden_nr
 
 
-def _adapt(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+def _adapt(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
     adapter: Any = module.mixora_adapter
+    if isinstance(output, tuple):
+        return adapter(args[0], output[0]), *output[1:]
     return adapter(args[0], output)
 
 

@@ -11,7 +11,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from mixora.bases import load_base, name_classes, sketch_base
+from mixora.bases import load_base, name_classes, read_tokenizer, sketch_base
 from mixora.cards import Facts, show_name
 from mixora.config import merge_trees, parse
 from mixora.errors import ConfigError
@@ -141,9 +141,9 @@ def load_adapted(source: Path, adapter: Path, section: ModelSection) -> tuple[Pe
     """The base with the adapter, and its tokenizer. `source`: the run that the adapter is of, or the adapter."""
     task = task_of(read_adapter_config(adapter))
     outputs = count_outputs(adapter) if task == "sequence-classification" else None
-    base, tokenizer = load_base(section.base, task=task, num_labels=outputs, dtype=section.dtype)
+    base, _ = load_base(section.base, task=task, num_labels=outputs, dtype=section.dtype)
     name_classes(base, find_labels(source) or ())
-    return from_pretrained(base, adapter), tokenizer
+    return from_pretrained(base, adapter), read_tokenizer(section.base, adapter)
 
 
 def sample(material: Material, config: RunConfig, fit_rows: int) -> Approximation:
