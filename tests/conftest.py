@@ -60,3 +60,12 @@ def smollm_cache(shared_folder):
         with FileLock(shared_folder / "unpacking.lock"):
             resolve_base("smollm2-135m-instruct")
         yield cache
+
+
+@pytest.fixture
+def shared_data():
+    default = Path(__file__).resolve().parents[1].parent / "shared" / "data"
+    folder = Path(os.environ.get("MIXORA_SHARED_DATA", default))
+    if not folder.is_dir():
+        pytest.skip(f"no folder of real data sets at {folder}; MIXORA_SHARED_DATA can name it")
+    return folder

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
@@ -13,7 +14,7 @@ from benchmarks.quality.costs import read_costs
 from benchmarks.quality.front import draw_front
 from benchmarks.quality.results import RESULTS, Results, is_complete
 from benchmarks.quality.standings import Standing, stand
-from benchmarks.quality.table import Table, read_table, table_names
+from benchmarks.quality.table import read_table, table_names
 from mixora.comparison.wording import format_estimate
 from mixora.diagnostics.page import NOTHING
 
@@ -56,9 +57,8 @@ def tabulate(results: Results) -> str:
     known = {data: stand(results, data) for data in table.data if is_complete(results, data)}
     if not known:
         return "Its trials are not all made yet.\n"
-    others = {data: stand(results, data, also=True) for data in known if data in table.also}
     lines = [
-        *_score_lines(results, known, others),
+        *_score_lines(results, list(_columns(results, known))),
         "",
         *_rate_lines(results, list(known)),
         "",
@@ -67,28 +67,50 @@ def tabulate(results: Results) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _score_lines(results: Results, known: Found, others: Found) -> Iterator[str]:
+@dataclass(frozen=True)
+class _Column:
+    """One metric on the rows of one split of a data set."""
+
+    head: str
+    data: str
+    metric: str
+    standings: dict[str, Standing]
+
+
+def _columns(results: Results, known: Found) -> Iterator[_Column]:
+    """What tells runs apart, beside it what else was measured; then other splits."""
     table = read_table(results.name)
-    columns = [(f"{data}, {_name_metric(table, data)}", data, standings) for data, standings in known.items()]
-    columns += [(f"{data}, {table.also[data].replace('_', ' ')}", data, found) for data, found in others.items()]
-    yield _row("method", "parameters: trained, active", *(head for head, _, _ in columns))
+    for data, standings in known.items():
+        yield _Column(f"{data}, {_tell(table.metrics[data])}", data, table.metrics[data], standings)
+        for metric in table.beside.get(data, ()):
+            yield _Column(f"{data}, {_tell(metric)}", data, metric, stand(results, data, metric=metric))
+    for data in known:
+        if data in table.also:
+            split = stand(results, data, also=True)
+            yield _Column(f"{data}, {_tell(table.also[data])}", data, table.metrics[data], split)
+
+
+def _score_lines(results: Results, columns: list[_Column]) -> Iterator[str]:
+    yield _row("method", "parameters: trained, active", *(column.head for column in columns))
     yield _row("---", *("---:" for _ in range(1 + len(columns))))
-    for name in dict.fromkeys(name for standings in known.values() for name in standings):
-        cells = [_cell(table, data, standings.get(name)) for _, data, standings in columns]
-        yield _row(name, _count(results, list(known), name.split(",")[0]), *cells)
+    data = list(dict.fromkeys(column.data for column in columns))
+    for name in dict.fromkeys(name for column in columns for name in column.standings):
+        cells = [_cell(results, column, name) for column in columns]
+        yield _row(name, _count(results, data, name.split(",")[0]), *cells)
 
 
-def _name_metric(table: Table, data: str) -> str:
-    return table.metrics[data].replace("_", " ")
+def _tell(name: str) -> str:
+    return name.replace("_", " ")
 
 
-def _cell(table: Table, data: str, standing: Standing | None) -> str:
+def _cell(results: Results, column: _Column, name: str) -> str:
+    standing = column.standings.get(name)
     if standing is None:
         return NOTHING
     # a mean over the seeds that did not come apart is no mean over all
-    count, seeds = standing.estimate.n, len(table.seed_list)
+    count, seeds = standing.estimate.n, len(read_table(results.name).seed_list)
     left_out = f" ({count} of {seeds} seeds)" if count < seeds else ""
-    return format_estimate(standing.estimate, table.metrics[data]) + SIGNS[standing.verdict] + left_out
+    return format_estimate(standing.estimate, column.metric) + SIGNS[standing.verdict] + left_out
 
 
 def _count(results: Results, data: list[str], method: str) -> str:
@@ -161,7 +183,7 @@ def draw_differences(results: Results) -> Figure:
                 color=colour,
                 capsize=3,
             )
-        axis.set_title(f"{data}\n{_name_metric(table, data)}", fontsize=9)
+        axis.set_title(f"{data}\n{_tell(table.metrics[data])}", fontsize=9)
         axis.set_yticks(range(len(names)), names, fontsize=9)
         axis.set_ylim(len(names) - 0.5, -0.5)
         axis.grid(axis="x", alpha=0.3)

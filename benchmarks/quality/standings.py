@@ -27,13 +27,13 @@ class Standing:
         return "better" if (self.difference.mean < 0) == self.is_better_low else "worse"
 
 
-def stand(results: Results, data: str, also: bool = False) -> dict[str, Standing]:
-    """The standing of each method on a data set by the table's metric, served in each of its ways.
+def stand(results: Results, data: str, also: bool = False, metric: str | None = None) -> dict[str, Standing]:
+    """The standing of each method on a data set, served in each of its ways.
 
-    `also`: on the other split that the table names.
+    `also`: on the other split that the table names. `metric`: another than the one that tells runs apart.
     """
     table = read_table(results.name)
-    metric = table.metrics[data]
+    metric = metric or table.metrics[data]
     scores = {}
     for method in table.methods:
         finals = results.finals(data, method.name)

@@ -47,7 +47,8 @@ class Table(Setup):
     Each method is trained once with each of the `learning_rates`, with the seed `tuning_seed`, and measured on
     validation rows; then with its best rate and each of the `seeds`, and measured on the rows of `split`, by
     `evaluate` with the changes of `final`, and on those of the split that `also` names for its data set. `metrics`: by
-    which each data set's runs are told apart. `group_by`: a field of the rows; whether experts serve different groups
+    which each data set's runs are told apart; `beside`: those that are measured on the final rows and shown beside it.
+    `group_by`: a field of the rows; whether experts serve different groups
     of it is tested too. `minutes`: what a trial was expected to take on one core, before the first was made.
     """
 
@@ -57,6 +58,7 @@ class Table(Setup):
     learning_rates: Rates
     tuning_seed: int = 1000
     metrics: dict[str, str]
+    beside: dict[str, tuple[str, ...]] = {}
     split: Literal["test", "validation"] = "test"
     also: dict[str, str] = {}
     final: dict[str, Any] = {}
@@ -168,6 +170,8 @@ def _make(name: str, data: str, method: str, stage: str, rate: float, seed: int)
     evaluate = {**table.evaluate.model_dump(), **(table.final if is_final else {})}
     if not is_final:
         evaluate["metrics"] = (table.metrics[data],)
+    elif data in table.beside:
+        evaluate["metrics"] = (table.metrics[data], *table.beside[data])
     split = table.split if is_final else "validation"
     sections: dict[str, Any] = {
         "model": table.model,

@@ -129,13 +129,13 @@ def invented(trial, gain=0.02):
     noise = [0.01, -0.02, 0.03, 0.0, -0.01][trial.seed % 5]
     own = (0.001 * trial.seed if trial.method == "sira" else 0.0) + (gain if trial.method == "sira" else 0.0)
     counts = {"trainable": 1_000_000, "active": 500_000 + 20_000 * trial.seed}
-    return {"metrics": {"merged": {"accuracy": 0.7 + noise + own}}, **counts, "total_seconds": 1.0}
+    scores = {"accuracy": 0.7 + noise + own, "mcc": 0.4 - own}
+    return {"metrics": {"merged": scores}, **counts, "total_seconds": 1.0}
 
 
 def test_differences_are_those_of_a_paired_test(small, tmp_path, monkeypatch):
-    results = make_table(
-        tmp_path, monkeypatch, seeds=5, data=yaml.safe_load((tmp_path / "tables/small.yaml").read_text())["data"]
-    )
+    data = yaml.safe_load((tmp_path / "tables/small.yaml").read_text())["data"]
+    results = make_table(tmp_path, monkeypatch, seeds=5, data=data, beside={"intents": ["mcc"]})
     for method in ("lora", "sira"):
         for _ in range(2):
             for trial in waiting(results, "intents", method):
@@ -149,6 +149,13 @@ def test_differences_are_those_of_a_paired_test(small, tmp_path, monkeypatch):
     write_page(page, tmp_path / "plots", tmp_path / "results")
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "▲" in text
+    # what is measured beside is tested too, and only on the final rows
+    assert "intents, accuracy | intents, mcc |" in text and text.count("▲") == text.count("▼") == 1
+    (tuning, *_), (final, *_) = (
+        table.tuning_trials("small", "intents", "lora"),
+        table.final_trials("small", "intents", "lora", 8e-3),
+    )
+    assert tuning.config.evaluate.metrics == ("accuracy",) and final.config.evaluate.metrics == ("accuracy", "mcc")
     # as the trials counted them, the mean over the seeds
     assert text.count("| 1.00 M, 0.54 M |") == 2
     plot = (tmp_path / "plots" / "small.svg").read_bytes()

@@ -3,7 +3,6 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import json
-from pathlib import Path
 
 import pytest
 
@@ -41,12 +40,3 @@ def write(tmp_path):
         return path
 
     return put
-
-
-@pytest.fixture
-def shared_data():
-    default = Path(__file__).resolve().parents[2].parent / "shared" / "data"
-    folder = Path(os.environ.get("MIXORA_SHARED_DATA", default))
-    if not folder.is_dir():
-        pytest.skip(f"no folder of real data sets at {folder}; MIXORA_SHARED_DATA can name it")
-    return folder

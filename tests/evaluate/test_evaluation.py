@@ -27,6 +27,8 @@ def test_default_metrics_follow_the_rows(make):
         *("loss", "perplexity", "exact_match", "intent_accuracy", "slot_f1"),
     )
     assert default_metrics(make("completion", FREE)) == ("loss", "perplexity", "exact_match", "bleu", "rouge_l")
+    sums = [{"prompt": "a", "completion": "1 + 1\n#### 2"}, {"prompt": "b", "completion": "#### 3"}]
+    assert default_metrics(make("completion", sums)) == ("loss", "perplexity", "exact_match", "answer_accuracy")
     talk = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "f()"}]}
     assert "slot_f1" in default_metrics(make("messages", [talk]))
     assert default_metrics(make("text", [{"text": "a"}])) == ("loss", "perplexity")

@@ -1,10 +1,22 @@
+import json
+from decimal import Decimal
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mixora.errors import DataError
 from mixora.evaluate import SCORES
-from mixora.evaluate.scores import bleu, exact_match, intent_accuracy, parse_call, rouge_l, slot_f1
+from mixora.evaluate.scores import (
+    answer_accuracy,
+    bleu,
+    exact_match,
+    intent_accuracy,
+    parse_call,
+    read_answer,
+    rouge_l,
+    slot_f1,
+)
 
 CALL = "travel(from=corby; day=thursday)"
 
@@ -43,6 +55,37 @@ def test_intent_is_the_text_before_the_bracket():
 )
 def test_slot_f1(predictions, references, expected):
     assert slot_f1(predictions, references) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("20 * 3 = 60\n#### 60", Decimal(60)),
+        ("#### 1 so far\n#### -1,234.50 in all\nand 7 more", Decimal("-1234.5")),
+        ("#### all of them\n3", "all of them"),
+        ("so it takes 5 days and costs $1,200.", Decimal(1200)),
+        ("from 10-3 we get .5", Decimal("0.5")),
+        ("12,345,678km by v2.0, a1", Decimal(12345678)),
+        ("####", None),
+        ("nothing\n", None),
+    ],
+)
+def test_the_final_answer_is_read(text, answer):
+    assert read_answer(text) == answer
+
+
+def test_worked_answers_are_compared_by_what_they_come_to():
+    right = ["so $1,200", "#### 1200.0 dollars", "#### none"]
+    wrong = ["1200, or 7", "no number", "#### some"]
+    references = [["so\n#### 1200"], ["#### 3", "#### 1,200"], ["#### none"]]
+    assert answer_accuracy(right, references) == 1.0
+    assert answer_accuracy(wrong, references) == 0.0
+
+
+def test_answers_are_those_that_a_real_set_gives_in_a_field_of_their_own(shared_data):
+    """GSM8K, whose makers tell the answer apart."""
+    rows = [json.loads(line) for line in (shared_data / "gsm8k" / "test.jsonl").read_text("utf-8").splitlines()]
+    assert [read_answer(row["completion"]) for row in rows] == [Decimal(row["answer"].replace(",", "")) for row in rows]
 
 
 SLOTS = st.sets(st.tuples(st.sampled_from("abc"), st.sampled_from("xyz")), max_size=5)

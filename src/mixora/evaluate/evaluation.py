@@ -13,7 +13,7 @@ from mixora.evaluate.choice import choose
 from mixora.evaluate.classification import classification_scores, predict, regression_scores
 from mixora.evaluate.generation import generate
 from mixora.evaluate.perplexity import Collate, token_loss
-from mixora.evaluate.scores import SCORES, parse_call
+from mixora.evaluate.scores import ANSWER_MARK, SCORES, parse_call
 
 LOSSES = ("loss", "perplexity")
 _LABELLED = ("accuracy", "f1", "mcc", "pearson", "spearman")
@@ -133,15 +133,21 @@ def evaluate(model: Any, examples: Examples, config: EvaluationConfig, advance: 
 def default_metrics(examples: Formed) -> tuple[str, ...]:
     """Metrics that make sense for these rows.
 
-    Answers that all look like calls, `intent(slot=value; ...)`, get intents and slots; other answers BLEU and
-    ROUGE-L; float labels correlations; other labels accuracy, F1 and Matthews correlation.
+    Answers that all look like calls, `intent(slot=value; ...)`, get intents and slots; worked ones, which all mark
+    their final answer by `####`, its accuracy; others BLEU and ROUGE-L. Float labels get correlations, other labels
+    accuracy, F1 and Matthews correlation.
     """
     if examples.form in ("completion", "messages"):
-        calls = all(parse_call(text) for valid in _references(examples) for text in valid)
-        return (*LOSSES, "exact_match", *(("intent_accuracy", "slot_f1") if calls else ("bleu", "rouge_l")))
+        return (*LOSSES, "exact_match", *_scores_of([text for valid in _references(examples) for text in valid]))
     if METRICS[examples.form] == _LABELLED:
         return _LABELLED[3:] if _is_regression(examples) else _LABELLED[:3]
     return METRICS[examples.form][:2]
+
+
+def _scores_of(answers: Sequence[str]) -> tuple[str, ...]:
+    if all(map(parse_call, answers)):
+        return ("intent_accuracy", "slot_f1")
+    return ("answer_accuracy",) if all(ANSWER_MARK in text for text in answers) else ("bleu", "rouge_l")
 
 
 def choose_metrics(examples: Formed, config: EvaluationConfig) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from decimal import Decimal
 
 import sacrebleu
 from rouge_score.rouge_scorer import RougeScorer
@@ -12,7 +13,11 @@ from mixora.errors import DataError
 References = Sequence[Sequence[str]]
 Slots = Counter[tuple[str, str]]
 
+ANSWER_MARK = "####"
+"""Stands before the final answer of a worked one, as in GSM8K (Cobbe et al. 2021, section 2)."""
+
 _CALL = re.compile(r"([^\s()][^()]*)\((.*)\)", re.DOTALL)
+_NUMBER = re.compile(r"(?<![\w.])-?\$?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)?(?:\.[0-9]+)?(?<=[0-9])")
 
 
 def parse_call(text: str) -> tuple[str, Slots] | None:
@@ -81,6 +86,30 @@ def _f1(both: int, predicted: Slots, wanted: Slots) -> float:
     return 2 * both / size if size else 1.0
 
 
+def answer_accuracy(predictions: Sequence[str], references: References) -> float:
+    """Share of worked answers that come to the final answer of one of their references.
+
+    It stands on the line behind the last `####`: the first number there, or the whole line where it has none. Of a text
+    without that mark it is the last number. Numbers are compared by value, `$1,200` and `1200.0` being the same.
+    """
+    _check_pairs(predictions, references)
+    hits = 0
+    for prediction, valid in zip(predictions, references, strict=True):
+        answer = read_answer(prediction)
+        hits += answer is not None and answer in map(read_answer, valid)
+    return hits / len(predictions)
+
+
+def read_answer(text: str) -> Decimal | str | None:
+    """The final answer of a worked one (see `answer_accuracy`); `None` for a text that comes to none."""
+    _, mark, marked = text.rpartition(ANSWER_MARK)
+    line = _plain(marked.strip().partition("\n")[0]) if mark else ""
+    numbers = _NUMBER.findall(line if mark else text)
+    if not numbers:
+        return line or None
+    return Decimal(numbers[0 if mark else -1].replace(",", "").replace("$", ""))
+
+
 def bleu(predictions: Sequence[str], references: References) -> float:
     """Corpus BLEU of sacrebleu with its default tokenizer, 0 to 100; rows may have unlike numbers of references."""
     _check_pairs(predictions, references)
@@ -115,6 +144,7 @@ SCORES: Mapping[str, Callable[[Sequence[str], References], float]] = {
     "exact_match": exact_match,
     "intent_accuracy": intent_accuracy,
     "slot_f1": slot_f1,
+    "answer_accuracy": answer_accuracy,
     "bleu": bleu,
     "rouge_l": rouge_l,
 }
