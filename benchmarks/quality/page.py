@@ -14,7 +14,7 @@ from benchmarks.quality.costs import read_costs
 from benchmarks.quality.front import draw_front
 from benchmarks.quality.results import RESULTS, Results, is_complete
 from benchmarks.quality.standings import Standing, stand
-from benchmarks.quality.table import read_table, table_names
+from benchmarks.quality.table import Rates, read_table, table_names
 from mixora.comparison.wording import format_estimate
 from mixora.diagnostics.page import NOTHING
 
@@ -121,13 +121,17 @@ def _count(results: Results, data: list[str], method: str) -> str:
 
 def _rate_lines(results: Results, data: list[str]) -> Iterator[str]:
     table = read_table(results.name)
-    rates = ", ".join(f"{rate:g}" for rate in table.learning_rates)
-    yield f"Learning rates, of {rates}; in brackets the validation score of each:"
+    more = "".join(f", on {of} {_list(rates)} too" for of, rates in table.more_rates.items() if of in data)
+    yield f"Learning rates, of {_list(table.learning_rates)}{more}; in brackets the validation score of each:"
     yield ""
     yield _row("method", *data)
     yield _row("---", *("---" for _ in data))
     for method in table.methods:
         yield _row(method.name, *(_tell_rate(results, of, method.name) for of in data))
+
+
+def _list(rates: Rates) -> str:
+    return ", ".join(f"{rate:g}" for rate in rates)
 
 
 def _tell_rate(results: Results, data: str, method: str) -> str:

@@ -18,7 +18,7 @@ def print_plan(names: Sequence[str]) -> None:
         table, results = read_table(name), Results(name)
         for data in table.data:
             methods = [method for of, method in cells(name) if of == data]
-            each = len(table.learning_rates) + len(table.seed_list)
+            each = len(table.rates_of(data)) + len(table.seed_list)
             made, seconds = _look(results, data, methods)
             minutes = statistics.median(seconds) / 60 if seconds else table.minutes
             total += minutes * each * len(methods)

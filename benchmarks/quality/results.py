@@ -51,7 +51,7 @@ class Results:
         """The learning rate that validation rows chose; None before all were tried, or where none worked."""
         scores = self.tuning(data, method)
         known = {rate: score for rate, score in scores.items() if score is not None}
-        if len(scores) < len(read_table(self.name).learning_rates) or not known:
+        if len(scores) < len(read_table(self.name).rates_of(data)) or not known:
             return None
         sign = 1 if is_better_low(read_table(self.name).metrics[data]) else -1
         return min(known, key=lambda rate: sign * known[rate])

@@ -44,18 +44,19 @@ class Contender(MethodEntry):
 class Table(Setup):
     """Methods compared in two stages.
 
-    Each method is trained once with each of the `learning_rates`, with the seed `tuning_seed`, and measured on
-    validation rows; then with its best rate and each of the `seeds`, and measured on the rows of `split`, by
-    `evaluate` with the changes of `final`, and on those of the split that `also` names for its data set. `metrics`: by
-    which each data set's runs are told apart; `beside`: those that are measured on the final rows and shown beside it.
-    `group_by`: a field of the rows; whether experts serve different groups
-    of it is tested too. `minutes`: what a trial was expected to take on one core, before the first was made.
+    Each method is trained once with each of the `learning_rates`, and of the `more_rates` of a data set, with the seed
+    `tuning_seed`, and measured on validation rows; then with its best rate and each of the `seeds`, and measured on the
+    rows of `split`, by `evaluate` with the changes of `final`, and on those of the split that `also` names for its data
+    set. `metrics`: by which each data set's runs are told apart; `beside`: those that are measured on the final rows
+    and shown beside it. `group_by`: a field of the rows; whether experts serve different groups of it is tested too.
+    `minutes`: what a trial was expected to take on one core, before the first was made.
     """
 
     methods: tuple[Contender, ...]
     seeds: int | tuple[int, ...] = 5
     question: str
     learning_rates: Rates
+    more_rates: dict[str, Rates] = {}
     tuning_seed: int = 1000
     metrics: dict[str, str]
     beside: dict[str, tuple[str, ...]] = {}
@@ -72,6 +73,10 @@ class Table(Setup):
         if self.tuning_seed in self.seed_list:
             raise ValueError(f"tuning_seed: got {self.tuning_seed}, which is one of the seeds; valid: any other")
         return self
+
+    def rates_of(self, data: str) -> Rates:
+        """The learning rates that every method is tried with on a data set, the lowest first."""
+        return tuple(sorted((*self.learning_rates, *self.more_rates.get(data, ()))))
 
 
 @dataclass(frozen=True)
@@ -153,7 +158,7 @@ def match_table(name: str, data: str) -> Mapping[str, Matched]:
 def tuning_trials(name: str, data: str, method: str) -> list[Trial]:
     """One for each learning rate, on validation rows."""
     table = read_table(name)
-    return [_make(name, data, method, "tuning", rate, table.tuning_seed) for rate in table.learning_rates]
+    return [_make(name, data, method, "tuning", rate, table.tuning_seed) for rate in table.rates_of(data)]
 
 
 @cache

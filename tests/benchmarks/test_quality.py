@@ -5,12 +5,10 @@ from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
-from sklearn.metrics import mutual_info_score
 
 from benchmarks.quality import queue, table
 from benchmarks.quality.costs import measure_costs
@@ -18,7 +16,6 @@ from benchmarks.quality.front import find_front
 from benchmarks.quality.page import fill, write_page
 from benchmarks.quality.results import Results, waiting
 from benchmarks.quality.rows import select_rows
-from benchmarks.quality.specialisation import count_by_row, judge_specialisation, measure_information
 from benchmarks.quality.standings import stand
 from benchmarks.quality.trial import run_trial
 from mixora.errors import ConfigError, DataError
@@ -74,6 +71,20 @@ def test_a_table_can_take_another_base():
     assert table.read_table("mixtures@some/base").model.base == "some/base"
     with pytest.raises(ConfigError, match=r"valid: .*mixtures"):
         table.read_table("mixture")
+
+
+def test_a_data_set_can_have_more_rates(small, tmp_path, monkeypatch):
+    """Which the choice waits for, and the page names."""
+    data = yaml.safe_load((tmp_path / "tables/small.yaml").read_text())["data"]
+    results = make_table(tmp_path, monkeypatch, data=data, seeds=5, more_rates={"intents": [1e-3]})
+    of_lora = table.tuning_trials("small", "intents", "lora")
+    assert [trial.rate for trial in of_lora] == [1e-6, 1e-3, 8e-3]
+    for trial in of_lora[:2]:
+        results.add(trial, invented(trial))
+    assert results.best_rate("intents", "lora") is None
+    make_all(results)
+    text = fill("<!-- table small -->\n<!-- end -->", tmp_path / "results")
+    assert "of 1e-06, 0.008, on intents 0.001 too;" in text and "| lora | 1e-06 (0.71, 0.71, 0.71) |" in text
 
 
 @pytest.mark.parametrize("field, value", [("metric", "accuracy"), ("out", "runs/small")])
@@ -133,13 +144,18 @@ def invented(trial, gain=0.02):
     return {"metrics": {"merged": scores}, **counts, "total_seconds": 1.0}
 
 
-def test_differences_are_those_of_a_paired_test(small, tmp_path, monkeypatch):
-    data = yaml.safe_load((tmp_path / "tables/small.yaml").read_text())["data"]
-    results = make_table(tmp_path, monkeypatch, seeds=5, data=data, beside={"intents": ["mcc"]})
+def make_all(results):
+    """Those of tuning, then the final ones."""
     for method in ("lora", "sira"):
         for _ in range(2):
             for trial in waiting(results, "intents", method):
                 results.add(trial, invented(trial))
+
+
+def test_differences_are_those_of_a_paired_test(small, tmp_path, monkeypatch):
+    data = yaml.safe_load((tmp_path / "tables/small.yaml").read_text())["data"]
+    results = make_table(tmp_path, monkeypatch, seeds=5, data=data, beside={"intents": ["mcc"]})
+    make_all(results)
     standings = stand(results, "intents")
     mixture, plain = ([standings[name].scores[seed] for seed in range(5)] for name in ("sira", "lora"))
     assert standings["sira"].p == pytest.approx(stats.ttest_rel(mixture, plain).pvalue)
@@ -260,40 +276,3 @@ def test_rows_that_would_be_cut_or_are_ambiguous_are_left_out(tmp_path, monkeypa
     write_rows(tmp_path / "labelled", "train", [{"text": "word " * 100, "label": 0}])
     assert select_rows(str(tmp_path / "labelled"), "minilm-l6", 8) == str(tmp_path / "labelled")
     assert select_rows("some/hub-id", "smollm2-135m-instruct", 64) == "some/hub-id"
-
-
-def test_information_is_that_of_scikit_learn():
-    generator = torch.Generator().manual_seed(0)
-    experts = torch.randint(0, 4, (200,), generator=generator)
-    groups = ["code" if expert < 2 else "math" for expert in experts]
-    counts = {"site": torch.nn.functional.one_hot(experts, 4).double()}
-    found = judge_specialisation(counts, groups)
-    assert found["information"] == pytest.approx(mutual_info_score(groups, experts.tolist()))
-    assert measure_information(counts, groups) == found["information"]
-    assert found["p"] == 0.001 and found["by_chance"] < 0.05
-    shuffled = [groups[place] for place in torch.randperm(200, generator=generator)]
-    assert judge_specialisation(counts, shuffled)["p"] > 0.01
-    assert judge_specialisation({}, groups) == {"sites": 0} and measure_information({}, groups) is None
-
-
-def test_assignments_are_counted_by_row():
-    from peft import get_peft_model
-
-    import mixora
-    from tests.models import tiny_llama
-
-    model = get_peft_model(tiny_llama(), mixora.recipe("sira"))
-    mask = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]])
-    counts = count_by_row(model, [{"input_ids": torch.ones(2, 4, dtype=torch.long), "attention_mask": mask}])
-    assert counts and all(rows.sum(dim=1).tolist() == [16, 8] for rows in counts.values())
-
-
-def test_one_batch_tells_that_nothing_is_routed():
-    from peft import get_peft_model
-
-    import mixora
-    from tests.models import tiny_llama
-
-    model = get_peft_model(tiny_llama(), mixora.recipe("lora"))
-    # a second batch could not be run
-    assert count_by_row(model, [{"input_ids": torch.ones(2, 4, dtype=torch.long)}, {}]) == {}
